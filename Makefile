@@ -1,0 +1,61 @@
+# Everything runs in an environment of its own, $(VENV), made from $(PYTHON) on first use.
+PYTHON ?= python3.11
+VENV ?= .venv
+WORKERS ?= 2
+KQUANT_DATA ?= ../shared/data
+export KQUANT_DATA
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+BIN := $(VENV)/bin
+SETUP := setup.cfg setup.py pyproject.toml
+# Real models and the long tests need the evaluation data; without it they are left out.
+SELECT := $(if $(wildcard $(KQUANT_DATA)/models),,-m "not slow")
+
+.PHONY: help demo test fast slow lint format benchmark clean
+
+help:
+	@echo "make demo       quantize a small model and run it on the interpreter (minutes, mostly installation)"
+	@echo "make test       lint, types, and all tests (those on real models where KQUANT_DATA is a folder of them)"
+	@echo "make fast       the tests without the slow ones"
+	@echo "make slow       the slow tests only"
+	@echo "make lint       ruff and mypy"
+	@echo "make format     let ruff rewrite what it can"
+	@echo "make benchmark  cost against the TensorFlow converter (needs KQUANT_DATA)"
+	@echo "make clean      remove the environment and caches"
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m tools.demo
+
+test: lint
+	$(BIN)/python -m pytest -n $(WORKERS) $(SELECT)
+
+fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy kquant tools
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(VENV)/.dev
+	$(BIN)/python -m tools.benchmark --model=$(KQUANT_DATA)/models/mobilenet_v2_1.0_imagenet.keras \
+	  --calibration=$(KQUANT_DATA)/imagenet/train1000_one_per_class_224_q90.npz --preprocess=tf
+
+# One stamp per set of extras: pip runs again only where the requirements have changed.
+$(VENV)/.%: $(SETUP) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +

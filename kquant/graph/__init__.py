@@ -1,0 +1,1 @@
+"""Tracing a Keras model into an immutable graph of primitive operations."""

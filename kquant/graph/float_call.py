@@ -1,0 +1,94 @@
+"""How a "float" node runs the user's own operation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import keras
+
+from kquant.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands for the tensor `inputs[index]` in the template of a call."""
+
+    index: int
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, eq=False)
+class FloatCall:
+    """A call of a Keras layer or operation, with the places of its tensors marked.
+
+    Attributes:
+        operation: the user's own layer or operation; `clone` before using it in a new model.
+        args: positional arguments, with a `Slot` where a tensor goes.
+        kwargs: keyword arguments, likewise.
+    """
+
+    operation: keras.Operation
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, operation: keras.Operation) -> FloatCall:
+        """The last symbolic call of an operation in a functional model."""
+        arguments = operation._inbound_nodes[-1].arguments
+        counter = iter(range(len(arguments.keras_tensors)))
+
+        def slot(value: Any) -> Any:
+            if not isinstance(value, keras.KerasTensor):
+                return value
+            return Slot(next(counter), tuple(value.shape), str(value.dtype))
+
+        args, kwargs = arguments.convert(slot)
+        return cls(operation, args, kwargs)
+
+    def __call__(self, inputs: Sequence[Any]) -> Any:
+        """Run the operation on tensors or KerasTensors, one per slot."""
+        args, kwargs = self._filled(lambda s: inputs[s.index])
+        return self.operation(*args, **kwargs)
+
+    def clone(self, name: str | None = None) -> FloatCall:
+        """The same call of a copy of the operation that shares nothing with the user's model.
+
+        Args:
+            name: name of the copy; the operation's own by default.
+
+        Raises:
+            ModelError: the operation cannot be serialized.
+        """
+        op = self.operation
+        try:
+            config = keras.saving.serialize_keras_object(op)
+            json.dumps(config)
+            if name is not None:
+                config["config"]["name"] = name
+            copy = keras.saving.deserialize_keras_object(
+                config, custom_objects={type(op).__name__: type(op)}, safe_mode=False
+            )
+        except Exception as error:
+            raise ModelError(
+                f"Layer {op.name!r} ({type(op).__name__}) stays in float, but Keras cannot serialize it: {error}. "
+                "Give it a get_config() that returns all of its settings, or write a Lambda as a named, registered "
+                "function or as a Layer subclass."
+            ) from error
+        if isinstance(op, keras.layers.Lambda):
+            copy.function = op.function  # a deserialized lambda has lost the globals that it refers to
+        if isinstance(op, keras.layers.Layer) and op.weights:
+            args, kwargs = self._filled(lambda s: keras.Input(batch_shape=s.shape, dtype=s.dtype))
+            copy(*args, **kwargs)  # creates the variables
+            copy._inbound_nodes.clear()
+            copy.set_weights(op.get_weights())
+        return replace(self, operation=copy)
+
+    def _filled(self, tensor: Any) -> tuple[Any, Any]:
+        def fill(value: Any) -> Any:
+            return tensor(value) if isinstance(value, Slot) else value
+
+        return keras.tree.map_structure(fill, (self.args, self.kwargs))

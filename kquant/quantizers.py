@@ -1,0 +1,316 @@
+"""The layers of a quantized model, the only classes that own variables.
+
+`FakeQuant` is a quantizer: a grid (scale, zero point) and its limits. `QuantizedLayer` wraps one
+operation of the network with the quantizers of its weights and of its output, and computes on
+integer-valued float32 tensors, which is exact below 2^24: convolutions accumulate the very integers
+that the target accumulates.
+
+A quantized tensor travels through the model as a pair: its values, scale * (q - zero_point), and its
+grid, the vector [scale, zero_point]. So a layer can recover the integers of its input exactly, and
+gradients reach the scale from both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from kquant.affine import QParams
+from kquant.fixed_point import requantization
+from kquant.gradients import round_ste
+from kquant.graph.ir import Node
+from kquant.graph.ops import BIAS, LINEAR, QUANTIZED_WEIGHT, compute, weight_view
+from kquant.operand import Operand
+from kquant.simulate import prelu, simulate
+
+Tensor = Any
+
+
+@keras.saving.register_keras_serializable("kquant")
+class FakeQuant(keras.layers.Layer):
+    """Quantize to a grid and back: scale * (clamp(round(x / scale) + z, qmin, qmax) - z).
+
+    Eq. 4-7 of the white paper, round half to even, float32, straight-through gradient inside the
+    grid (eq. in its section 4.1).
+
+    Args:
+        qmin, qmax: the smallest and largest integer of the grid, as stored on the target.
+        channels: number of scales, None for one per tensor.
+        axis: the axis of the channels.
+    """
+
+    def __init__(self, qmin: int, qmax: int, channels: int | None = None, axis: int | None = None, **kwargs: Any):
+        super().__init__(dtype="float32", trainable=False, **kwargs)
+        self.qmin, self.qmax, self.channels, self.axis = int(qmin), int(qmax), channels, axis
+        shape = () if channels is None else (channels,)
+        self.scale = self.add_weight(shape=shape, initializer="ones", trainable=False, name="scale")
+        self.zero_point = self.add_weight(shape=shape, initializer="zeros", trainable=False, name="zero_point")
+        self.built = True
+
+    def assign(self, q: QParams) -> None:
+        """Move to the grid `q` (same limits and granularity)."""
+        self.scale.assign(q.scale)
+        self.zero_point.assign(np.asarray(q.zero_point, np.float32))
+
+    def to_qparams(self) -> QParams:
+        """The grid as it stands now."""
+        scale = np.asarray(self.scale.numpy(), np.float32)
+        zero_point = np.rint(self.zero_point.numpy()).astype(np.int32)
+        return QParams(scale, zero_point, self.qmin, self.qmax, self.axis)
+
+    @property
+    def bits(self) -> int:
+        """How many bits an integer of the grid takes."""
+        return (self.qmax - self.qmin).bit_length()
+
+    @property
+    def grid(self) -> Tensor:
+        """[scale, zero_point] of a per-tensor quantizer."""
+        return tf.stack([tf.convert_to_tensor(self.scale), tf.convert_to_tensor(self.zero_point)])
+
+    def _along_axis(self, v: Tensor, rank: int) -> Tensor:
+        v = tf.convert_to_tensor(v)
+        if self.axis is None:
+            return v
+        shape = [-1 if k == self.axis else 1 for k in range(rank)]
+        return tf.reshape(v, shape)
+
+    def integers(self, x: Tensor) -> Tensor:
+        """Integer-valued float32 q - zero_point of real values `x`."""
+        x = tf.cast(x, tf.float32)
+        return self.clamp(round_ste(x / self._along_axis(self.scale, x.shape.rank)))
+
+    def real(self, centered: Tensor) -> Tensor:
+        """The real values of integers q - zero_point."""
+        return centered * self._along_axis(self.scale, centered.shape.rank)
+
+    def clamp(self, centered: Tensor) -> Tensor:
+        """Clamp integers q - zero_point to the grid."""
+        z = self._along_axis(self.zero_point, centered.shape.rank)
+        return tf.clip_by_value(centered, self.qmin - z, self.qmax - z)
+
+    def call(self, x: Tensor) -> Tensor:
+        return self.real(self.integers(x))
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return input_shape
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make a quantizer with the same limits and granularity."""
+        return {"qmin": self.qmin, "qmax": self.qmax, "channels": self.channels, "axis": self.axis}
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        return {"name": config["name"], **self.settings}
+
+
+_STRUCTURE = ("name", "op", "inputs", "shape", "dtype", "attrs", "origin", "origin_type")
+
+
+def node_to_dict(node: Node) -> dict[str, Any]:
+    """The node as JSON, with the shapes of its weights in place of their values."""
+    structure = {k: getattr(node, k) for k in _STRUCTURE}
+    shapes = {k: list(getattr(v, "shape", v)) for k, v in node.weights.items()}
+    return {**structure, "attrs": dict(node.attrs), "weights": shapes}
+
+
+def node_from_dict(config: Mapping[str, Any]) -> Node:
+    """The inverse of `node_to_dict`."""
+    tuples = {k: tuple(config[k]) for k in ("inputs", "shape")}
+    return Node(**{**config, **tuples})
+
+
+def grid_settings(q: QParams | None) -> dict[str, Any] | None:
+    """The settings of a `FakeQuant` that can hold `q`."""
+    if q is None:
+        return None
+    channels = None if np.ndim(q.scale) == 0 else len(q.scale)
+    return {"qmin": q.qmin, "qmax": q.qmax, "channels": channels, "axis": q.axis}
+
+
+def _without_clip(node: Node) -> Node:
+    return node.with_(attrs={k: v for k, v in node.attrs.items() if k != "clip"})
+
+
+@keras.saving.register_keras_serializable("kquant")
+class QuantizedLayer(keras.layers.Layer):
+    """One operation of the network, with the quantizers of its weights and of its output.
+
+    Call it on the list of its input values and the list of their grids, `layer(values, grids)`;
+    `grids` is empty where it reads float tensors. It returns `(values, grid)`, or the values alone
+    where its output stays float. An integer linear operation computes
+
+        acc = op(x_int, round(W / s_w)) + round(b / (s_x s_w));   q = clamp(round(acc s_x s_w / s_y) + z_y)
+
+    (eq. 3 of the white paper, then requantization), the fused activation being part of the clamp.
+
+    Args:
+        node: the operation; its weights give initial values, or only shapes in a serialized config.
+        weight_grid, output_grid: settings of a `FakeQuant`, or None where there is no quantizer.
+        shares_grid: the output is on the grid of the input (pooling, reshaping, concatenation ...).
+        activation_bits: bits of the integer type of its input and output, 8 or 16.
+        constants: inputs that are constants, by name (values, or shapes in a serialized config).
+        constant_grids: their quantizers' settings, by the same names.
+    """
+
+    def __init__(
+        self,
+        node: Node | Mapping[str, Any],
+        weight_grid: Mapping[str, Any] | None = None,
+        output_grid: Mapping[str, Any] | None = None,
+        shares_grid: bool = False,
+        activation_bits: int = 8,
+        constants: Mapping[str, Any] | None = None,
+        constant_grids: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(dtype="float32", **kwargs)
+        self.node = node if isinstance(node, Node) else node_from_dict(node)
+        self.weight_quantizer = FakeQuant(**weight_grid, name="weight_quantizer") if weight_grid else None
+        self.output_quantizer = FakeQuant(**output_grid, name="output_quantizer") if output_grid else None
+        self.shares_grid, self.activation_bits = shares_grid, activation_bits
+        self.variables_by_name = {k: self._own(k, v) for k, v in self.node.weights.items()}
+        self.constants = {k: self._own(f"constant_{i}", v) for i, (k, v) in enumerate((constants or {}).items())}
+        self.constant_quantizers = {
+            k: FakeQuant(**v, name=f"constant_quantizer_{i}") for i, (k, v) in enumerate((constant_grids or {}).items())
+        }
+        self.node = self.node.with_(weights={k: tuple(v.shape) for k, v in self.variables_by_name.items()}, stats={})
+        self.built = True
+
+    def _own(self, name: str, value: Any) -> keras.Variable:
+        """A variable of the shape of `value`, an array or a shape."""
+        known = isinstance(value, np.ndarray)
+        initializer = keras.initializers.Constant(0.0)
+        variable = self.add_weight(
+            shape=value.shape if known else tuple(value), initializer=initializer, trainable=True, name=name
+        )
+        if known:
+            variable.assign(value)
+        return variable
+
+    @property
+    def runs_in_integers(self) -> bool:
+        """Whether the output is an integer tensor."""
+        return self.output_quantizer is not None or self.shares_grid
+
+    def call(self, values: Sequence[Tensor], grids: Sequence[Tensor] = ()) -> Any:
+        node, values, grids = self.node, list(values), list(grids)
+        if not self.runs_in_integers:
+            return compute(node, self._with_constants(values), self._float_weights())
+        if self.output_quantizer is None:
+            return self._shared_grid(values, grids)
+        if node.op == "embedding":
+            table = self.output_quantizer(self.variables_by_name["table"])
+            return compute(node, values, {"table": table}), self.output_quantizer.grid
+        if not grids and node.op in ("input", "requantize"):
+            return self.output_quantizer(values[0]), self.output_quantizer.grid
+        out = self._operand(None, self.output_quantizer.grid)
+        operands = self._operands(values, grids)
+        if node.op in LINEAR:
+            centered = self._linear(operands[0], out)
+        elif node.op == "prelu" and self.weight_quantizer is not None:
+            alpha = self._operand(self._quantized_weight()[0], self.weight_quantizer.grid)
+            centered = prelu(operands[0], alpha, out)
+        else:
+            centered = simulate(_without_clip(node), operands, out, self._float_weights())
+        lo, hi = node.attrs.get("clip", (None, None))
+        if node.op == "clip":
+            lo, hi = node.attrs["lo"], node.attrs["hi"]
+        if lo is not None:
+            centered = tf.maximum(centered, tf.round(lo / out.scale))
+        if hi is not None:
+            centered = tf.minimum(centered, tf.round(tf.constant(hi, tf.float32) / out.scale))
+        return self.output_quantizer.clamp(centered) * out.scale, self.output_quantizer.grid
+
+    def _linear(self, x: Operand, out: Operand) -> Tensor:
+        key, _ = QUANTIZED_WEIGHT[self.node.op]
+        weight, bias = self.variables_by_name[key], self.variables_by_name[BIAS[self.node.op]]
+        if self.weight_quantizer is None:  # weights in float, activations in integers: simulation only
+            y = self._compute_linear(x.value, tf.convert_to_tensor(weight), tf.convert_to_tensor(bias))
+            return round_ste(y / out.scale)
+        w_scale = tf.convert_to_tensor(self.weight_quantizer.scale)
+        w_int, _ = self._quantized_weight()
+        b_int = round_ste(bias / (x.scale * w_scale))
+        # an int16 input overflows the 24 bits in which float32 is exact
+        wide = tf.float64 if out.bits > 8 else tf.float32
+        acc = self._compute_linear(*(tf.cast(t, wide) for t in (x.centered, w_int, b_int)))
+        return requantization(self.node, self.weight_quantizer.bits, out.bits)(acc, x.scale, w_scale, out.scale)
+
+    def _compute_linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        node, key = self.node, QUANTIZED_WEIGHT[self.node.op][0]
+        weights = {key: weight, BIAS[node.op]: bias}
+        return compute(_without_clip(node), [x], weights)
+
+    def _quantized_weight(self) -> tuple[Tensor, Tensor]:
+        """The integers of the weight and their real values, in the weight's own shape."""
+        if self.weight_quantizer is None:
+            raise AssertionError(f"{self.node.name!r} has no weight quantizer")
+        weight = tf.convert_to_tensor(self.variables_by_name[QUANTIZED_WEIGHT[self.node.op][0]])
+        integers = self.weight_quantizer.integers(weight_view(self.node, weight))
+        real = self.weight_quantizer.real(integers)
+        return tf.reshape(integers, weight.shape), tf.reshape(real, weight.shape)
+
+    def _float_weights(self) -> dict[str, Tensor]:
+        """The weights as real numbers, on their grid where they have one."""
+        weights = {k: tf.convert_to_tensor(v) for k, v in self.variables_by_name.items()}
+        if self.weight_quantizer is not None:
+            weights[QUANTIZED_WEIGHT[self.node.op][0]] = self._quantized_weight()[1]
+        return weights
+
+    def _with_constants(self, values: list[Tensor]) -> list[Tensor]:
+        """All inputs in order, constants in their places."""
+        rest = iter(values)
+        return [
+            tf.convert_to_tensor(self.constants[i]) if i in self.constants else next(rest) for i in self.node.inputs
+        ]
+
+    def _operands(self, values: list[Tensor], grids: list[Tensor]) -> list[Operand]:
+        rest = iter(zip(values, grids, strict=True))
+        operands = []
+        for name in self.node.inputs:
+            if name in self.constants:
+                quantizer = self.constant_quantizers[name]
+                grid, centered = quantizer.grid, quantizer.integers(tf.convert_to_tensor(self.constants[name]))
+            else:
+                value, grid = next(rest)
+                centered = round_ste(value / grid[0])
+            operands.append(self._operand(centered, grid))
+        return operands
+
+    def _operand(self, centered: Tensor | None, grid: Tensor) -> Operand:
+        return Operand(centered, grid[0], grid[1], self.activation_bits)
+
+    def _shared_grid(self, values: list[Tensor], grids: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Operations that move or select values, on the grid of their input."""
+        if self.node.op in ("avg_pool2d", "resize", "pad"):
+            x = self._operands(values, grids)[0]
+            return simulate(self.node, [x], x, {}) * x.scale, grids[0]
+        rest = iter(values)
+        operands = [
+            self.constant_quantizers[i](self.constants[i]) if i in self.constants else next(rest)
+            for i in self.node.inputs
+        ]
+        return compute(self.node, operands), grids[0]
+
+    def compute_output_spec(self, values: Any, grids: Any = ()) -> Any:
+        output = keras.KerasTensor(self.node.shape, dtype=self.node.dtype)
+        return (output, keras.KerasTensor((2,), dtype="float32")) if self.runs_in_integers else output
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config.pop("dtype", None)
+        quantizers = {"weight_grid": self.weight_quantizer, "output_grid": self.output_quantizer}
+        return {
+            **config,
+            "node": node_to_dict(self.node),
+            "shares_grid": self.shares_grid,
+            "activation_bits": self.activation_bits,
+            **{k: q and q.settings for k, q in quantizers.items()},
+            "constants": {k: list(v.shape) for k, v in self.constants.items()},
+            "constant_grids": {k: q.settings for k, q in self.constant_quantizers.items()},
+        }

@@ -1,0 +1,72 @@
+"""What was quantized and how, as rows and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kquant.affine import QParams
+from kquant.plan import Plan
+from kquant.qgraph import QuantizedGraph
+
+
+def layer_rows(plan: Plan, qgraph: QuantizedGraph) -> list[dict[str, Any]]:
+    """One JSON-able row per integer node: its weights, its output grid and what dictated it."""
+    rows = []
+    for node in qgraph.graph:
+        q = qgraph.activations.get(node.name)
+        w = qgraph.weights.get(node.name)
+        if node.op == "const" or (q is None and w is None):
+            continue
+        leader = plan.groups.get(node.name, node.name)
+        shared = leader if leader != node.name else ""
+        rows.append(
+            {
+                "node": node.name,
+                "op": node.op,
+                "weights": _weights(w),
+                "range": _range(q),
+                "grid": "float" if q is None else f"{q.bits}-bit",
+                "shared": "fixed by the target" if leader in plan.fixed else shared,
+            }
+        )
+    return rows
+
+
+def _weights(q: QParams | None) -> str:
+    return "" if q is None else f"{q.bits}-bit {'per channel' if np.ndim(q.scale) else 'per tensor'}"
+
+
+def _range(q: QParams | None) -> list[float] | None:
+    return None if q is None else [float(q.scale * (b - q.zero_point)) for b in (q.qmin, q.qmax)]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Plain text columns, numbers aligned to the right."""
+    cells = [[str(c) for c in row] for row in (header, *rows)]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
+    numeric = [all(_is_number(row[k]) for row in cells[1:]) for k in range(len(header))]
+    lines = [
+        "  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True))
+        for row in cells
+    ]
+    return "\n".join(line.rstrip() for line in (lines[0], "  ".join("-" * w for w in widths), *lines[1:]))
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(",", "").replace(".", "").replace("-", "").replace("%", "").strip().isdigit() or not text
+
+
+def format_report(quantization: Mapping[str, Any]) -> str:
+    """The facts of a quantized model as text."""
+    rows = []
+    for row in quantization["layers"]:
+        bounds = "" if row["range"] is None else "[{:.4g}, {:.4g}]".format(*row["range"])
+        rows.append((row["node"], row["op"], row["weights"], row["grid"], bounds, row["shared"]))
+    text = [f"target: {quantization['target']}", table(("tensor", "op", "weights", "output", "range", "grid of"), rows)]
+    if quantization["float"]:
+        text.append("\nstays float:")
+        text.append(table(("node", "layer", "reason"), [tuple(s.values()) for s in quantization["float"]]))
+    return "\n".join(text)

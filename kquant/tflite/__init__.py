@@ -1,0 +1,1 @@
+"""Writing, reading, executing and checking TFLite files."""

@@ -1,0 +1,1 @@
+"""Small reference models with their training recipes."""

@@ -1,0 +1,216 @@
+"""Seeded random Keras models drawn from everything that kquant supports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+Tensor = Any
+Step = Callable[["Drawer", Tensor], Tensor]
+
+
+class Drawer:
+    """Random choices for one model."""
+
+    def __init__(self, seed: int):
+        self.rng = np.random.default_rng(seed)
+
+    def pick(self, *options: Any) -> Any:
+        return options[self.rng.integers(len(options))]
+
+    def size(self, low: int, high: int) -> int:
+        return int(self.rng.integers(low, high + 1))
+
+    def chance(self, p: float) -> bool:
+        return bool(self.rng.random() < p)
+
+    def activation(self) -> str | None:
+        return self.pick(None, None, "relu", "relu", "relu6", "sigmoid", "tanh", "swish", "hard_swish", "elu", "gelu")
+
+
+def _conv(d: Drawer, x: Tensor) -> Tensor:
+    strides, dilation = d.pick((1, 1), (1, 2), (2, 1))
+    kernel = d.pick(1, 2, 3, (1, 3), (3, 2))
+    if dilation * (np.max(kernel) - 1) + 1 > min(x.shape[1:3]):
+        kernel, dilation = 1, 1
+    groups = d.pick(*[g for g in (1, 1, 2, 3) if x.shape[-1] % g == 0])
+    y = layers.Conv2D(
+        groups * d.size(1, 4),
+        kernel,
+        strides,
+        d.pick("same", "valid"),
+        dilation_rate=dilation,
+        groups=groups,
+        use_bias=d.chance(0.6),
+        activation=d.pick(None, None, d.activation()),
+    )(x)
+    return _norm_and_activation(d, y) if d.chance(0.5) else y
+
+
+def _norm_and_activation(d: Drawer, x: Tensor) -> Tensor:
+    x = layers.BatchNormalization()(x)
+    return d.pick(layers.ReLU(), layers.ReLU(6.0), layers.LeakyReLU(0.1), layers.Activation("linear"))(x)
+
+
+def _depthwise(d: Drawer, x: Tensor) -> Tensor:
+    kernel = min(d.pick(1, 2, 3), *x.shape[1:3])
+    y = layers.DepthwiseConv2D(
+        kernel, d.pick(1, 2), d.pick("same", "valid"), depth_multiplier=d.pick(1, 1, 2), use_bias=d.chance(0.5)
+    )(x)
+    return _norm_and_activation(d, y) if d.chance(0.6) else y
+
+
+def _separable(d: Drawer, x: Tensor) -> Tensor:
+    return layers.SeparableConv2D(d.size(1, 6), min(3, *x.shape[1:3]), padding="same", activation=d.pick(None, "relu"))(
+        x
+    )
+
+
+def _transposed(d: Drawer, x: Tensor) -> Tensor:
+    if max(x.shape[1:3]) > 12:
+        return x
+    return layers.Conv2DTranspose(d.size(1, 4), d.pick(2, 3), d.pick(1, 2), d.pick("same", "valid"))(x)
+
+
+def _pool(d: Drawer, x: Tensor) -> Tensor:
+    if min(x.shape[1:3]) < 3:
+        return x
+    kind = d.pick(layers.MaxPooling2D, layers.AveragePooling2D)
+    return kind(d.pick(2, 3, (2, 1)), d.pick(1, 2), d.pick("same", "valid"))(x)
+
+
+def _pad(d: Drawer, x: Tensor) -> Tensor:
+    if max(x.shape[1:3]) > 14:
+        return x
+    if d.chance(0.3):
+        return ops.pad(x, [[0, 0], [0, 1], [1, 0], [0, d.pick(0, 1)]])
+    return layers.ZeroPadding2D(d.pick(1, ((0, 1), (1, 0))))(x)
+
+
+def _crop(d: Drawer, x: Tensor) -> Tensor:
+    if min(x.shape[1:3]) < 4:
+        return x
+    return d.pick(lambda t: t[:, ::2, 1:], lambda t: layers.Cropping2D(1)(t), lambda t: t[:, 1:, :-1, :])(x)
+
+
+def _resize(d: Drawer, x: Tensor) -> Tensor:
+    if max(x.shape[1:3]) > 9:
+        return x
+    return layers.UpSampling2D(2, interpolation=d.pick("nearest", "bilinear"))(x)
+
+
+def _residual(d: Drawer, x: Tensor) -> Tensor:
+    y = layers.Conv2D(x.shape[-1], min(3, *x.shape[1:3]), padding="same", use_bias=d.chance(0.5))(x)
+    y = layers.BatchNormalization()(y) if d.chance(0.5) else y
+    joined = d.pick(lambda a, b: a + b, lambda a, b: layers.Add()([a, b]), lambda a, b: a - b)(x, y)
+    return d.pick(layers.ReLU(), layers.Activation("linear"))(joined)
+
+
+def _branches(d: Drawer, x: Tensor) -> Tensor:
+    branches = [layers.Conv2D(d.size(1, 3), 1, activation=d.pick(None, "relu", "sigmoid"))(x) for _ in range(2)]
+    branches = [x, *branches] if d.chance(0.5) else branches
+    return layers.Concatenate(axis=d.pick(-1, 3))(branches)
+
+
+def _extremes(d: Drawer, x: Tensor) -> Tensor:
+    y = layers.DepthwiseConv2D(1)(x)
+    return ops.maximum(x, y) if d.chance(0.5) else ops.minimum(x, y)
+
+
+def _squeeze_excite(d: Drawer, x: Tensor) -> Tensor:
+    s = layers.GlobalAveragePooling2D(keepdims=True)(x)
+    s = layers.Conv2D(x.shape[-1], 1, activation=d.pick("sigmoid", "hard_sigmoid"))(s)
+    return layers.Multiply()([x, s]) if d.chance(0.5) else x * s
+
+
+def _prelu(d: Drawer, x: Tensor) -> Tensor:
+    return layers.PReLU(shared_axes=[1, 2], alpha_initializer=keras.initializers.RandomUniform(-0.2, 0.5))(x)
+
+
+def _constant(d: Drawer, x: Tensor) -> Tensor:
+    return d.pick(lambda t: t + 0.5, lambda t: t * 2.0, lambda t: 1.0 - t, lambda t: -t)(x)
+
+
+def _nested(d: Drawer, x: Tensor) -> Tensor:
+    block = keras.Sequential([keras.Input(x.shape[1:]), layers.Conv2D(d.size(1, 4), 1), layers.ReLU()])
+    return block(x)
+
+
+def _shared(d: Drawer, x: Tensor) -> Tensor:
+    layer = layers.Conv2D(x.shape[-1], 1, activation="relu")
+    return layer(layer(x))
+
+
+def _norm(d: Drawer, x: Tensor) -> Tensor:
+    return layers.BatchNormalization()(x)
+
+
+def _activation(d: Drawer, x: Tensor) -> Tensor:
+    return layers.Activation(d.activation() or "relu")(x)
+
+
+IMAGE_STEPS: tuple[Step, ...] = (
+    *(_conv, _conv, _conv, _depthwise, _depthwise, _separable, _transposed, _pool, _pad, _crop, _resize, _residual),
+    *(_residual, _branches, _extremes, _squeeze_excite, _prelu, _constant, _nested, _shared, _norm, _activation),
+)
+
+
+def _sequence_step(d: Drawer, x: Tensor) -> Tensor:
+    return d.pick(
+        lambda t: layers.Conv1D(d.size(1, 6), 3, padding=d.pick("same", "causal"), activation=d.pick(None, "relu"))(t),
+        lambda t: layers.DepthwiseConv1D(3, padding="same")(t),
+        lambda t: layers.SeparableConv1D(d.size(1, 4), 2, padding="same")(t),
+        lambda t: layers.MaxPooling1D(2, padding="same")(t),
+        lambda t: layers.AveragePooling1D(2, padding="same")(t),
+        lambda t: layers.Dense(d.size(1, 8), activation=d.pick(None, "relu", "gelu"))(t),
+        lambda t: layers.EinsumDense("abc,cd->abd", (t.shape[1], d.size(1, 6)), bias_axes="d")(t),
+        lambda t: layers.BatchNormalization()(t),
+        lambda t: layers.Permute((2, 1))(t),
+        lambda t: layers.UpSampling1D(2)(t) if t.shape[1] < 16 else t,
+        lambda t: layers.ZeroPadding1D(1)(t),
+        lambda t: layers.LayerNormalization()(t),
+    )(x)
+
+
+def _head(d: Drawer, x: Tensor) -> Tensor:
+    if len(x.shape) == 4 and d.chance(0.2):
+        return x
+    if len(x.shape) == 4:
+        x = d.pick(layers.GlobalAveragePooling2D(), layers.GlobalMaxPooling2D(), layers.Flatten())(x)
+    elif len(x.shape) == 3:
+        x = d.pick(layers.GlobalAveragePooling1D(), layers.GlobalMaxPooling1D(), layers.Flatten())(x)
+    x = layers.Dropout(0.5)(x)
+    return layers.Dense(d.size(2, 7), activation=d.pick(None, "softmax", "sigmoid"))(x)
+
+
+def random_model(seed: int) -> keras.Model:
+    """A model of 2 to 8 random steps with random weights and batch-norm statistics."""
+    keras.utils.set_random_seed(seed)
+    d = Drawer(seed)
+    if d.chance(0.75):
+        inputs = keras.Input((d.size(3, 9), d.size(3, 9), d.size(1, 4)))
+        step = lambda t: IMAGE_STEPS[d.rng.integers(len(IMAGE_STEPS))](d, t)  # noqa: E731
+    else:
+        inputs = keras.Input((d.size(3, 9), d.size(1, 4)))
+        step = lambda t: _sequence_step(d, t)  # noqa: E731
+    x = inputs
+    for _ in range(d.size(2, 8)):
+        x = step(x)
+    outputs = [_head(d, x)] + ([_head(d, x)] if d.chance(0.15) else [])
+    model = keras.Model(inputs, outputs if len(outputs) > 1 else outputs[0], name=f"random_{seed}")
+    for weight in model.weights:
+        low, high = (0.3, 2.0) if "variance" in weight.path else (-0.6, 0.6)
+        if "gamma" in weight.path:
+            low, high = 0.4, 1.6
+        weight.assign(d.rng.uniform(low, high, weight.shape))
+    return model
+
+
+def random_data(seed: int, model: keras.Model, samples: int = 32) -> list[np.ndarray]:
+    """Inputs of the model, standard normal."""
+    rng = np.random.default_rng(seed + 1000)
+    return [rng.normal(size=(samples, *i.shape[1:])).astype(np.float32) for i in model.inputs]

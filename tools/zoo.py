@@ -1,0 +1,170 @@
+"""Real models and their data, outside the repository: the folder that KQUANT_DATA names.
+
+Everything comes preprocessed for the model in question; ImageNet is decoded batch by batch (as float32
+its images would take most of a GB).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+import kquant
+
+from .data import PREPROCESS, Batches, jpeg_samples, load_data, spread
+
+DATA = Path(os.environ.get("KQUANT_DATA", "../shared/data"))
+CIFAR10 = {"test": "cifar10/cifar10_test_jpegq75.npz", "train": "cifar10/cifar10_train_jpegq75.npz"}
+SPEECH_SCALE, SPEECH_ZERO_POINT = 0.5847029, 83
+SPEECH = {"calibration": slice(0, 200), "test": slice(200, 1000)}
+
+
+@dataclass(frozen=True)
+class RealModel:
+    """A float model with its data.
+
+    Attributes:
+        file: in DATA/models.
+        calibration: limit -> batches of inputs; never images that are scored.
+        evaluation: limit -> batches of (inputs, labels).
+        top1: accuracy of the float model on all evaluation samples, in percent.
+        converter: the same of TensorFlow's int8 per-channel file.
+        converter_bytes: its size.
+        calibration_size: samples that the converter was calibrated with.
+    """
+
+    file: str
+    calibration: Callable[[int | None], Any]
+    evaluation: Callable[[int | None], Any]
+    top1: float
+    converter: float
+    converter_bytes: int
+    calibration_size: int
+
+
+class MissingData(FileNotFoundError):
+    """A file of the evaluation data is not there."""
+
+
+def path(name: str) -> Path:
+    """A file of the data folder.
+
+    Raises:
+        MissingData: it is not there.
+    """
+    found = DATA / name
+    if not found.is_file():
+        raise MissingData(f"needs {name} of the evaluation data; KQUANT_DATA is {str(DATA)!r}")
+    return found
+
+
+def load_model(name: str) -> keras.Model:
+    """The float model of a key of MODELS."""
+    return keras.saving.load_model(path(f"models/{MODELS[name].file}.keras"), compile=False)
+
+
+def cifar10(split: str, limit: int | None = None, preprocess: str = "none") -> tuple[np.ndarray, np.ndarray]:
+    """CIFAR-10 images [n, 32, 32, 3] float32 and labels [n].
+
+    Args:
+        split: "test" (scored) or "train" (calibration).
+        limit: number of images, spread over the split.
+        preprocess: "none" (0..255) for resnet8, "torch" for resnet20 and resnet56.
+    """
+    samples = jpeg_samples(path(CIFAR10[split]), (32, 32, 3))
+    numbers = spread(samples.count, limit)
+    labels = np.asarray(samples.labels)[numbers]
+    return PREPROCESS[preprocess](samples.read(numbers)), labels
+
+
+def imagenet_val(limit: int | None = None, batch_size: int = 50) -> Batches:
+    """(images [n, 224, 224, 3] in -1..1, labels [n]): the scored validation images, cut from 227 pixels."""
+    return _imagenet("imagenet/val1300_227_original_jpeg.npz", limit, batch_size, labels=True)
+
+
+def imagenet_calibration(limit: int | None = None, batch_size: int = 50) -> Batches:
+    """Images [n, 224, 224, 3] in -1..1 of the training set, each of another class."""
+    return _imagenet("imagenet/train1000_one_per_class_224_q90.npz", limit, batch_size, labels=False)
+
+
+def _imagenet(file: str, limit: int | None, batch_size: int, labels: bool) -> Batches:
+    image = keras.KerasTensor((None, 224, 224, 3), name="image")
+    options: dict[str, Any] = {"preprocess": "tf", "fit": "crop", "limit": limit, "batch_size": batch_size}
+    return load_data(str(path(file)), [image], labels=labels, **options)
+
+
+def speech(split: str, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """MFCC features [n, 49, 10, 1] float32 and labels [n] of "calibration" (200) or "test" (800)."""
+    with np.load(path("speech_commands/ds_cnn_eval1000.npz")) as file:
+        x, y = file["x"][SPEECH[split]], file["y"][SPEECH[split]]
+    x = (x.astype(np.float32) - SPEECH_ZERO_POINT) * np.float32(SPEECH_SCALE)
+    return x.reshape(-1, 49, 10, 1)[:limit], y[:limit]
+
+
+def _cut(arrays: tuple[np.ndarray, np.ndarray], size: int = 250) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Arrays as batches."""
+    x, y = arrays
+    return [(x[k : k + size], y[k : k + size]) for k in range(0, len(x), size)]
+
+
+def _cifar10(file: str, preprocess: str, top1: float, converter: float, converter_bytes: int) -> RealModel:
+    return RealModel(
+        file,
+        calibration=lambda limit: cifar10("train", limit, preprocess)[0],
+        evaluation=lambda limit: _cut(cifar10("test", limit, preprocess)),
+        top1=top1,
+        converter=converter,
+        converter_bytes=converter_bytes,
+        calibration_size=500,
+    )
+
+
+def _mobilenet(file: str, top1: float, converter: float, converter_bytes: int) -> RealModel:
+    return RealModel(file, imagenet_calibration, imagenet_val, top1, converter, converter_bytes, calibration_size=200)
+
+
+MODELS = {
+    "mobilenet_v1": _mobilenet("mobilenet_v1_0.25_imagenet", 64.77, 63.15, 508_320),
+    "mobilenet_v2": _mobilenet("mobilenet_v2_1.0_imagenet", 79.77, 80.08, 3_588_592),
+    "resnet8": _cifar10("resnet8_cifar10_mlperf_tiny", "none", 75.48, 75.60, 90_432),
+    "resnet20": _cifar10("resnet20_cifar10", "torch", 81.03, 81.10, 291_232),
+    "resnet56": _cifar10("resnet56_cifar10", "torch", 83.20, 83.03, 909_192),
+    "ds_cnn": RealModel(
+        "ds_cnn_speech_commands_mlperf_tiny",
+        calibration=lambda limit: speech("calibration", limit)[0],
+        evaluation=lambda limit: _cut(speech("test", limit)),
+        top1=91.25,
+        converter=91.50,  # on all 1000 samples, where the float model reaches 91.30
+        converter_bytes=35_568,
+        calibration_size=200,
+    ),
+}
+
+
+def top1(content: bytes, name: str, samples: int | None) -> tuple[float, int]:
+    """Accuracy in percent of a file under the default kernels, and the number of samples."""
+    model, right, seen = kquant.TFLiteModel(content), 0, 0
+    for x, y in MODELS[name].evaluation(samples):
+        right += int(np.sum(np.argmax(model.predict(x, batch_size=len(x))[0], -1) == y))
+        seen += len(y)
+    return 100 * right / seen, seen
+
+
+def float_top1(model: keras.Model, name: str, samples: int | None) -> float:
+    """Accuracy in percent of the float model."""
+    right = seen = 0
+    for x, y in MODELS[name].evaluation(samples):
+        right += int(np.sum(np.argmax(model.predict_on_batch(x), -1) == y))
+        seen += len(y)
+    return 100 * right / seen
+
+
+def calibration(name: str) -> Any:
+    """The calibration set, as large as the converter's in the record."""
+    return MODELS[name].calibration(MODELS[name].calibration_size)
