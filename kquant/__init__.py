@@ -11,7 +11,7 @@ from kquant.backend import check_backend
 
 check_backend()
 
-from kquant.config import QuantConfig, QuantSpec, Rule  # noqa: E402
+from kquant.config import QuantConfig  # noqa: E402
 from kquant.errors import (  # noqa: E402
     BackendError,
     CalibrationError,
@@ -24,6 +24,7 @@ from kquant.export import ExportReport, export_tflite  # noqa: E402
 from kquant.graph.registry import register_layer  # noqa: E402
 from kquant.insert import QuantizedModel  # noqa: E402
 from kquant.quantize import quantize_model  # noqa: E402
+from kquant.specs import QuantSpec, Rule  # noqa: E402
 from kquant.targets import Target, get_target  # noqa: E402
 from kquant.tflite.parity import ParityReport, verify_tflite  # noqa: E402
 from kquant.tflite.runtime import TFLiteModel  # noqa: E402

@@ -20,7 +20,7 @@ _MAX_SCALE = 2.0**127
 
 
 class Spec(Protocol):
-    """The part of a `config.QuantSpec` that decides about the grid."""
+    """The part of a `specs.QuantSpec` that decides about the grid."""
 
     @property
     def bits(self) -> int: ...
@@ -74,7 +74,7 @@ def qparams_from_range(low: Any, high: Any, spec: Spec, axis: int | None = None)
     Args:
         low: lower edge, () or (channels,), finite; widened to contain 0.
         high: upper edge, likewise.
-        spec: bits and kind of grid, e.g. a `config.QuantSpec`.
+        spec: bits and kind of grid, e.g. a `specs.QuantSpec`.
         axis: the axis that the channels run along; None with scalar edges.
 
     Returns:

@@ -1,7 +1,7 @@
 """Streaming statistics of tensors: the memory does not grow with the data.
 
-Both observers are exact sums or extremes, so neither the order of the batches nor how the data is
-cut into batches changes a result.
+The observers are exact extremes and sums, or samples chosen by the values alone, so neither the order of
+the batches nor how the data is cut into batches changes a result.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ Array = np.ndarray[Any, Any]
 _MAX_CELL = 2**22
 _MIN_EXPONENT = -100
 _BLOCK = 2**16  # temporaries stay in the cache: twice as fast
+
+_ROWS_BYTES = 2 << 20
+_LEAST_ROWS = 256
 
 
 class MinMax:
@@ -178,6 +181,85 @@ class Histogram:
     def _add(self, first: int, exponent: int, counts: Array) -> None:
         cells = (first + np.arange(len(counts))) >> min(self._exponent - exponent, 62)
         np.add.at(self._counts, cells - self._first, counts)
+
+
+class Rows:
+    """A sample of a tensor's rows (vectors along its last axis, e.g. the logits of one image), and its extremes.
+
+    The rows with the smallest hashes of their values are kept: a sample that is as good as a random one,
+    but the same for every order and cutting of the data.
+
+    Args:
+        name: the tensor's name, for messages.
+        limit: the most rows to keep; None for as many as 2 MB hold, and at least 256.
+    """
+
+    def __init__(self, name: str = "", limit: int | None = None) -> None:
+        self.name = name
+        self.limit = limit
+        self._range = MinMax(name)
+        self._rows: Array | None = None
+        self._keys = np.zeros(0, np.uint64)
+
+    @property
+    def low(self) -> Array:
+        """Smallest value of all rows, ()."""
+        return self._range.low
+
+    @property
+    def high(self) -> Array:
+        """Largest value of all rows, ()."""
+        return self._range.high
+
+    @property
+    def rows(self) -> Array:
+        """The rows that were kept, (rows, values) float32, in the order of their hashes."""
+        return _seen(self._rows, self.name)
+
+    def update(self, x: Any) -> None:
+        """Take in one batch, (..., values).
+
+        Raises:
+            CalibrationError: x holds NaN or infinite values.
+        """
+        x = np.asarray(x, np.float32)
+        if not x.size:
+            return
+        self._range.update(x)
+        rows = x.reshape(-1, x.shape[-1])
+        self._keep(rows, _hashes(rows))
+
+    def merge(self, other: Rows) -> None:
+        """Take in what another observer of the same tensor (and limit) has seen."""
+        if other.limit != self.limit:
+            raise ValueError(f"samples of {self.limit} and {other.limit} rows cannot be merged")
+        self._range.merge(other._range)
+        if other._rows is not None:
+            self._keep(other._rows, other._keys)
+
+    def _keep(self, rows: Array, keys: Array) -> None:
+        limit = self.limit or max(_LEAST_ROWS, _ROWS_BYTES // rows[0].nbytes)
+        if len(self._keys) == limit:
+            fresh = keys < self._keys[-1]
+            rows, keys = rows[fresh], keys[fresh]
+        if self._rows is not None:
+            rows, keys = np.concatenate([self._rows, rows]), np.concatenate([self._keys, keys])
+        order = np.argsort(keys, kind="stable")[:limit]
+        self._rows, self._keys = rows[order], keys[order]
+
+
+def _hashes(rows: Array) -> Array:
+    """A 64-bit hash of each row's bits: a random sum over its values, mixed (splitmix64), (rows,) uint64."""
+    bits = np.ascontiguousarray(rows, np.float32).view(np.uint32).astype(np.uint64)
+    with np.errstate(over="ignore"):
+        factors = _mix((np.arange(rows.shape[1], dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+        return _mix(bits @ (factors | np.uint64(1)))
+
+
+def _mix(x: Array) -> Array:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(x ^ (x >> np.uint64(31)))
 
 
 def _cells(x: Array, exponent: int, first: int = 0) -> Array:

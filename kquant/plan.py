@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kquant.affine import QParams
-from kquant.config import LayerSpec, QuantConfig, QuantSpec
+from kquant.config import QuantConfig
 from kquant.errors import ConfigError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import LINEAR, QUANTIZED_WEIGHT
+from kquant.specs import LayerSpec, QuantSpec
 from kquant.targets import Target, get_target
 
 
@@ -39,7 +40,7 @@ class Plan:
         activations: node -> spec of its output grid, for nodes that run in integers.
         groups: node -> the member that stands for all tensors on the same grid (itself, if alone).
         fixed: member that stands for a group -> the grid that the target dictates.
-        observed: member -> the tensors whose values set the grid of its group.
+        sources: member -> the tensors whose ranges, fixed or observed, set the grid of its group.
         skipped: the nodes that stay float.
         target: the hardware.
     """
@@ -49,9 +50,15 @@ class Plan:
     activations: dict[str, QuantSpec]
     groups: dict[str, str]
     fixed: dict[str, QParams]
-    observed: dict[str, tuple[str, ...]]
+    sources: dict[str, tuple[str, ...]]
     skipped: tuple[Skip, ...]
     target: Target
+
+    @property
+    def observed(self) -> dict[str, tuple[str, ...]]:
+        """The `sources` without a fixed range: the tensors that have to be looked at."""
+        unknown = {k: tuple(n for n in names if self.activations[n].range is None) for k, names in self.sources.items()}
+        return {k: names for k, names in unknown.items() if names}
 
 
 def make_plan(graph: Graph, config: QuantConfig) -> Plan:
@@ -69,7 +76,7 @@ def make_plan(graph: Graph, config: QuantConfig) -> Plan:
     groups = _share_grids(graph, integer, target)
     activations = {name: _activation_spec(graph[name], specs[name]) for name in integer}
     fixed: dict[str, QParams] = {}
-    observed: dict[str, list[str]] = {}
+    members: dict[str, list[str]] = {}
     for name in graph.nodes:
         if name not in integer:
             continue
@@ -78,18 +85,21 @@ def make_plan(graph: Graph, config: QuantConfig) -> Plan:
         if (grid := target.fixed_output(node.op, bits)) is not None:
             fixed[leader] = _full_grid(grid, bits)
         if name == leader or node.op in target.inputs_share_output:
-            observed.setdefault(leader, []).append(name)
-    sinks = {
+            members.setdefault(leader, []).append(name)
+    sources = {
         leader: tuple(n for n in names if graph[n].op in target.inputs_share_output) or (leader,)
-        for leader, names in observed.items()
+        for leader, names in members.items()
+        if leader not in fixed
     }
+    for name in _logits(graph) & {n for names in sources.values() for n in names}:
+        activations[name] = _logits_spec(activations[name], specs[name], config)
     return Plan(
         graph=graph,
         weights=_weight_specs(graph, specs, integer),
         activations=activations,
         groups=groups,
         fixed=fixed,
-        observed={leader: names for leader, names in sinks.items() if leader not in fixed},
+        sources=sources,
         skipped=tuple(Skip(n, graph[n].origin or n, r) for n, r in reasons.items() if graph[n].op != "const"),
         target=target,
     )
@@ -237,6 +247,38 @@ def _activation_spec(node: Node, spec: LayerSpec) -> QuantSpec:
     if node.op == "embedding" and spec.activations.bits > 8:
         return replace(spec.activations, bits=8)
     return spec.activations
+
+
+def _logits(graph: Graph) -> set[str]:
+    """The tensors that only a final softmax reads, directly or through reshapes that keep the classes' axis."""
+    found = set()
+    for node in graph:
+        if node.op != "softmax" or not _is_final(graph, node):
+            continue
+        name = node.inputs[0]
+        while graph[name].op == "reshape" and graph[graph[name].inputs[0]].shape[-1] == node.shape[-1]:
+            name = graph[name].inputs[0]
+        reader = graph.sole_consumer(name)
+        while reader is not None and reader is not node:
+            reader = graph.sole_consumer(reader.name)
+        if reader is node:
+            found.add(name)
+    return found
+
+
+def _is_final(graph: Graph, node: Node) -> bool:
+    """Whether `node` is a model output, directly or through reshapes."""
+    if node.name in graph.outputs:
+        return True
+    return any(reader.op == "reshape" and _is_final(graph, reader) for reader in graph.consumers(node.name))
+
+
+def _logits_spec(spec: QuantSpec, layer: LayerSpec, config: QuantConfig) -> QuantSpec:
+    """`spec` with the config's method for logits, unless a rule chose one, or the model is quantized without data."""
+    chosen = any({"method", "range"} & set(config.rules[i].activations or ()) for i in layer.matched)
+    if config.logits is None or chosen or spec.method == "batch_norm":
+        return spec
+    return replace(spec, method=config.logits)
 
 
 def _full_grid(grid: tuple[float, int], bits: int) -> QParams:

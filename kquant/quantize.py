@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import keras
 
 from kquant.backend import check_backend
-from kquant.calibrate import quantize_graph
 from kquant.config import QuantConfig
 from kquant.data import CalibrationData
-from kquant.errors import CalibrationError, ModelError
+from kquant.errors import ModelError
 from kquant.graph.ir import Graph
 from kquant.insert import QuantizedModel, insert
-from kquant.plan import Plan, make_plan
+from kquant.plan import Plan
+from kquant.ptq.pipeline import Step, quantize_after_training
 from kquant.qgraph import QuantizedGraph
 from kquant.report import layer_rows
 from kquant.transforms import prepare_graph
-from kquant.transforms.equalize import equalize
 
 
 def quantize_model(
@@ -33,20 +33,21 @@ def quantize_model(
 ) -> QuantizedModel:
     """Quantize a trained float model after training (section 3 of the white paper).
 
-    The steps: trace the model into a graph, fold batch normalization, fuse activations, equalize the
-    channels across layers if the config says so, plan the
-    grids that the target allows, set weight ranges, set activation ranges from the calibration
-    data, and insert the quantizers. The model itself is not modified.
+    The model is traced into a graph, batch normalization folded and activations fused; then come the steps of
+    figure 8 (`ptq.pipeline`), each where the config wants it, or where it helps: equalize channels across layers,
+    absorb high biases, weight ranges, AdaRound or bias correction, activation ranges. At last the quantizers
+    are inserted. The model itself is not modified; what was done and why is in the `report` of the result.
 
     Args:
         model: a built Keras model: Sequential, Functional (nested, shared layers, several inputs
             and outputs) or subclassed with a `call` that traces to a graph.
         calibration_data: representative inputs, preprocessed as for the model: arrays, a dict of
             arrays, a tf.data.Dataset, a keras PyDataset or an iterable of batches, with or without
-            labels. A few hundred samples are enough. Not needed for weight-only configs.
+            labels. A few hundred samples are enough. None quantizes without data: activation ranges then come
+            from the statistics of batch normalizations; where there are none, an error names the tensors.
         config: preset name ("w8a8", "w4a8-per_tensor", ...), QuantConfig, dict, or a YAML or JSON file.
-        seed: recorded with the model. No step draws at random yet: the same model, data and config give
-            the same result under every seed.
+        seed: of what draws at random (the positions that AdaRound looks at); the same model, data, config and seed
+            give the same result.
         progress: show progress bars.
         batch_size: batch size for calibration data given as arrays.
 
@@ -65,34 +66,24 @@ def quantize_model(
         raise ModelError(f"{model.name!r} is already quantized: pass the float model that it was made from.")
     config = QuantConfig.load(config)
     graph = prepare_graph(model)
-    if config.equalize:
-        graph, _ = equalize(graph)
-    plan = make_plan(graph, config)
-    data = _calibration_data(plan, graph, calibration_data, batch_size)
-    qgraph = quantize_graph(plan, data, progress)
-    return insert(qgraph, _facts(plan, qgraph, config, seed))
+    data = None if calibration_data is None else _checked(graph, calibration_data, batch_size)
+    plan, qgraph, steps = quantize_after_training(graph, config, data, seed=seed, progress=progress)
+    return insert(qgraph, _facts(plan, qgraph, steps, config, seed))
 
 
-def _calibration_data(plan: Plan, graph: Graph, source: Any, batch_size: int) -> CalibrationData | None:
-    """The data, checked; None where no tensor needs any."""
-    if not plan.observed:
-        return None
-    if source is None:
-        raise CalibrationError(
-            f"{len(plan.observed)} activation tensors need ranges (the first is {next(iter(plan.observed))!r}): pass "
-            "calibration_data, a few hundred preprocessed samples, or a weight-only config such as 'w8'."
-        )
+def _checked(graph: Graph, source: Any, batch_size: int) -> CalibrationData:
     names = zip(graph.inputs, graph.input_names, strict=True)
     specs = [(name, graph[node].shape, graph[node].dtype) for node, name in names]
     return CalibrationData(source, specs, batch_size=batch_size)
 
 
-def _facts(plan: Plan, qgraph: QuantizedGraph, config: QuantConfig, seed: int) -> dict[str, Any]:
+def _facts(plan: Plan, qgraph: QuantizedGraph, steps: list[Step], config: QuantConfig, seed: int) -> dict[str, Any]:
     """What the quantized model remembers, JSON-able."""
     return {
         "target": plan.target.name,
         "config": config.to_dict(),
         "seed": seed,
+        "steps": [asdict(step) for step in steps],
         "layers": layer_rows(plan, qgraph),
         "float": [{"node": s.node, "layer": s.layer, "reason": s.reason} for s in plan.skipped],
     }

@@ -65,7 +65,11 @@ def format_report(quantization: Mapping[str, Any]) -> str:
     for row in quantization["layers"]:
         bounds = "" if row["range"] is None else "[{:.4g}, {:.4g}]".format(*row["range"])
         rows.append((row["node"], row["op"], row["weights"], row["grid"], bounds, row["shared"]))
-    text = [f"target: {quantization['target']}", table(("tensor", "op", "weights", "output", "range", "grid of"), rows)]
+    steps = [(s["name"], "yes" if s["taken"] else "no", s["note"]) for s in quantization.get("steps", ())]
+    text = [f"target: {quantization['target']}"]
+    if steps:
+        text += [table(("step", "taken", "what, or why not"), steps), ""]
+    text.append(table(("tensor", "op", "weights", "output", "range", "grid of"), rows))
     if quantization["float"]:
         text.append("\nstays float:")
         text.append(table(("node", "layer", "reason"), [tuple(s.values()) for s in quantization["float"]]))

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from kquant.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kquant.config import QuantConfig, QuantSpec
+    from kquant.config import QuantConfig
+    from kquant.specs import QuantSpec
 
 Grid = tuple[float, int]
 

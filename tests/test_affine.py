@@ -17,7 +17,7 @@ from kquant.affine import (
     quantize,
     quantize_bias,
 )
-from kquant.config import QuantSpec
+from kquant.specs import QuantSpec
 
 KINDS = {
     "asymmetric": QuantSpec(),

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from kquant.affine import QParams, dequantize, qparams_from_range, quantize_bias
-from kquant.calibrate import grids_from_observers, observe, place, quantize_graph
-from kquant.config import QuantSpec
+from kquant.calibrate import make_grids, observe, place, quantize_graph, weight_grids
 from kquant.data import CalibrationData
 from kquant.errors import CalibrationError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import evaluate
-from kquant.observers import Histogram, MinMax
+from kquant.observers import Histogram, MinMax, Rows
 from kquant.plan import make_plan
+from kquant.specs import QuantSpec
 from tests.toy import calibration, config, toy_data, toy_graph
 
 MIN_MAX = {"bits": 8, "symmetric": False, "method": "min_max"}
@@ -24,7 +24,7 @@ def grids(name="w8a8", batch_size=16, **changes):
     return quantize_graph(make_plan(toy_graph(), config(name, **changes)), calibration(toy_data(), batch_size), False)
 
 
-@pytest.mark.parametrize("method", ["min_max", "mse", "percentile"])
+@pytest.mark.parametrize("method", ["min_max", "mse", "percentile"])  # and cross_entropy, of the logits
 def test_the_cutting_into_batches_changes_nothing(method):
     activations = {**MIN_MAX, "method": method}
     expected = grids(activations=activations).activations
@@ -36,7 +36,7 @@ def test_the_cutting_into_batches_changes_nothing(method):
 
 
 def test_min_max_is_that_of_the_float_graph():
-    plan, x = make_plan(toy_graph(), config(activations=MIN_MAX)), toy_data()
+    plan, x = make_plan(toy_graph(), config(activations=MIN_MAX, logits=None)), toy_data()
     found = quantize_graph(plan, calibration(x), progress=False).activations
     for leader, (name, *others) in plan.observed.items():
         assert not others
@@ -64,7 +64,7 @@ def test_a_shared_grid_is_the_hull_of_what_is_observed():
         for j, name in enumerate(n for n in names if plan.graph[n].op != "const"):
             observers[name] = MinMax(name)
             observers[name].update(np.float32([-1.0 - k - j, 2.0 + 3 * k - j]))
-    found = grids_from_observers(plan, observers).activations
+    found = make_grids(plan, weight_grids(plan), observers).activations
     for leader, names in plan.observed.items():
         seen = [(float(observers[n].low), float(observers[n].high)) for n in names if n in observers]
         seen += [(-9.0, 2.0) for n in names if plan.graph[n].op == "const"]
@@ -127,11 +127,99 @@ def test_weight_grids_cover_the_weights_or_lower_their_error():
 
 
 def test_observers_are_as_light_as_the_method_permits():
-    for method, kind in (("min_max", MinMax), ("mse", Histogram)):
-        plan = make_plan(toy_graph(), config(activations={**MIN_MAX, "method": method}, inputs={**MIN_MAX}))
+    for method, kind in (("min_max", MinMax), ("mse", Histogram), ("cross_entropy", Rows)):
+        settings = {"activations": {**MIN_MAX, "method": method}, "inputs": {**MIN_MAX}, "logits": None}
+        plan = make_plan(toy_graph(), config(**settings))
         found = observe(plan, calibration(toy_data(8)), progress=False)
         assert set(found) == {n for names in plan.observed.values() for n in names}
         assert {type(o) for n, o in found.items() if n != "in"} == {kind}
+
+
+def methods(graph=None, **changes):
+    """Range method of every tensor that is observed."""
+    plan = make_plan(graph or toy_graph(), config(**changes))
+    return {n: plan.activations[n].method for names in plan.observed.values() for n in names}
+
+
+def logits_graph(*tail: Node) -> Graph:
+    """The toy graph with other nodes behind its dense layer; the last one is the output."""
+    nodes = [n for n in toy_graph() if n.op != "softmax"] + list(tail)
+    return Graph({n.name: n for n in nodes}, ("in",), (nodes[-1].name,), ("x",), ("y",))
+
+
+def follow(name: str, op: str, source: str, shape=(None, 5), **attrs) -> Node:
+    return Node(name=name, op=op, inputs=(source,), shape=shape, origin=name, origin_type=op, attrs=attrs)
+
+
+def test_the_logits_have_a_method_of_their_own():
+    others = {"in", "c1", "dw", "cat", "mean"}
+    assert methods() == {**dict.fromkeys(others, "min_max"), "fc": "cross_entropy"}
+    assert methods(logits="mse")["fc"] == "mse" and methods(logits=None)["fc"] == "min_max"
+    assert type(observe(make_plan(toy_graph(), config()), calibration(toy_data(8)), False)["fc"]) is Rows
+
+
+def test_a_rule_or_data_free_ranges_come_before_the_method_of_the_logits():
+    rule = {"name": "^fc$", "activations": {"method": "percentile"}}
+    assert methods(rules=[rule])["fc"] == "percentile"
+    assert methods(rules=[{"name": "^fc$", "activations": {"bits": 4}}])["fc"] == "cross_entropy"
+    assert "fc" not in methods(rules=[{"name": "^fc$", "activations": {"range": [-8, 8]}}])
+    assert set(methods(activations={"method": "batch_norm"}).values()) == {"batch_norm"}
+
+
+def test_logits_are_found_through_reshapes_and_only_in_front_of_a_final_softmax():
+    wide = (None, 1, 5)
+    reshaped = logits_graph(
+        follow("r1", "reshape", "fc", wide), follow("sm", "softmax", "r1", wide), follow("r2", "reshape", "sm")
+    )
+    assert methods(reshaped)["fc"] == "cross_entropy"
+    assert methods(logits_graph())["fc"] == "min_max"  # raw logits: a rule can
+    attention = logits_graph(follow("sm", "softmax", "fc"), follow("l", "logistic", "sm"))
+    assert methods(attention)["fc"] == "min_max"
+    split = (None, 5, 1)  # each row of the softmax is no row of the dense layer
+    other_axis = logits_graph(follow("r", "reshape", "fc", split), follow("sm", "softmax", "r", split))
+    assert methods(other_axis)["fc"] == "min_max"
+    graph = toy_graph()
+    both = Graph(dict(graph.nodes), ("in",), ("sm", "fc"), ("x",), ("y", "z"))
+    assert methods(both)["fc"] == "min_max"  # the logits are an output too
+
+
+def test_a_fixed_range_needs_no_data():
+    changes = {"activations": {"range": [-4, 4]}, "inputs": {"range": [-1, 1], "bits": 8}}
+    plan = make_plan(toy_graph(), config(**changes))
+    assert not plan.observed
+    found = quantize_graph(plan, None).activations
+    for name, (low, high) in (("in", (-1, 1)), ("c1", (-4, 4)), ("cat", (-4, 4)), ("fc", (-4, 4))):
+        expected = qparams_from_range(low, high, QuantSpec())
+        assert (found[name].scale, found[name].zero_point) == (expected.scale, expected.zero_point)
+    assert float(found["sm"].scale) == 1 / 256  # what the kernel insists on stays
+
+
+def test_a_fixed_range_is_that_of_its_tensor_alone():
+    plain = grids().activations
+    found = grids(inputs={"range": [-1, 1]}).activations
+    assert found["in"].scale == qparams_from_range(-1, 1, QuantSpec()).scale
+    for name in set(plain) - {"in"}:
+        np.testing.assert_array_equal(found[name].scale, plain[name].scale)
+    small = grids("w8a8", activations={"range": [0, 3], "bits": 4}).activations["c1"]
+    assert (small.qmin, small.qmax) == (112, 127)  # placed as an observed one is
+
+
+def test_a_group_covers_fixed_and_observed_ranges():
+    rules = [{"name": "^m$", "activations": {"range": [-20, 1]}}]
+    plan = make_plan(two_sinks(), config(activations=MIN_MAX, rules=rules))
+    observers = {n: MinMax(n) for names in plan.observed.values() for n in names if plan.graph[n].op != "const"}
+    for observer in observers.values():
+        observer.update(np.float32([-1, 2]))
+    found = make_grids(plan, weight_grids(plan), observers).activations["m"]
+    assert "m" not in observers
+    assert dequantize(np.asarray(found.qmin), found) <= -19.9
+
+
+def test_a_tensor_of_which_nothing_is_known_is_named():
+    plan = make_plan(toy_graph(), config(activations={"method": "batch_norm"}, inputs={"range": [-1, 1]}))
+    assert not observe(plan, calibration(toy_data(8)), False)
+    with pytest.raises(CalibrationError, match="'c1'.*batch_norm.*range"):
+        quantize_graph(plan, None)
 
 
 @pytest.mark.parametrize("method", ["min_max", "mse"])

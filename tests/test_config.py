@@ -6,26 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kquant.config import ACTIVATIONS, METHODS, WEIGHTS, QuantConfig, QuantSpec, Rule
+from kquant.config import QuantConfig
 from kquant.errors import ConfigError
+from kquant.specs import ACTIVATIONS, METHODS, WEIGHTS, Rule
 from kquant.targets import TARGETS, get_target
-
-
-@st.composite
-def specs(draw):
-    symmetric = draw(st.booleans())
-    signed = draw(st.booleans()) if symmetric else True
-    return QuantSpec(
-        bits=draw(st.integers(2, 16)),
-        symmetric=symmetric,
-        signed=signed,
-        narrow_range=draw(st.booleans()) if symmetric and signed else False,
-        per_channel=draw(st.booleans()),
-        power_of_two=draw(st.booleans()) if symmetric else False,
-        method=draw(st.sampled_from(METHODS)),
-        percentile=draw(st.floats(50, 100, exclude_min=True)),
-    )
-
+from tests.test_specs import specs
 
 RULES = st.builds(
     Rule,
@@ -33,14 +18,16 @@ RULES = st.builds(
     layer_type=st.just("Dense"),
     position=st.sampled_from([None, "first", "last"]),
     weights=st.sampled_from([None, {"bits": 4}, {"method": "mse", "percentile": 99.9}]),
+    activations=st.sampled_from([None, {"method": "cross_entropy"}, {"range": (-1, 0.5)}]),
     float=st.booleans(),
 )
 CONFIGS = st.builds(
     QuantConfig,
-    weights=st.none() | specs(),
+    weights=st.none() | specs(weights=True),
     activations=st.none() | specs(),
     inputs=st.none() | specs(),
     target=st.sampled_from(sorted(TARGETS)),
+    logits=st.sampled_from([None, *METHODS]),
     rules=st.lists(RULES, max_size=3),
 )
 
@@ -102,18 +89,6 @@ def test_later_rules_win_and_are_named():
     assert "rule 1" in head.reason and "'head'" in head.reason
 
 
-def test_name_is_searched_and_type_is_matched_whole():
-    assert Rule(name="v_1", float=True).matches("conv_1_relu", "ReLU")
-    assert not Rule(layer_type="Conv", float=True).matches("c", "Conv2D")
-    assert not Rule(name="c", position="first", float=True).matches("c", "Conv2D", last=True)
-
-
-def test_an_override_to_16_bits_becomes_symmetric():
-    spec = Rule(name="x", activations={"bits": 16}).apply(WEIGHTS, ACTIVATIONS)[1]
-    assert spec == dataclasses.replace(ACTIVATIONS, bits=16, symmetric=True)
-    assert not ACTIVATIONS.override({"bits": 16, "symmetric": False}).symmetric
-
-
 def test_dict_changes_a_preset():
     config = QuantConfig.load(
         {"preset": "w4a4", "weights": {"method": "min_max"}, "rules": [{"name": "a", "float": True}]}
@@ -143,6 +118,7 @@ def test_rules_that_match_nothing_are_listed_with_suggestions():
         ({"rules": [{"nam": "x", "float": True}]}, "name"),
         ({"rules": [{"name": "x", "weights": {"simmetric": True}}]}, "symmetric"),
         ({"weights": {"method": "mse2"}}, "mse"),
+        ({"logits": "crossentropy"}, "cross_entropy"),
         ({"target": "tflite_int_8"}, "tflite_int8"),
         ({"preset": "w8a8-per_tenser"}, "w8a8-per_tensor"),
     ],
@@ -152,44 +128,32 @@ def test_misspelled_settings_get_the_right_spelling(values, said):
         QuantConfig.from_dict(values)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"bits": 1},
-        {"bits": 17},
-        {"bits": 8.0},
-        {"bits": True},
-        {"power_of_two": True},
-        {"signed": False},
-        {"narrow_range": True},
-        {"symmetric": True, "signed": False, "narrow_range": True},
-        {"symmetric": "yes"},
-        {"percentile": 50},
-        {"percentile": 101},
-        {"percentile": float("nan")},
-        {"method": "octav"},
-    ],
-)
-def test_impossible_specs(settings):
-    with pytest.raises(ConfigError):
-        QuantSpec(**settings)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"name": "x"}, {"float": True}, {"name": "(", "float": True}, {"position": "third", "float": True}],
-)
-def test_impossible_rules(settings):
-    with pytest.raises(ConfigError):
-        Rule(**settings)
-
-
 def test_a_rule_that_cannot_be_applied_is_named():
     with pytest.raises(ConfigError, match="rule 0.*conv.*narrow_range"):
         QuantConfig(rules=(Rule(name="conv", activations={"narrow_range": True}),))
 
 
-@pytest.mark.parametrize("source", [5, None, ["w8a8"], {"rules": {"name": "x"}}, {"weights": 8}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"weights": {"method": "cross_entropy"}},
+        {"weights": {"range": [-1, 1]}},
+        {"rules": [{"name": "head", "weights": {"method": "batch_norm"}}]},
+    ],
+)
+def test_weights_have_no_method_of_activations(values):
+    with pytest.raises(ConfigError, match="min_max.*percentile.*mse") as error:
+        QuantConfig.from_dict(values)
+    assert "rules" not in values or "rule 0" in str(error.value)
+
+
+def test_inputs_with_a_fixed_range_keep_the_other_settings():
+    config = QuantConfig.from_dict({"preset": "w4a4", "inputs": {"range": [-1, 1]}})
+    assert config.input_spec == dataclasses.replace(ACTIVATIONS, range=(-1, 1))
+    assert config.to_dict()["inputs"]["range"] == [-1, 1]
+
+
+@pytest.mark.parametrize("source", [5, None, ["w8a8"], {"rules": {"name": "x"}}, {"weights": 8}, {"logits": 8}])
 def test_not_a_config(source):
     with pytest.raises(ConfigError):
         QuantConfig.load(source)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from kquant.errors import CalibrationError
-from kquant.observers import Histogram, MinMax
+from kquant.observers import Histogram, MinMax, Rows
 
 # Without numbers so near to 0 that float32 loses them beside the others.
 NUMBERS = st.one_of(
@@ -94,14 +94,66 @@ def test_memory_does_not_grow():
     assert histogram.counts.sum() == 20_000
 
 
-@pytest.mark.parametrize("observer", [MinMax("conv_1"), MinMax("conv_1", axis=1), Histogram("conv_1")])
+def sample(batches, limit=None):
+    rows = Rows("x", limit)
+    for batch in batches:
+        rows.update(batch)
+    return rows
+
+
+@pytest.mark.parametrize("limit", [7, 100, 1000, None])
+def test_rows_do_not_depend_on_order_or_cutting(limit):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 5)).astype(np.float32)
+    x[200:] = x[:100]  # a row may come twice
+    expected = sample([x], limit)
+    assert len(expected.rows) == min(300, limit or 300)
+    assert (expected.low, expected.high) == (x.min(), x.max())
+    merged = sample(np.array_split(x[:120], 4), limit)
+    merged.merge(sample([x[120:]], limit))
+    batches = (x[::-1].reshape(3, 20, 5, 5), [x[:1], x[1:250], x[250:]], np.array_split(rng.permutation(x), 60))
+    for found in (merged, *(sample(b, limit) for b in batches)):
+        np.testing.assert_array_equal(found.rows, expected.rows)
+        assert (found.low, found.high) == (expected.low, expected.high)
+
+
+def test_rows_that_are_few_are_all_kept():
+    x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+    np.testing.assert_array_equal(sorted(sample(np.split(x, 8)).rows.tolist()), sorted(x.tolist()))
+
+
+def test_the_kept_rows_are_a_fair_sample():
+    # Whatever a row's values are, its chance is the same: the share of each kind is that of all data.
+    rng = np.random.default_rng(0)
+    x = (rng.integers(0, 4, (40_000, 1)) + 0.1 * rng.random((40_000, 3))).astype(np.float32)
+    kept = sample(np.split(x, 10), limit=4000).rows
+    share = np.bincount(np.floor(kept[:, 0]).astype(int), minlength=4) / len(kept)
+    np.testing.assert_allclose(share, 0.25, atol=4 * np.sqrt(0.25 * 0.75 / 4000))
+    np.testing.assert_allclose((kept % 1).mean(axis=0), 0.05, atol=4 * 0.029 / np.sqrt(4000))
+
+
+def test_rows_take_bounded_memory():
+    wide, narrow = Rows("x"), Rows("x")
+    for k in range(4):
+        wide.update(np.random.default_rng(k).normal(size=(100, 20_000)))
+        narrow.update(np.random.default_rng(k).normal(size=(60_000, 4)))
+    assert len(wide.rows) == 256  # the fewest, however wide
+    assert narrow.rows.nbytes == 2 << 20
+
+
+def test_samples_of_different_size_do_not_merge():
+    with pytest.raises(ValueError, match="merged"):
+        Rows(limit=8).merge(Rows())
+
+
+@pytest.mark.parametrize("observer", [MinMax("conv_1"), MinMax("conv_1", axis=1), Histogram("conv_1"), Rows("conv_1")])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_not_finite_names_the_tensor(observer, bad):
     with pytest.raises(CalibrationError, match="conv_1"):
         observer.update(np.array([[1.0, bad, 2.0]]))
 
 
-@pytest.mark.parametrize("observer", [MinMax("conv_1"), Histogram("conv_1")])
+@pytest.mark.parametrize("observer", [MinMax("conv_1"), Histogram("conv_1"), Rows("conv_1")])
 def test_nothing_seen(observer):
     observer.update(np.zeros((0, 3)))
     observer.merge(type(observer)())

@@ -2,8 +2,9 @@
 
 import pytest
 
-from kquant.config import QuantConfig, QuantSpec, Rule
+from kquant.config import QuantConfig
 from kquant.errors import ConfigError
+from kquant.specs import QuantSpec, Rule
 from kquant.targets import TARGETS, TFLITE_INT8, TFLITE_INT8_PER_TENSOR, TFLITE_INT16X8, get_target
 
 SYMMETRIC = QuantSpec(symmetric=True)

@@ -1,0 +1,215 @@
+"""Linear operations as matrix products, and the second moments of their inputs.
+
+Every linear operation is, for each of its groups, y = W^T x + b with a patch x of its input: im2col. A convolution has
+`groups` groups, a depthwise convolution one for each input channel, all others one. A transposed convolution reads the
+same kind of patch: the inputs that meet an output position, zero where none does.
+
+For a fixed layer the expected squared error of the output needs the data only through its moments (AdaRound, arXiv
+2004.10568, eq. 11-13; white paper, arXiv 2106.08295, eq. 31 and 35 without the activation). With x the input of the
+layer in the float network, x^ its input in the network quantized so far, y = W^T x + b and a free bias b^,
+
+    E (y - W^^T x^ - b^)^2 = Var y - 2 W^^T Cov(x^, y) + W^^T Cov(x^, x^) W^    at    b^ = E y - W^^T E x^.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from kquant.graph.ir import Node
+from kquant.graph.ops import BIAS
+
+Array = np.ndarray[Any, Any]
+MATRIX_OPS = frozenset({"conv2d", "depthwise_conv2d", "conv2d_transpose", "dense"})
+
+
+def to_matrices(node: Node, kernel: Array) -> Array:
+    """The kernel as [groups, inputs, outputs of the group]; channel g * outputs + m of the layer is [g, :, m]."""
+    if node.op == "dense":
+        return kernel[None]
+    if node.op == "conv2d_transpose":
+        return kernel.transpose(0, 1, 3, 2).reshape(1, -1, kernel.shape[2])
+    h, w, cin, cout = kernel.shape
+    if node.op == "depthwise_conv2d":
+        return kernel.reshape(h * w, cin, cout).transpose(1, 0, 2)
+    return kernel.reshape(h * w * cin, groups_of(node), -1).transpose(1, 0, 2)
+
+
+def from_matrices(node: Node, matrices: Array) -> Array:
+    """The inverse of `to_matrices`."""
+    shape = node.weights["kernel"].shape
+    if node.op == "dense":
+        return matrices[0]
+    if node.op == "conv2d_transpose":
+        h, w, cout, cin = shape
+        return np.ascontiguousarray(matrices.reshape(h, w, cin, cout).transpose(0, 1, 3, 2))
+    return np.ascontiguousarray(matrices.transpose(1, 0, 2)).reshape(shape)
+
+
+def groups_of(node: Node) -> int:
+    """How many groups of inputs the operation keeps apart."""
+    if node.op == "depthwise_conv2d":
+        return int(node.weights["kernel"].shape[2])
+    return int(node.attrs.get("groups", 1))
+
+
+def channels_to_groups(node: Node, values: Array) -> Array:
+    """() or (channels,) values shaped to broadcast against `to_matrices`."""
+    return values.reshape(1, 1, 1) if values.ndim == 0 else values.reshape(groups_of(node), 1, -1)
+
+
+def _line(node: Node, axis: int, size: int) -> Array:
+    """[output positions, taps] -> index of the input that meets the kernel's tap along a spatial axis, or -1."""
+    out, taps = int(node.shape[axis + 1] or 0), node.weights["kernel"].shape[axis]
+    stride, dilation = node.attrs["strides"][axis], node.attrs.get("dilation", (1, 1))[axis]
+    transposed = node.op == "conv2d_transpose"
+    long, short = (out, size) if transposed else (size, out)
+    reach = (short - 1) * stride + (taps - 1) * dilation + 1 - long
+    pad = max(reach, 0) // 2 if node.attrs["padding"] == "same" else 0
+    o, k = np.arange(out)[:, None], np.arange(taps)[None] * dilation
+    index = (o + pad - k) if transposed else o * stride + k - pad
+    if transposed:
+        index = np.where(index % stride == 0, index // stride, -1)
+    return np.where((index >= 0) & (index < size), index, -1)
+
+
+def patches(node: Node, x: tf.Tensor, positions: Array) -> tf.Tensor:
+    """The inputs of some output positions.
+
+    Args:
+        node: a linear operation.
+        x: its input, batch first.
+        positions: [samples, p], numbers of output positions (row by row).
+
+    Returns:
+        [groups, samples * p, inputs of the group]; padding is zeros.
+    """
+    x, groups = tf.convert_to_tensor(x), groups_of(node)
+    samples, channels = x.shape[0], x.shape[-1]
+    pixels = tf.reshape(x, (-1, channels))
+    first = np.arange(samples)[:, None] * (pixels.shape[0] // samples)  # a sample's first row of `pixels`
+    if node.op == "dense":
+        return tf.gather(pixels, (first + positions).reshape(-1))[None]
+    rows, cols = _line(node, 0, x.shape[1]), _line(node, 1, x.shape[2])
+    at_row, at_col = np.divmod(positions, len(cols))
+    r, c = rows[at_row][..., :, None], cols[at_col][..., None, :]
+    inside = (r >= 0) & (c >= 0)
+    y = tf.gather(pixels, (first[..., None, None] + np.where(inside, r * x.shape[2] + c, 0)).reshape(-1))
+    if not inside.all():
+        y *= inside.reshape(-1, 1).astype(np.float32)
+    y = tf.reshape(y, (-1, groups, channels // groups))
+    y = tf.transpose(y, (1, 0, 2)) if channels > groups else tf.transpose(y[..., 0])  # a matrix: several times faster
+    return tf.reshape(y, (groups, positions.size, -1))
+
+
+def positions_of(node: Node) -> int:
+    """How many output positions a sample has."""
+    return int(np.prod([d or 1 for d in node.shape[1:-1]], dtype=np.int64))
+
+
+def sampled_rows(
+    node: Node, batches: Iterable[tuple[Any, Any]], positions: int, seed: int
+) -> Iterator[tuple[tf.Tensor, tf.Tensor]]:
+    """Patches (of x, of x^) at random output positions, one pair for each batch.
+
+    Args:
+        node: a linear operation.
+        batches: (x, x^), inputs of the layer; the same object where both are equal.
+        positions: how many positions of every sample, at most; one is drawn from each stretch of equal length.
+        seed: of the draw, which does not depend on how the samples are cut into batches.
+    """
+    size, rng = positions_of(node), np.random.default_rng(seed)
+    count = min(positions, size)
+    for x, x_hat in batches:
+        drawn = np.tile(np.arange(size), (len(x), 1))
+        if count < size:
+            drawn = ((np.arange(count) + rng.random((len(x), count))) * (size / count)).astype(np.int64)
+            drawn = np.minimum(drawn, size - 1)
+        rows = patches(node, x_hat, drawn)
+        yield (rows if x is x_hat else patches(node, x, drawn)), rows
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Means and centred second moments, float64; g groups, k inputs and m outputs of each.
+
+    Attributes:
+        rows: how many patches they are of.
+        x_mean: E x^ [g, 1, k].
+        y_mean: E y [g, 1, m].
+        gram: Cov(x^, x^) [g, k, k].
+        cross: Cov(x^, y) [g, k, m].
+        power: Var y [g, 1, m].
+    """
+
+    rows: int
+    x_mean: Array
+    y_mean: Array
+    gram: Array
+    cross: Array
+    power: Array
+
+    def loss(self, matrices: Array) -> Array:
+        """E (y - W^^T x^ - b^)^2 at the best bias [g, 1, m], see the module's docstring."""
+        w = matrices.astype(np.float64)
+        return self.power + (w * (self.gram @ w - 2 * self.cross)).sum(axis=1, keepdims=True)
+
+    def bias(self, matrices: Array) -> Array:
+        """E y - W^^T E x^ [channels]."""
+        return (self.y_mean - self.x_mean @ matrices).reshape(-1)
+
+    def target(self, matrices: Array, damping: float) -> tuple[Array, Array]:
+        """The float weights that are best for x^, and the metric around them.
+
+        (G + d I)^-1 (Cov(x^, y) + d W) and G + d I: directions in which the inputs hardly vary keep the weights W.
+
+        Args:
+            matrices: W [g, k, m].
+            damping: d relative to the mean of the diagonal of G. With n rows, k / n is added: so few cannot tell the
+                best weights for new data.
+        """
+        g, k = self.gram.shape[:2]
+        level = np.trace(self.gram, axis1=1, axis2=2) / k
+        d = ((damping + k / self.rows) * level + np.where(level > 0, 1e-6 * level, 1.0)).reshape(g, 1, 1)
+        metric = self.gram + d * np.eye(k)
+        return np.linalg.solve(metric, self.cross + d * matrices), metric
+
+
+def moments(node: Node, batches: Iterable[tuple[Any, Any]], *, positions: int = 128, seed: int = 0) -> Moments:
+    """Moments of a layer from one pass over its inputs; see `sampled_rows` for the arguments.
+
+    Products are in float32 on data shifted by the mean of the first batch, sums in float64.
+    """
+    w = to_matrices(node, node.weights["kernel"])
+    b = channels_to_groups(node, node.weights[BIAS[node.op]])
+    total: list[Array] | None = None
+    rows = 0
+    for x, x_hat in sampled_rows(node, batches, positions, seed):
+        y = tf.matmul(x, w) + b
+        if total is None:
+            x_shift, y_shift = (tf.reduce_mean(t, axis=1, keepdims=True) for t in (x_hat, y))
+        x_hat, y = x_hat - x_shift, y - y_shift
+        sums = [
+            tf.reduce_sum(x_hat, axis=1, keepdims=True),
+            tf.reduce_sum(y, axis=1, keepdims=True),
+            tf.matmul(x_hat, x_hat, transpose_a=True),
+            tf.matmul(x_hat, y, transpose_a=True),
+            tf.reduce_sum(tf.square(y), axis=1, keepdims=True),
+        ]
+        arrays = [s.numpy().astype(np.float64) for s in sums]
+        total = arrays if total is None else [np.add(t, a, out=t) for t, a in zip(total, arrays, strict=True)]
+        rows += x_hat.shape[1]
+    assert total is not None
+    x_mean, y_mean, gram, cross, power = (t / rows for t in total)
+    return Moments(
+        rows,
+        x_mean + x_shift.numpy(),
+        y_mean + y_shift.numpy(),
+        gram - x_mean.transpose(0, 2, 1) * x_mean,
+        cross - x_mean.transpose(0, 2, 1) * y_mean,
+        power - np.square(y_mean),
+    )
