@@ -154,17 +154,20 @@ class QuantConfig:
 
     @classmethod
     def preset(cls, name: str) -> QuantConfig:
-        """The configuration of a name `w<bits>[a<bits>][-per_tensor]`, bits 2 to 16.
+        """The configuration of a name `w<bits>[a<bits>][-per_tensor]` or `a<bits>`, bits 2 to 16.
 
         Weights are symmetric, narrow-range and per-channel (`-per_tensor`: one scale per tensor),
         with MSE ranges. Activations are asymmetric with min-max ranges; above 8 bits they are
         symmetric and the target is tflite_int16x8. Below 8 bits the first layer's
         weights and the last layer's weights and output stay at 8 bits, and so do the model's
-        inputs. Without `a<bits>` only the weights are quantized.
+        inputs. Without `a<bits>` only the weights are quantized, without `w<bits>` only the activations, which
+        no hardware runs (target "simulation").
 
         Raises:
             ConfigError: not such a name.
         """
+        if alone := re.fullmatch(r"a(\d+)", str(name)):
+            return cls(weights=None, activations=ACTIVATIONS.override({"bits": int(alone[1])}), target="simulation")
         match = re.fullmatch(r"w(\d+)(?:a(\d+))?(-per_tensor)?", str(name))
         if match is None:
             hint = suggest(str(name), PRESETS)

@@ -140,7 +140,7 @@ def _float_reasons(graph: Graph, specs: dict[str, LayerSpec], target: Target) ->
             reasons[node.name] = spec.reason or "activations are not quantized"
         elif target.float_only(node.op, target.container_bits(spec.activations.bits)):
             reasons[node.name] = f"{target.name} has no {spec.activations.bits}-bit kernel for {node.op}"
-        elif node.op in LINEAR and spec.weights is None:
+        elif node.op in LINEAR and spec.weights is None and not target.float_weights:
             reasons[node.name] = spec.reason or "its weights are not quantized"
         elif node.op in target.same_scale and data[0].name in reasons:
             reasons[node.name] = f"it only moves the values of {data[0].name!r}, which stays float"

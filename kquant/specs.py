@@ -234,7 +234,8 @@ class AdaRound:
         solver: one of `SOLVERS`: "descent" and "gram" work on the second moments of the inputs, "stochastic" is
             AdaRound as published.
         asymmetric: x^ is the input in the network quantized so far (eq. 35); False uses x for it (eq. 31).
-        positions: output positions drawn from each sample, at most.
+        positions: output positions drawn from each sample, at most; depthwise convolutions, which have few inputs per
+            output, get a quarter.
         damping: pull of the target W* towards W, relative to the mean variance of the inputs.
         scales: factors of each grid's scale to choose from, by sequential rounding; (1.0,) keeps the grids.
         sweeps: "descent": passes over the coordinates, at most.
@@ -248,7 +249,7 @@ class AdaRound:
     solver: str = "descent"
     asymmetric: bool = True
     positions: int = 128
-    damping: float = 0.01
+    damping: float = 0.05
     scales: tuple[float, ...] = (1.0,)
     sweeps: int = 50
     iterations: int = 2000

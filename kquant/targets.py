@@ -1,7 +1,8 @@
 """What a piece of hardware accepts: containers, granularity, grids that are tied or fixed.
 
-The three targets describe the integer kernels of TFLite (LiteRT 2.3, TensorFlow 2.21), as measured:
-a combination that a kernel takes but computes wrongly is not offered here. Operations go by their
+The "tflite_" targets describe the integer kernels of TFLite (LiteRT 2.3, TensorFlow 2.21), as measured: a combination
+that a kernel takes but computes wrongly is not offered. "simulation" also takes what no kernel computes, float weights
+with integer activations, to tell the effects of the two apart. Operations go by their
 names in `graph.ops`.
 """
 
@@ -64,6 +65,8 @@ class Target:
         symmetric_activations: activations need zero point 0 (16-bit containers always do).
         same_scale: operations whose output has the grid of their input.
         inputs_share_output: operations whose inputs need the grid of their output.
+        float_weights: integer activations may meet float weights. No hardware does that: such a target is for
+            experiments, and cannot be exported to.
     """
 
     name: str
@@ -75,6 +78,7 @@ class Target:
     symmetric_activations: bool = False
     same_scale: frozenset[str] = _SAME_SCALE
     inputs_share_output: frozenset[str] = _INPUTS_SHARE_OUTPUT
+    float_weights: bool = False
 
     def container_bits(self, bits: int) -> int:
         """Bits of the integer type that stores a `bits`-bit activation."""
@@ -156,8 +160,9 @@ def _join(values: tuple[int, ...]) -> str:
 TFLITE_INT8 = Target(name="tflite_int8", activation_bits=(8,))
 TFLITE_INT8_PER_TENSOR = Target(name="tflite_int8_per_tensor", activation_bits=(8,), per_channel_weights=False)
 TFLITE_INT16X8 = Target(name="tflite_int16x8", activation_bits=(16,))
+SIMULATION = Target(name="simulation", activation_bits=(8, 16), float_weights=True)
 TARGETS: Mapping[str, Target] = MappingProxyType(
-    {t.name: t for t in (TFLITE_INT8, TFLITE_INT8_PER_TENSOR, TFLITE_INT16X8)}
+    {t.name: t for t in (TFLITE_INT8, TFLITE_INT8_PER_TENSOR, TFLITE_INT16X8, SIMULATION)}
 )
 
 

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 
 from kquant.affine import QParams, fake_quantize
-from kquant.errors import ConfigError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import weight_view
 from kquant.ptq.descent import Quadratic, descent, sequential
@@ -41,53 +40,10 @@ from kquant.ptq.gram import (
 )
 from kquant.ptq.relaxation import relax_gram, relax_rows
 from kquant.ptq.walk import Batches, Data, layer_by_layer
+from kquant.specs import AdaRound
 
 Array = np.ndarray[Any, Any]
 _ROW_BYTES = 256 << 20  # patches that the stochastic solver holds
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaRound:
-    """How rounding is optimized.
-
-    Attributes:
-        solver: key of `SOLVERS`.
-        asymmetric: x^ is the input in the network quantized so far (eq. 35); False uses x for it (eq. 31).
-        positions: output positions drawn from each sample, at most; depthwise convolutions, which have few inputs per
-            output, get a quarter.
-        damping: pull of the target W* towards W, relative to the mean variance of the inputs.
-        scales: factors of each grid's scale to choose from, by sequential rounding; (1.0,) keeps the grids.
-        sweeps: "descent": passes over the coordinates, at most.
-        iterations: "gram" and "stochastic": steps of Adam.
-        batch: "stochastic": patches of a step.
-
-    Raises:
-        ConfigError: a value is out of bounds.
-    """
-
-    solver: str = "descent"
-    asymmetric: bool = True
-    positions: int = 128
-    damping: float = 0.05
-    scales: tuple[float, ...] = (1.0,)
-    sweeps: int = 50
-    iterations: int = 2000
-    batch: int = 256
-
-    def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:
-            raise ConfigError(f"Unknown solver {self.solver!r}; use one of {', '.join(SOLVERS)}.")
-        for name in ("positions", "sweeps", "iterations", "batch"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be an integer of at least 1, found {value!r}.")
-        if not isinstance(self.asymmetric, bool):
-            raise ConfigError(f"asymmetric must be true or false, found {self.asymmetric!r}.")
-        if not isinstance(self.damping, int | float) or not 0 <= self.damping < np.inf:
-            raise ConfigError(f"damping must be a number of at least 0, found {self.damping!r}.")
-        object.__setattr__(self, "scales", tuple(self.scales))  # JSON has lists only
-        if not self.scales or not all(isinstance(s, int | float) and 0 < s < np.inf for s in self.scales):
-            raise ConfigError(f"scales must be positive numbers, at least one, found {self.scales!r}.")
 
 
 @dataclass(frozen=True, eq=False)
