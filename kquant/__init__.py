@@ -24,7 +24,7 @@ from kquant.export import ExportReport, export_tflite  # noqa: E402
 from kquant.graph.registry import register_layer  # noqa: E402
 from kquant.insert import QuantizedModel  # noqa: E402
 from kquant.quantize import quantize_model  # noqa: E402
-from kquant.specs import QuantSpec, Rule  # noqa: E402
+from kquant.specs import AdaRound, QuantSpec, Rule  # noqa: E402
 from kquant.targets import Target, get_target  # noqa: E402
 from kquant.tflite.parity import ParityReport, verify_tflite  # noqa: E402
 from kquant.tflite.runtime import TFLiteModel  # noqa: E402
@@ -32,6 +32,7 @@ from kquant.tflite.runtime import TFLiteModel  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaRound",
     "BackendError",
     "CalibrationError",
     "ConfigError",

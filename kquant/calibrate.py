@@ -119,6 +119,8 @@ def weight_grids(plan: Plan) -> dict[str, QParams]:
         node = plan.graph[name]
         axis = QUANTIZED_WEIGHT[node.op][1] if spec.per_channel else None
         low, high = weight_range(spec.method, weight_view(node), spec, axis, name=node.origin or name)
+        if node.op in BIAS and not (low.any() or high.any()):  # any scale will do: one that keeps the bias' step fine
+            high = np.full_like(high, np.abs(node.weights[BIAS[node.op]]).max(initial=0.0) / 256)
         grids[name] = qparams_from_range(low, high, spec, axis)
     return grids
 

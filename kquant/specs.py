@@ -250,7 +250,7 @@ class AdaRound:
     asymmetric: bool = True
     positions: int = 128
     damping: float = 0.05
-    scales: tuple[float, ...] = (1.0,)
+    scales: tuple[float, ...] = (0.8, 0.9, 1.0, 1.1)
     sweeps: int = 50
     iterations: int = 2000
     batch: int = 256

@@ -69,6 +69,96 @@ def test_activations_that_are_always_zero_quantize():
     assert kquant.verify_tflite(qmodel, kquant.export_tflite(qmodel).content, images()).ok
 
 
+# --- the same at presets that take post-training steps: equalization and bias correction, AdaRound -----------------
+
+STEPS = pytest.mark.parametrize("config", ["w8a8-per_tensor", "w4a8"])
+NEAR = {"w8a8-per_tensor": 0.03, "w4a8": 0.3}
+
+
+def assert_near_and_exported(model: keras.Model, data: np.ndarray, config: str) -> None:
+    """On its calibration data the model is near the float one, as far as its bits permit, and its file has parity."""
+    qmodel = quantize(model, data, config)
+    want, got = model.predict(data, verbose=0), qmodel.predict(data, verbose=0)
+    np.testing.assert_allclose(got, want, atol=NEAR[config] * max(np.ptp(want), 1))
+    assert kquant.verify_tflite(qmodel, kquant.export_tflite(qmodel).content, images()).ok
+
+
+@STEPS
+@pytest.mark.parametrize("value", [0.5, 0.0, -2.0])
+def test_steps_survive_inputs_that_are_all_alike(config, value):
+    qmodel = quantize(small(), np.full((16, 6, 6, 2), value, np.float32), config)
+    same = np.full((1, 6, 6, 2), value, np.float32)
+    np.testing.assert_allclose(qmodel.predict(same, verbose=0), small().predict(same, verbose=0), atol=0.05)
+
+
+@STEPS
+def test_steps_survive_a_constant_activation(config):
+    model = small()
+    model.get_layer("conv").set_weights([np.zeros((3, 3, 2, 4), np.float32), np.float32([0.5] * 4)])
+    assert_near_and_exported(model, images(), config)
+
+
+@STEPS
+@pytest.mark.parametrize("layer", ["conv", "fc"])
+def test_steps_survive_a_weight_tensor_of_zeros(config, layer):
+    model = small()
+    kernel, bias = model.get_layer(layer).get_weights()
+    model.get_layer(layer).set_weights([np.zeros_like(kernel), bias + 0.3])
+    assert_near_and_exported(model, images(), config)
+
+
+@STEPS
+def test_steps_survive_dead_channels(config):
+    model = small()
+    kernel, bias = model.get_layer("conv").get_weights()
+    kernel[..., :3], bias[:3] = 0, [0.7, 0.0, -1.0]
+    model.get_layer("conv").set_weights([kernel, bias])
+    assert_near_and_exported(model, images(32), config)
+
+
+@STEPS
+@pytest.mark.parametrize("samples", [1, 2])
+def test_steps_survive_fewer_samples_than_inputs(config, samples):
+    """One row of 64 numbers for a dense layer: the second moments are singular."""
+    keras.utils.set_random_seed(0)
+    x = inputs = keras.Input((6, 6, 2), name="image")
+    x = layers.Flatten()(layers.Conv2D(4, 3, activation="relu")(x))
+    x = layers.Dense(6, activation="relu")(x)
+    assert_near_and_exported(keras.Model(inputs, layers.Dense(3)(x)), images(samples), config)
+
+
+@STEPS
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_steps_refuse_data_that_is_not_finite(config, value):
+    data = images(64)
+    data[60, 0, 0, 0] = value
+    with pytest.raises(kquant.CalibrationError, match="image.*NaN or infinite"):
+        quantize(small(), data, config)
+
+
+@STEPS
+def test_steps_name_the_tensor_that_overflows(config):
+    model = small()
+    model.get_layer("conv").kernel.assign(np.full((3, 3, 2, 4), 1e30))
+    with pytest.raises(kquant.KQuantError, match="conv|pool|fc"):
+        quantize(model, np.full((4, 6, 6, 2), 1e30, np.float32), config)
+
+
+@STEPS
+@pytest.mark.parametrize("data", [np.zeros((0, 6, 6, 2), np.float32), [], iter(())])
+def test_steps_refuse_empty_data(config, data):
+    with pytest.raises(kquant.CalibrationError, match="(?i)empty|no "):
+        quantize(small(), data, config)
+
+
+@STEPS
+def test_data_free_without_batch_normalization_names_the_tensors_and_the_remedy(config):
+    with pytest.raises(kquant.CalibrationError) as error:
+        kquant.quantize_model(small(), config=config, progress=False)
+    for word in ("'image'", "'conv'", "'fc'", "calibration_data", "inputs=", "w8"):
+        assert word in str(error.value)
+
+
 def test_no_data_says_what_needs_it():
     with pytest.raises(kquant.CalibrationError, match="calibration_data"):
         kquant.quantize_model(small())

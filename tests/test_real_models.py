@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 
 import kquant
+from kquant.graph.ops import evaluate
 from kquant.tflite.flatbuffer import only_integer_ops
+from kquant.transforms import prepare_graph
+from kquant.transforms.absorb_bias import absorb_bias
+from kquant.transforms.equalize import equalize
 from tools import zoo
 
 # points of top-1 that the exported w8a8 file may lose against float; MobileNetV1 is held to the converter's result
@@ -45,8 +49,62 @@ def test_parity(name, config):
 
 @pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2"])
 def test_per_tensor_min_max_collapses_in_simulation_and_file_alike(name):
-    qmodel = quantized(name, {"preset": "w8a8-per_tensor", "weights": {"method": "min_max"}})
+    plain = {"equalize": False, "correct_bias": False}
+    qmodel = quantized(name, {"preset": "w8a8-per_tensor", "weights": {"method": "min_max"}, **plain})
     on_target, seen = zoo.top1(kquant.export_tflite(qmodel).content, name, 260)
     simulated = zoo.float_top1(qmodel, name, 260)
     assert seen == 260
     assert on_target < 20 and on_target == pytest.approx(simulated, abs=0.01)
+
+
+# --- what rewrites the float network ----------------------------------------------------------------------------------
+
+
+def worst(want: np.ndarray, got: np.ndarray) -> float:
+    """The largest difference, relative to the largest output."""
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_the_float_function_is_kept(name):
+    """By folding of batch normalization, resolution of dead channels, and both kinds of equalization."""
+    model, x = zoo.load_model(name), samples(name, 16)[0][:16]
+    want = model.predict(x, verbose=0)
+    graph = prepare_graph(model)
+    rewritten = {
+        "folded": graph,
+        "dead channels": equalize(graph, max_sweeps=0)[0],
+        "equalized": equalize(graph)[0],
+        "weights alone": equalize(graph, activations=0.0)[0],
+        "across joins": equalize(graph, across_joins=True)[0],
+    }
+    errors = {what: worst(want, np.asarray(evaluate(g, [x])[0])) for what, g in rewritten.items()}
+    assert all(e < 1e-4 for e in errors.values()), errors
+
+
+def test_absorbed_biases_keep_the_accuracy_of_the_float_network():
+    """Without data c is a guess (mean - 3 std): a few pre-activations are below it."""
+    name, count = "mobilenet_v1", 300
+    graph, _ = equalize(prepare_graph(zoo.load_model(name)))
+    absorbed, report = absorb_bias(graph)
+    assert sum(int(np.count_nonzero(c)) for c in report.absorbed.values()) > 0
+    right = np.zeros(2)
+    for x, y in zoo.MODELS[name].evaluation(count):
+        right += [np.sum(np.argmax(evaluate(g, [x])[0], -1) == y) for g in (graph, absorbed)]
+    assert abs(right[0] - right[1]) <= 0.01 * count
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "has_data", "count", "may_lose"),
+    [
+        ("mobilenet_v1", "w8a8-per_tensor", True, 300, 4.0),
+        ("resnet20", "w4a8", True, 1000, 2.0),
+        ("resnet20", "w8a8", False, 1000, 1.5),
+    ],
+)
+def test_the_pipeline_keeps_the_accuracy(name, config, has_data, count, may_lose):
+    model = zoo.load_model(name)
+    data = zoo.calibration(name) if has_data else None
+    qmodel = kquant.quantize_model(model, data, config, progress=False)
+    accuracy, _ = zoo.top1(kquant.export_tflite(qmodel, allow_float=False).content, name, count)
+    assert accuracy >= zoo.float_top1(model, name, count) - may_lose

@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import importlib
 import io
+import json
 import os
 import re
 import subprocess
@@ -22,7 +23,7 @@ from PIL import Image
 
 import kquant
 from models import digits_cnn
-from tools import common, demo, evaluate, export, quantize, verify
+from tools import common, demo, evaluate, export, paper_tables, quantize, tables, verify, zoo
 from tools.data import PREPROCESS, load_data, spread
 
 ROOT = Path(__file__).parents[1]
@@ -303,6 +304,28 @@ def test_errors_are_one_message_and_exit_status_1(files, capsys, module, changes
     assert err.startswith(message) and "Traceback" not in err
 
 
+def test_quantize_switches_steps(files, capsys):
+    """Flags win over the preset; the report says what was done."""
+    options = {"model": digits_cnn.PATH, "config": "w4a8-per_tensor", "output": str(files.folder / "steps.keras")}
+    switches = {"equalize": False, "correct_bias": True, "adaround": False, "input_range": "0,1"}
+    assert run_app(quantize, **options, **switches, data=files.cal_npy, progress=False) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    steps = {
+        row[0]: row[1] for row in rows if row and row[0] in ("equalize", "absorb_bias", "adaround", "correct_bias")
+    }
+    assert steps == {"equalize": "no", "absorb_bias": "no", "adaround": "no", "correct_bias": "yes"}
+    config = keras.saving.load_model(options["output"]).quantization["config"]
+    assert config["inputs"]["range"] == [0.0, 1.0] and config["equalize"] is False
+
+
+def test_quantize_without_data_says_what_needs_data(files, capsys):
+    output = str(files.folder / "free.keras")
+    assert run_app(quantize, model=digits_cnn.PATH, output=output, progress=False) == 1
+    assert "Without calibration data" in capsys.readouterr().err
+    assert run_app(quantize, model=digits_cnn.PATH, output=output, input_range="0,1", progress=False) == 0
+    assert "without data: batch_norm" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("module", [quantize, export, verify, evaluate])
 def test_what_is_missing_on_the_command_line_is_a_usage_error(module):
     with pytest.raises(app.UsageError, match="--"):
@@ -327,6 +350,86 @@ def test_console_scripts_name_functions_that_exist():
     assert len(scripts) == 4
     for script, module, function in scripts:
         assert script == f"kquant-{module}" and callable(getattr(importlib.import_module(f"tools.{module}"), function))
+
+
+# --- the tables of the results -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def digits_zoo(monkeypatch):
+    """The digits model in the place of the real ones."""
+    digits = digits_cnn.load_split()
+    entry = zoo.RealModel(
+        "digits_cnn",
+        calibration=lambda limit: digits.calibration[:limit],
+        evaluation=lambda limit: [(digits.x_test[:limit], digits.y_test[:limit])],
+        top1=0.0,
+        converter=0.0,
+        converter_bytes=0,
+        calibration_size=50,
+    )
+    monkeypatch.setattr(zoo, "MODELS", {"digits": entry})
+    monkeypatch.setattr(zoo, "load_model", lambda name: keras.saving.load_model(digits_cnn.PATH, compile=False))
+    return digits
+
+
+def cells(table: tables.Table, **options: object) -> dict[str, dict[str, str]]:
+    """variant -> column -> cell of a table of the digits model, as printed."""
+    header, rule, *lines = table.markdown(["digits"], tables.Options(samples=100, seeds=2, **options))
+    names = [c.strip() for c in header.strip("|").split("|")]
+    assert rule.count("---") == len(names) == len(table.header)
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+    assert all(len(row) == len(names) and row[0] == "digits" for row in rows)
+    return {row[1]: dict(zip(names[2:], row[2:], strict=True)) for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("key", "variants", "expected"),
+    [
+        ("1", "^mse, per channel", ["mse, per channel"]),
+        ("2", "^batch", ["batch_norm"]),
+        ("3", "activations . abs", ["CLE, dead channels, activations + absorption"]),
+        ("4", "^CLE$", ["CLE"]),
+        ("5", "^nearest$|^descent, a", ["nearest", "descent, asymmetric"]),
+        ("6", "no data$", ["per tensor, no data", "per channel, no data"]),
+    ],
+)
+def test_a_table_has_the_wanted_variants_and_sane_cells(digits_zoo, key, variants, expected):
+    rows = cells(paper_tables.TABLES[key], variants=variants)
+    assert list(rows) == expected
+    for row in rows.values():
+        assert row.pop("samples") == "100"
+        row.pop("seconds", None)
+        assert all(0 <= float(cell.split(" ± ")[0]) <= 100 for cell in row.values())
+        wide = [cell for column, cell in row.items() if column not in ("A4", "A6", "W4", "W4A8 .tflite")]
+        assert min(float(cell.split(" ± ")[0]) for cell in wide) >= float(row["float"]) - 3
+
+
+def test_calibration_subsets_depend_on_the_seed_alone(digits_zoo):
+    a, b, again = (paper_tables.subset("digits", seed) for seed in (0, 1, 0))
+    np.testing.assert_array_equal(a, again)
+    assert len(a) == len(b) == zoo.MODELS["digits"].calibration_size
+    assert (a != b).any()
+
+
+def test_repeated_measurements_show_their_spread():
+    assert paper_tables.spread([81.0]) == 81.0
+    assert paper_tables.spread([80.0, 81.0, 82.5]) == "81.17 ± 1.25"
+
+
+# --- the benchmark ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", ["depthwise 3x3, 96", "conv 1x1, 96 to 24"])
+def test_the_benchmark_of_one_layer(layer, tmp_path):
+    """In a process of its own, as the benchmark runs it: its flags are not those of the other tools."""
+    command = [sys.executable, "-m", "tools.benchmark", f"--worker={layer}", "--iterations=200"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert list(rows) == ["descent", "gram", "stochastic"]
+    assert all(0 < row["error"] < 1 and row["seconds"] > 0 for row in rows.values())
+    assert rows["descent"]["speed"] is None and rows["gram"]["speed"] > 0
 
 
 # --- the demo and its model ---------------------------------------------------------------------------------------

@@ -1,15 +1,20 @@
-r"""Cost of quantizing and exporting, side by side with the TensorFlow converter's int8 PTQ.
+r"""Cost of quantizing, side by side with other toolkits; prints Markdown tables.
 
     python -m tools.benchmark --model=PATH.keras --calibration=PATH.npz --preprocess=tf
 
-Every measurement runs in a process of its own, the two tools in turn; times are for
-quantization plus export of a loaded model (imports excluded), memory is the peak of the process
-(imports included). Latencies of the two files are measured interleaved in one process.
+    --what=convert   quantization plus export, against the TensorFlow converter's int8 PTQ; latencies of the two files
+    --what=adaround  AdaRound of all layers at 4 bits; then the solvers on single layers, and with
+                     --peer_python=PYTHON (of an environment with aimet-torch) AIMET's AdaRound of the same layers
+    --what=equalize  cross-layer equalization and empirical bias correction
+
+Every measurement runs in a process of its own, two tools in turn; times are for a loaded model (imports excluded),
+memory is the peak of the process (imports included). Latencies are measured interleaved in one process.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -28,6 +33,10 @@ flags.DEFINE_string("preprocess", "tf", "Preprocessing, as in the other tools.")
 flags.DEFINE_list("images", ["50", "200", "1000"], "Numbers of calibration images for the memory column.")
 flags.DEFINE_integer("compare_at", 200, "Number of images at which both tools are timed.")
 flags.DEFINE_integer("repeats", 3, "Timed runs of each tool.")
+flags.DEFINE_enum("what", "convert", ["convert", "adaround", "equalize"], "What is measured.")
+flags.DEFINE_string("peer_python", None, "Python of an environment with aimet-torch, for --what=adaround.")
+flags.DEFINE_integer("iterations", 1000, "Iterations of the solvers that have some, for --what=adaround.")
+flags.DEFINE_integer("threads", 2, "Threads of the single layers, for --what=adaround.")
 flags.DEFINE_string("worker", None, "Internal: the measurement that this process makes.")
 flags.DEFINE_string("output", None, "Internal: where the worker writes its file.")
 flags.DEFINE_integer("worker_images", 0, "Internal: number of images of the worker.")
@@ -63,17 +72,157 @@ def _inputs(batch: Any) -> Any:
     return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
-WORKERS = {"kquant": with_kquant, "converter": with_converter}
+CONVERTERS = {"kquant": with_kquant, "converter": with_converter}
+
+
+def _planned(model: Any, images: Any, config: str, before: Any) -> tuple[Any, Any, Any]:
+    """(graph, grids of the linear operations, data) after the step `before` on the graph."""
+    from kquant.calibrate import weight_grids
+    from kquant.config import QuantConfig
+    from kquant.data import CalibrationData
+    from kquant.plan import make_plan
+    from kquant.ptq.gram import MATRIX_OPS
+    from kquant.transforms import prepare_graph
+
+    plan = make_plan(before(prepare_graph(model)), QuantConfig.load(config))
+    grids = {n: q for n, q in weight_grids(plan).items() if plan.graph[n].op in MATRIX_OPS}
+    specs = [(i, plan.graph[i].shape, plan.graph[i].dtype) for i in plan.graph.inputs]
+    return plan.graph, grids, CalibrationData(images, specs)
+
+
+def with_adaround(model: Any, data: Any) -> bytes:
+    """AdaRound of all layers, 4 bits per channel."""
+    from kquant.ptq.adaround import adaround
+
+    adaround(*_planned(model, data, "w4a8", lambda graph: graph), progress=False)
+    return b""
+
+
+def with_equalization(model: Any, data: Any) -> bytes:
+    """Cross-layer equalization and bias correction, 8 bits per tensor."""
+    from kquant.ptq.bias_correction import correct_biases
+    from kquant.transforms.equalize import equalize
+
+    correct_biases(*_planned(model, data, "w8a8-per_tensor", lambda graph: equalize(graph)[0]), progress=False)
+    return b""
+
+
+# name -> kernel [height, width, channels, outputs (of each channel where depthwise)] of a layer on 16x16 pixels
+LAYERS = {
+    "conv 3x3, 32 to 32": (3, 3, 32, 32),
+    "conv 3x3, 64 to 64": (3, 3, 64, 64),
+    "depthwise 3x3, 96": (3, 3, 96, 1),
+    "conv 1x1, 96 to 24": (1, 1, 96, 24),
+}
+SOLVERS = ("descent", "gram", "stochastic")
+AIMET = Path(__file__).with_name("peers") / "aimet_adaround.py"
+AIMET_BATCH = 32  # its usual one
+PIXELS, IMAGES, BITS = 16, 256, 4
+
+
+def layer_problem(name: str) -> dict[str, Any]:
+    """A layer with weights, and inputs [2, n, h, w, c] (to calibrate with, held out): mixed, smooth, behind a ReLU."""
+    import numpy as np
+
+    rng = np.random.default_rng(list(LAYERS).index(name))
+    height, width, channels, outputs = LAYERS[name]
+    depthwise = outputs == 1
+    mix = rng.normal(size=(channels, channels)) * np.arange(1, channels + 1)[:, None] ** -0.5
+    x = rng.normal(size=(2 * IMAGES, PIXELS + 2, PIXELS + 2, channels)).astype(np.float32)
+    x = (x[:, :-2] + x[:, 1:-1] + x[:, 2:])[:, :, :-2] + (x[:, :-2] + x[:, 1:-1] + x[:, 2:])[:, :, 2:]
+    x = np.maximum(x @ (mix / np.sqrt(np.square(mix).sum(axis=0))).astype(np.float32) / 2, 0)
+    taps = height * width * (1 if depthwise else channels)
+    kernel = rng.normal(size=LAYERS[name]) * np.sqrt(2 / taps) * np.exp(0.3 * rng.normal(size=channels))[:, None]
+    # outputs are about as often below zero as above, as batch normalization makes them
+    shares = x.mean(axis=(0, 1, 2)) * kernel.sum(axis=(0, 1)).T
+    return {
+        "x": x.reshape(2, IMAGES, PIXELS, PIXELS, channels),
+        "kernel": kernel.astype(np.float32),
+        "bias": -(shares.reshape(-1) if depthwise else shares.sum(axis=1)).astype(np.float32),
+        "groups": channels if depthwise else 1,
+    }
+
+
+def layer_node(problem: dict[str, Any]) -> Any:
+    """The layer as a node of a graph, ReLU included."""
+    from kquant.graph.ir import Node
+
+    depthwise, bias = problem["groups"] > 1, problem["bias"]
+    attrs = {"strides": [1, 1], "padding": "same", "dilation": [1, 1], "groups": 1, "clip": [0.0, None]}
+    weights = {"kernel": problem["kernel"], "bias": bias}
+    op, shape = "depthwise_conv2d" if depthwise else "conv2d", (None, PIXELS, PIXELS, len(bias))
+    return Node(name="layer", op=op, inputs=("x",), shape=shape, attrs=attrs, weights=weights)
+
+
+def layer_work(name: str) -> None:
+    """The solvers on one layer, and the peer's result judged: prints rows as JSON."""
+    import numpy as np
+    import tensorflow as tf
+
+    from kquant.affine import fake_quantize, qparams_from_range
+    from kquant.graph.ops import QUANTIZED_WEIGHT, compute, weight_view
+    from kquant.ptq.adaround import AdaRound, round_layer
+    from kquant.ranges import weight_range
+    from kquant.specs import QuantSpec
+
+    tf.config.threading.set_intra_op_parallelism_threads(FLAGS.threads)
+    problem = layer_problem(name)
+    node, (x, held_out) = layer_node(problem), problem["x"]
+    spec, axis = QuantSpec(bits=BITS, symmetric=True, per_channel=True), QUANTIZED_WEIGHT[node.op][1]
+    grid = qparams_from_range(*weight_range("min_max", weight_view(node), spec, axis), spec, axis)
+    blocks = [tf.constant(x[k : k + 64]) for k in range(0, IMAGES, 64)]
+    wanted = compute(node, [held_out])
+
+    def error(rounded: Any) -> float:
+        return float(tf.reduce_mean(tf.square(compute(rounded, [held_out]) - wanted)))
+
+    def rounded(solver: str, iterations: int) -> tuple[Any, float]:
+        settings, start = AdaRound(solver=solver, iterations=iterations), time.perf_counter()
+        result, _ = round_layer(node, lambda: ((b, b) for b in blocks), grid, settings)
+        return result, time.perf_counter() - start
+
+    nearest = error(
+        node.with_weights(kernel=fake_quantize(weight_view(node), grid).reshape(node.weights["kernel"].shape))
+    )
+    rows = {}
+    for solver in SOLVERS:
+        rounded(solver, 2)  # compiles
+        overhead = rounded(solver, 1)[1]
+        result, seconds = rounded(solver, FLAGS.iterations)
+        speed = None if solver == "descent" else (FLAGS.iterations - 1) / max(seconds - overhead, 1e-9)
+        rows[solver] = {"seconds": seconds, "speed": speed, "error": error(result) / nearest}
+    if FLAGS.peer_python:
+        with np.load(FLAGS.output) as found:
+            kernel, seconds = found["kernel"].reshape(node.weights["kernel"].shape), float(found["seconds"])
+            total = seconds + float(found["overhead"])
+        ratio = error(node.with_weights(kernel=kernel)) / nearest
+        rows["AIMET"] = {"seconds": total, "speed": (FLAGS.iterations - 1) / seconds, "error": ratio}
+    print(json.dumps(rows))
+
+
+def run_peer(name: str, result: Path) -> None:
+    """AIMET's AdaRound of one layer."""
+    import numpy as np
+
+    problem, file = layer_problem(name), result.with_suffix(".problem.npz")
+    height, width = problem["kernel"].shape[:2]
+    kernel = problem["kernel"].reshape(height, width, -1, len(problem["bias"]))
+    settings = {"bits": BITS, "iterations": FLAGS.iterations, "batch": AIMET_BATCH}
+    np.savez(file, **(problem | settings | {"x": problem["x"][0], "kernel": kernel}))
+    _checked([FLAGS.peer_python, str(AIMET), str(file), str(result), str(FLAGS.threads)])
 
 
 def work() -> None:
     """One measurement, printed as JSON."""
     import keras
 
+    if FLAGS.worker in LAYERS:
+        layer_work(FLAGS.worker)
+        return
     model = keras.saving.load_model(FLAGS.model, compile=False)
     data = batches(model, FLAGS.worker_images)
-    if FLAGS.worker == "kquant":
-        import kquant  # noqa: F401  (imports are not timed)
+    if FLAGS.worker != "converter":
+        import kquant.ptq.pipeline  # noqa: F401  (imports are not timed)
     start = time.perf_counter()
     content = WORKERS[FLAGS.worker](model, data)
     seconds = time.perf_counter() - start
@@ -82,14 +231,27 @@ def work() -> None:
     print(json.dumps({"seconds": seconds, "peak_mb": peak, "bytes": len(content)}))
 
 
-def measure(worker: str, images: int, output: Path) -> dict[str, float]:
+WORKERS = CONVERTERS | {"adaround": with_adaround, "equalize": with_equalization}
+
+
+def measure(worker: str, images: int, output: Path) -> dict[str, Any]:
     """Run one worker process."""
     command = [sys.executable, "-m", "tools.benchmark", f"--worker={worker}", f"--worker_images={images}"]
-    command += [f"--{k}={FLAGS[k].value}" for k in ("model", "calibration", "preprocess")]
-    done = subprocess.run([*command, f"--output={output}"], capture_output=True, text=True, check=False)
+    passed = ("model", "calibration", "preprocess", "peer_python", "iterations", "threads")
+    command += [f"--{k}={FLAGS[k].value}" for k in passed if FLAGS[k].value is not None]
+    return json.loads(_checked([*command, f"--output={output}"]).strip().splitlines()[-1])
+
+
+def _checked(command: list[str]) -> str:
+    """What a command prints.
+
+    Raises:
+        RuntimeError: it fails.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{worker} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return done.stdout
 
 
 def latency(files: dict[str, Path], threads: int, rounds: int = 40) -> dict[str, float]:
@@ -110,29 +272,64 @@ def latency(files: dict[str, Path], threads: int, rounds: int = 40) -> dict[str,
     return {name: 1000 * statistics.median(t[rounds // 4 :]) for name, t in times.items()}
 
 
+def convert(folder: Path) -> None:
+    """Quantization and export against the converter."""
+    files = {worker: folder / f"{worker}.tflite" for worker in CONVERTERS}
+    runs: dict[str, list[dict[str, float]]] = {worker: [] for worker in CONVERTERS}
+    for _ in range(FLAGS.repeats):
+        for worker, path in files.items():
+            runs[worker].append(measure(worker, FLAGS.compare_at, path))
+    print(f"| quantize + export, {FLAGS.compare_at} images | kquant | converter | ratio |\n|---|---|---|---|")
+    for key, unit in (("seconds", "s"), ("peak_mb", "MB"), ("bytes", "bytes")):
+        ours, theirs = (statistics.median(r[key] for r in runs[w]) for w in CONVERTERS)
+        print(f"| {key.split('_')[0]} | {ours:,.1f} {unit} | {theirs:,.1f} {unit} | {ours / theirs:.3f} |")
+    for threads in (1, 2):
+        ms = latency(files, threads)
+        ratio = ms["kquant"] / ms["converter"]
+        label = f"latency, {threads} thread{'s' * (threads > 1)}"
+        print(f"| {label} | {ms['kquant']:.2f} ms | {ms['converter']:.2f} ms | {ratio:.3f} |")
+    print()
+    whole_model("kquant", folder)
+
+
+def whole_model(worker: str, folder: Path) -> None:
+    """Time and memory by the number of images."""
+    print(f"| {worker}, images | peak memory | time |\n|---|---|---|")
+    for images in map(int, FLAGS.images):
+        result = measure(worker, images, folder / "unused")
+        print(f"| {images} | {result['peak_mb']:,.0f} MB | {result['seconds']:.1f} s |", flush=True)
+
+
+def layers(folder: Path) -> None:
+    """The solvers, and AIMET, on single layers."""
+    print(
+        f"\n{BITS} bits, min-max per channel, {PIXELS}x{PIXELS}, {IMAGES} images, {FLAGS.iterations} iterations, "
+        f"{FLAGS.threads} threads, load {os.getloadavg()[0]:.1f}. Errors are of held-out images behind the ReLU, "
+        "relative to nearest rounding with the float bias; kquant sets the bias too, AIMET leaves it.\n"
+    )
+    print("| layer | solver | iterations / s | seconds in all | held-out error |\n|---|---|---|---|---|")
+    for name in LAYERS:
+        result = folder / "peer.npz"
+        if FLAGS.peer_python:
+            run_peer(name, result)
+        for solver, row in measure(name, 0, result).items():
+            speed = "" if row["speed"] is None else f"{row['speed']:,.0f}"
+            print(f"| {name} | {solver} | {speed} | {row['seconds']:.2f} | {row['error']:.3f} |", flush=True)
+
+
 def main(argv: list[str]) -> None:
     if FLAGS.worker:
         work()
         return
-    with tempfile.TemporaryDirectory() as folder:
-        files = {worker: Path(folder, f"{worker}.tflite") for worker in WORKERS}
-        runs: dict[str, list[dict[str, float]]] = {worker: [] for worker in WORKERS}
-        for _ in range(FLAGS.repeats):
-            for worker, path in files.items():
-                runs[worker].append(measure(worker, FLAGS.compare_at, path))
-        print(f"| quantize + export, {FLAGS.compare_at} images | kquant | converter | ratio |\n|---|---|---|---|")
-        for key, unit in (("seconds", "s"), ("peak_mb", "MB"), ("bytes", "bytes")):
-            ours, theirs = (statistics.median(r[key] for r in runs[w]) for w in ("kquant", "converter"))
-            print(f"| {key.split('_')[0]} | {ours:,.1f} {unit} | {theirs:,.1f} {unit} | {ours / theirs:.3f} |")
-        for threads in (1, 2):
-            ms = latency(files, threads)
-            ratio = ms["kquant"] / ms["converter"]
-            label = f"latency, {threads} thread{'s' * (threads > 1)}"
-            print(f"| {label} | {ms['kquant']:.2f} ms | {ms['converter']:.2f} ms | {ratio:.3f} |")
-        print("\n| kquant, images | peak memory | time |\n|---|---|---|")
-        for images in map(int, FLAGS.images):
-            result = measure("kquant", images, files["kquant"])
-            print(f"| {images} | {result['peak_mb']:,.0f} MB | {result['seconds']:.1f} s |")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if FLAGS.what == "convert":
+            convert(folder)
+            return
+        if FLAGS.model:
+            whole_model(FLAGS.what, folder)
+        if FLAGS.what == "adaround":
+            layers(folder)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def adaround(
     *,
     seed: int = 0,
     progress: bool = True,
-    memory: int = 1 << 30,
+    memory: int = 3 << 28,
 ) -> tuple[Graph, list[LayerRounding]]:
     """Round the weights of linear operations with the output in view.
 

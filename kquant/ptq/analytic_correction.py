@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kquant.affine import QParams, fake_quantize
-from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import BIAS, LINEAR, QUANTIZED_WEIGHT, weight_view
+from kquant.affine import QParams
+from kquant.graph.ir import Graph
+from kquant.graph.ops import BIAS, LINEAR, QUANTIZED_WEIGHT
+from kquant.ptq.bias_correction import round_kernel
 from kquant.ptq.input_moments import estimate_inputs
 from kquant.ptq.moments import Moments, linear_mean, propagate
 
@@ -55,20 +56,14 @@ def correct_biases_analytically(
         if node.op not in LINEAR or node.name not in weights:
             continue
         key, source = QUANTIZED_WEIGHT[node.op][0], node.inputs[0]
-        quantized = quantized_weight(node, weights[node.name])
-        nodes[node.name] = node.with_weights(**{key: quantized})
+        rounded = round_kernel(node, weights[node.name])
+        nodes[node.name] = rounded
         if source in unknown:
             skipped[node.name] = unknown[source]
             continue
-        error = quantized.astype(np.float64) - node.weights[key]
+        error = rounded.weights[key].astype(np.float64) - node.weights[key]
         shift = -linear_mean(node, error, known[source].mean, graph[source].shape)
         bias = (node.weights[BIAS[node.op]] + shift).astype(np.float32)
-        nodes[node.name] = nodes[node.name].with_weights(**{BIAS[node.op]: bias})
+        nodes[node.name] = rounded.with_weights(**{BIAS[node.op]: bias})
         corrected[node.name] = shift
     return graph.rebuild(nodes.values()), CorrectionReport(corrected, skipped)
-
-
-def quantized_weight(node: Node, grid: QParams) -> np.ndarray:
-    """The node's weight on its grid, float32, in the shape of the weight."""
-    weight = node.weights[QUANTIZED_WEIGHT[node.op][0]]
-    return np.asarray(fake_quantize(weight_view(node), grid)).reshape(weight.shape)

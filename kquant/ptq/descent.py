@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 Array = np.ndarray[Any, Any]
-_BLOCK = 32  # coordinates handled together; the rest of the update is one matrix product
+_BLOCK = 64  # coordinates between two matrix products; these are TensorFlow's: BLAS threads stall on a busy machine
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class Quadratic:
     def cost(self, u: Array) -> Array:
         """(u - t)^T A (u - t) of every column [groups, 1, m], float64."""
         e = u.astype(np.float64) - self.target
-        return (e * (self.metric @ e)).sum(axis=1, keepdims=True)
+        return (e * tf.matmul(self.metric, e)).numpy().sum(axis=1, keepdims=True)
 
     def better(self, u: Array, v: Array) -> Array:
         """Column by column the one with the lower cost, u where they tie."""
@@ -59,8 +60,8 @@ def descent(problem: Quadratic, sweeps: int = 50) -> Array:
         Integers as float32 [groups, k, m]; no column costs more than its nearest integers.
     """
     nearest = problem.nearest()
-    first = problem.better(nearest, descend(problem, nearest, sweeps))
-    return problem.better(first, descend(problem, sequential(problem), sweeps)).astype(np.float32)
+    first, second = np.split(descend(problem, np.concatenate([nearest, sequential(problem)], 2), sweeps), 2, 2)
+    return problem.better(problem.better(nearest, first), second).astype(np.float32)
 
 
 def sequential(problem: Quadratic) -> Array:
@@ -68,19 +69,18 @@ def sequential(problem: Quadratic) -> Array:
     order = np.argsort(np.diagonal(problem.metric, axis1=1, axis2=2), axis=1, kind="stable")
     metric = np.take_along_axis(np.take_along_axis(problem.metric, order[:, :, None], 1), order[:, None, :], 2)
     t = np.take_along_axis(problem.target, order[:, :, None], 1).astype(np.float32)
-    factor = np.linalg.cholesky(metric)
+    factor = tf.linalg.cholesky(metric).numpy()
     factor = (factor / np.diagonal(factor, axis1=1, axis2=2)[:, None, :]).astype(np.float32)
-    u, low, high = np.zeros_like(t), problem.low.astype(np.float32), problem.high.astype(np.float32)
+    u, error, low, high = np.empty_like(t), np.zeros_like(t), problem.low[:, 0], problem.high[:, 0]
     for end in range(t.shape[1], 0, -_BLOCK):
-        begin = max(0, end - _BLOCK)
-        inner = factor[:, begin:end, begin:end]
-        later = factor[:, end:, begin:end].transpose(0, 2, 1) @ (u[:, end:] - t[:, end:])
-        centre = t[:, begin:end] - later
-        for k in range(end - begin - 1, -1, -1):
-            new = np.clip(np.rint(centre[:, k]), low[:, 0], high[:, 0])
-            u[:, begin + k] = new
-            error = new - t[:, begin + k]
-            centre[:, :k] -= inner[:, k, :k, None] * error[:, None, :]
+        block = slice(max(0, end - _BLOCK), end)
+        later = tf.matmul(factor[:, end:, block], error[:, end:], transpose_a=True).numpy()
+        inner, centre, now = factor[:, block, block], t[:, block] - later, u[:, block]
+        for k in reversed(range(now.shape[1])):
+            now[:, k] = np.minimum(np.maximum(np.rint(centre[:, k]), low), high)
+            step = now[:, k] - t[:, block][:, k]
+            centre[:, :k] -= inner[:, k, :k, None] * step[:, None]
+        error[:, block] = now - t[:, block]
     out = np.empty_like(u)
     np.put_along_axis(out, order[:, :, None], u, 1)
     return out
@@ -90,39 +90,46 @@ def descend(problem: Quadratic, start: Array, sweeps: int = 50) -> Array:
     """Cyclic coordinate descent over integers; never raises the cost (but for float32 rounding).
 
     Columns do not depend on each other: those that a sweep leaves alone are at rest and drop out.
+
+    Args:
+        problem: what to solve.
+        start: integers [groups, k, n m], n starts side by side.
+        sweeps: at most so many passes over the coordinates.
     """
     metric, out = problem.metric.astype(np.float32), start.astype(np.float32)
-    residual = (problem.metric @ (out - problem.target)).astype(np.float32)
-    shape = (*out.shape[:1], 1, *out.shape[2:])
-    low, high = (np.broadcast_to(e, shape).astype(np.float32) for e in (problem.low, problem.high))
+    starts = out.shape[2] // problem.target.shape[2]
+    t = np.tile(problem.target.astype(np.float32), starts)
+    low, high = (_per_column(e, problem.target, starts) for e in (problem.low, problem.high))
     axis = 2 if len(out) == 1 else 0  # a lone group drops columns, others drop whole groups
     u, active = out.copy(), np.arange(out.shape[axis])
     for _ in range(sweeps):
         before = u.copy()
-        _sweep(metric, u, residual, low, high)
+        _sweep(metric, u, t, low, high)
         keep = np.flatnonzero((u != before).any(axis=(0, 1) if axis == 2 else (1, 2)))
         out[(slice(None),) * axis + (active,)] = u
         if not keep.size:
             break
         active = active[keep]
-        u, residual, low, high = (np.take(t, keep, axis) for t in (u, residual, low, high))
+        u, t, low, high = (np.take(a, keep, axis) for a in (u, t, low, high))
         metric = metric if axis == 2 else metric[keep]
     return out
 
 
-def _sweep(metric: Array, u: Array, residual: Array, low: Array, high: Array) -> None:
-    """Visit every coordinate once; u and r = A (u - t) are updated in place."""
-    inverse = 1 / np.diagonal(metric, axis1=1, axis2=2)[:, :, None]
+def _per_column(edge: Array, target: Array, starts: int) -> Array:
+    """A bound of the integers as float32 [groups, 1, n m]."""
+    return np.tile(np.broadcast_to(edge, (len(target), 1, target.shape[2])).astype(np.float32), starts)
+
+
+def _sweep(metric: Array, u: Array, t: Array, low: Array, high: Array) -> None:
+    """Visit every coordinate once; u is updated in place."""
+    inverse, error = 1 / np.diagonal(metric, axis1=1, axis2=2)[:, :, None], u - t
     for begin in range(0, u.shape[1], _BLOCK):
         block = slice(begin, begin + _BLOCK)
-        inner, now, r = metric[:, block, block], u[:, block], residual[:, block].copy()
-        old = now.copy()
+        inner, now = metric[:, block, block], u[:, block]
+        residual = tf.matmul(metric[:, block], error).numpy()
         for k in range(now.shape[1]):
-            step = np.rint(now[:, k] - r[:, k] * inverse[:, begin + k])
-            step = np.minimum(np.maximum(step, low[:, 0]), high[:, 0]) - now[:, k]
-            if step.any():
-                now[:, k] += step
-                r += inner[:, :, k, None] * step[:, None, :]
-        change = now - old
-        if change.any():
-            residual += metric[:, :, block] @ change
+            new = np.rint(now[:, k] - residual[:, k] * inverse[:, begin + k])
+            new = np.minimum(np.maximum(new, low[:, 0]), high[:, 0])
+            residual[:, k + 1 :] += inner[:, k + 1 :, k, None] * (new - now[:, k])[:, None]
+            now[:, k] = new
+        error[:, block] = now - t[:, block]

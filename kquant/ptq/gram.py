@@ -24,6 +24,7 @@ from kquant.graph.ir import Node
 from kquant.graph.ops import BIAS
 
 Array = np.ndarray[Any, Any]
+_PATCHES = 32 << 20  # bytes of patches at once
 MATRIX_OPS = frozenset({"conv2d", "depthwise_conv2d", "conv2d_transpose", "dense"})
 
 
@@ -114,7 +115,7 @@ def positions_of(node: Node) -> int:
 def sampled_rows(
     node: Node, batches: Iterable[tuple[Any, Any]], positions: int, seed: int
 ) -> Iterator[tuple[tf.Tensor, tf.Tensor]]:
-    """Patches (of x, of x^) at random output positions, one pair for each batch.
+    """Patches (of x, of x^) at random output positions, one pair for each batch or, where large, part of it.
 
     Args:
         node: a linear operation.
@@ -124,13 +125,23 @@ def sampled_rows(
     """
     size, rng = positions_of(node), np.random.default_rng(seed)
     count = min(positions, size)
-    for x, x_hat in batches:
+    inputs = node.weights["kernel"].size // (node.shape[-1] or 1) * groups_of(node)
+    step = max(1, _PATCHES // (4 * count * inputs))
+    for x, x_hat in _slices(batches, step):
         drawn = np.tile(np.arange(size), (len(x), 1))
         if count < size:
             drawn = ((np.arange(count) + rng.random((len(x), count))) * (size / count)).astype(np.int64)
             drawn = np.minimum(drawn, size - 1)
         rows = patches(node, x_hat, drawn)
         yield (rows if x is x_hat else patches(node, x, drawn)), rows
+
+
+def _slices(batches: Iterable[tuple[Any, Any]], step: int) -> Iterator[tuple[Any, Any]]:
+    """The same samples, at most `step` at once; still the same object where both were."""
+    for x, x_hat in batches:
+        for k in range(0, len(x), step):
+            part = x[k : k + step]
+            yield part, part if x is x_hat else x_hat[k : k + step]
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +167,7 @@ class Moments:
     def loss(self, matrices: Array) -> Array:
         """E (y - W^^T x^ - b^)^2 at the best bias [g, 1, m], see the module's docstring."""
         w = matrices.astype(np.float64)
-        return self.power + (w * (self.gram @ w - 2 * self.cross)).sum(axis=1, keepdims=True)
+        return self.power + (w * (tf.matmul(self.gram, w).numpy() - 2 * self.cross)).sum(axis=1, keepdims=True)
 
     def bias(self, matrices: Array) -> Array:
         """E y - W^^T E x^ [channels]."""
@@ -176,40 +187,42 @@ class Moments:
         level = np.trace(self.gram, axis1=1, axis2=2) / k
         d = ((damping + k / self.rows) * level + np.where(level > 0, 1e-6 * level, 1.0)).reshape(g, 1, 1)
         metric = self.gram + d * np.eye(k)
-        return np.linalg.solve(metric, self.cross + d * matrices), metric
+        return tf.linalg.cholesky_solve(tf.linalg.cholesky(metric), self.cross + d * matrices).numpy(), metric
 
 
 def moments(node: Node, batches: Iterable[tuple[Any, Any]], *, positions: int = 128, seed: int = 0) -> Moments:
     """Moments of a layer from one pass over its inputs; see `sampled_rows` for the arguments.
 
-    Products are in float32 on data shifted by the mean of the first batch, sums in float64.
+    Products are in float32 on data shifted by the mean of the first rows, sums in float64. With z = W^T x, or z = x
+    where a layer has more outputs than inputs, all is known from the moments of x^ and z.
     """
-    w = to_matrices(node, node.weights["kernel"])
-    b = channels_to_groups(node, node.weights[BIAS[node.op]])
+    w, offset = to_matrices(node, node.weights["kernel"]), node.weights[BIAS[node.op]]
+    wide = w.shape[2] > w.shape[1]
     total: list[Array] | None = None
     rows = 0
     for x, x_hat in sampled_rows(node, batches, positions, seed):
-        y = tf.matmul(x, w) + b
+        z = x if wide else tf.matmul(x, w)
         if total is None:
-            x_shift, y_shift = (tf.reduce_mean(t, axis=1, keepdims=True) for t in (x_hat, y))
-        x_hat, y = x_hat - x_shift, y - y_shift
+            z_shift, x_shift = (tf.reduce_mean(t, axis=1, keepdims=True) for t in (z, x_hat))
+        z, x_hat = z - z_shift, x_hat - x_shift
         sums = [
             tf.reduce_sum(x_hat, axis=1, keepdims=True),
-            tf.reduce_sum(y, axis=1, keepdims=True),
+            tf.reduce_sum(z, axis=1, keepdims=True),
             tf.matmul(x_hat, x_hat, transpose_a=True),
-            tf.matmul(x_hat, y, transpose_a=True),
-            tf.reduce_sum(tf.square(y), axis=1, keepdims=True),
+            tf.matmul(x_hat, z, transpose_a=True),
+            tf.matmul(z, z, transpose_a=True) if wide else tf.reduce_sum(tf.square(z), axis=1, keepdims=True),
         ]
         arrays = [s.numpy().astype(np.float64) for s in sums]
         total = arrays if total is None else [np.add(t, a, out=t) for t, a in zip(total, arrays, strict=True)]
         rows += x_hat.shape[1]
     assert total is not None
-    x_mean, y_mean, gram, cross, power = (t / rows for t in total)
-    return Moments(
-        rows,
-        x_mean + x_shift.numpy(),
-        y_mean + y_shift.numpy(),
-        gram - x_mean.transpose(0, 2, 1) * x_mean,
-        cross - x_mean.transpose(0, 2, 1) * y_mean,
-        power - np.square(y_mean),
-    )
+    x_mean, z_mean, gram, cross, power = (t / rows for t in total)
+    gram -= x_mean.transpose(0, 2, 1) * x_mean
+    cross -= x_mean.transpose(0, 2, 1) * z_mean
+    power -= (z_mean.transpose(0, 2, 1) if wide else z_mean) * z_mean
+    x_mean, z_mean = x_mean + x_shift.numpy(), z_mean + z_shift.numpy()
+    if wide:
+        w = w.astype(np.float64)
+        z_mean, cross = z_mean @ w, tf.matmul(cross, w).numpy()
+        power = (w * tf.matmul(power, w).numpy()).sum(axis=1, keepdims=True)
+    return Moments(rows, x_mean, z_mean + channels_to_groups(node, offset), gram, cross, power)

@@ -209,21 +209,25 @@ def _reads(taps: int, size: int, out: int, stride: int, dilation: int, padding: 
 
 
 def _linear(graph: Graph, node: Node, xs: list[Moments]) -> Moments:
-    """mean W E[x] + b, variance W^2 Var[x]; distances from the mean to low and high add in squares too.
+    """mean W E[x] + b, variance W^2 Var[x]; it reaches as far as the largest of three guesses.
 
-    But they are at least those of inputs that deviate by one standard deviation, all to the same effect: this is how
-    far the logits of a clear image lie apart, much more than `SIGMAS` standard deviations.
+    Distances of the inputs from their means to low and high, added in squares; `SIGMAS` standard deviations; and all
+    inputs one standard deviation off, to the same effect: so far the logits of a clear image lie apart. The plain sum
+    of the distances is the limit.
     """
     (x,), w = xs, node.weights[QUANTIZED_WEIGHT[node.op][0]].astype(np.float64)
     shares = _shares(node, graph[node.inputs[0]].shape)
     mean = _contract(node, w, x.mean, shares) + node.weights[BIAS[node.op]]
     std = np.sqrt(_contract(node, np.square(w), np.square(x.std), shares))
-    plus, minus = np.square(np.maximum(w, 0)), np.square(np.minimum(w, 0))
-    up, down = np.square(x.high - x.mean), np.square(x.mean - x.low)
-    above = np.sqrt(_contract(node, plus, up) + _contract(node, minus, down))
-    below = np.sqrt(_contract(node, plus, down) + _contract(node, minus, up))
-    together = _contract(node, np.abs(w), x.std)
-    return Moments(mean, std, mean - np.maximum(below, together), mean + np.maximum(above, together))
+    together = np.maximum(_contract(node, np.abs(w), x.std), SIGMAS * std)
+    up, down, plus, minus = x.high - x.mean, x.mean - x.low, np.maximum(w, 0), np.maximum(-w, 0)
+
+    def reach(along: Array, against: Array) -> Array:
+        squares = [_contract(node, np.square(v), np.square(d)) for v, d in ((plus, along), (minus, against))]
+        possible = _contract(node, plus, along) + _contract(node, minus, against)
+        return np.minimum(np.maximum(np.sqrt(squares[0] + squares[1]), together), possible)
+
+    return Moments(mean, std, mean - reach(down, up), mean + reach(up, down))
 
 
 def _through(f: Callable[[Array], Any], x: Moments) -> Moments:

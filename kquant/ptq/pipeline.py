@@ -69,42 +69,57 @@ def quantize_after_training(
         ConfigError: the config is impossible for its target, or asks without data for what needs data.
         CalibrationError: the data is unusable, or ranges need data and there is none.
     """
-    left_out = decide(make_plan(graph, config), config, data is not None)
-    steps: list[Step] = []
-
-    def log(name: str, note: str = "") -> bool:
-        """Whether a step is taken; noted if not, or if there is something to note."""
-        why = left_out.get(name, "")
-        if why or note:
-            steps.append(Step(name=name, taken=not why, note=why or note))
-        return not why
-
-    if log("equalize"):
+    log = _Log(decide(make_plan(graph, config), config, data is not None))
+    if log.takes("equalize"):
         graph, note = _equalize(graph)
-        log("equalize", note)
-    if log("absorb_bias"):
+        log.note("equalize", note)
+    if log.takes("absorb_bias"):
         graph, note = _absorb(graph, data, progress)
-        log("absorb_bias", note)
+        log.note("absorb_bias", note)
     plan = make_plan(graph, config)
     weights = weight_grids(plan)
-    linear = {n: q for n, q in weights.items() if graph[n].op in CORRECTED}
-    if log("adaround") and data is not None:
+    linear = {n: q for n, q in weights.items() if plan.graph[n].op in CORRECTED}
+    if log.takes("adaround") and data is not None:
         settings = config.adaround if isinstance(config.adaround, AdaRound) else AdaRound()
         graph, rows = adaround(plan.graph, linear, data, settings, seed=seed, progress=progress)
         plan, weights = replace(plan, graph=graph), weights | {r.node: r.grid for r in rows}
         ratio = np.mean([r.loss / r.nearest_loss for r in rows if r.nearest_loss > 0] or [1.0])
-        log("adaround", f"{settings.solver}, {len(rows)} layers, {ratio:.2f} of nearest rounding's error on average")
-    if log("correct_bias"):
-        graph, note = _correct(plan.graph, linear, data, progress)
+        log.note(
+            "adaround", f"{settings.solver}, {len(rows)} layers, {ratio:.2f} of nearest rounding's error on average"
+        )
+    if log.takes("correct_bias"):
+        graph, note = _correct(plan, linear, data, progress)
         plan = replace(plan, graph=graph)
-        log("correct_bias", note)
+        log.note("correct_bias", note)
     if data is None:
         plan, statistics, notes = _without_data(plan)
     else:
         statistics, notes = (observe(plan, data, progress) if plan.observed else {}), _methods(plan)
     for note in notes:
-        log("activation ranges", note)
-    return plan, make_grids(plan, weights, statistics), steps
+        log.note("activation ranges", note)
+    return plan, make_grids(plan, weights, statistics), log.steps
+
+
+class _Log:
+    """The steps so far.
+
+    Args:
+        left_out: step -> why it is left out, empty for a step to take.
+    """
+
+    def __init__(self, left_out: Mapping[str, str]) -> None:
+        self.left_out = left_out
+        self.steps: list[Step] = []
+
+    def takes(self, name: str) -> bool:
+        """Whether a step is to be taken; noted if not."""
+        if why := self.left_out[name]:
+            self.steps.append(Step(name=name, taken=False, note=why))
+        return not why
+
+    def note(self, name: str, text: str) -> None:
+        """A step was taken."""
+        self.steps.append(Step(name=name, taken=True, note=text))
 
 
 def decide(plan: Plan, config: QuantConfig, has_data: bool) -> dict[str, str]:
@@ -120,9 +135,11 @@ def decide(plan: Plan, config: QuantConfig, has_data: bool) -> dict[str, str]:
     specs = [s for n, s in plan.weights.items() if plan.graph[n].op in CORRECTED]
     per_tensor, coarse = any(not s.per_channel for s in specs), any(s.bits < 8 for s in specs)
     nothing = "" if specs else "no weights are quantized"
+    estimated = plan.observed and not has_data
+    ranges = "activation ranges come from data" if has_data else "no activation range is estimated"
     advice = {
         "equalize": nothing or ("" if per_tensor else "every channel has a scale of its own"),
-        "absorb_bias": "" if plan.observed and not has_data else "activation ranges come from data",
+        "absorb_bias": "" if estimated else ranges,
         "adaround": nothing or ("it needs data" if not has_data else "" if coarse else "8 bits round well enough"),
         "correct_bias": nothing or ("" if per_tensor or coarse or not has_data else "8 bits per channel shift no mean"),
     }
@@ -152,14 +169,16 @@ def _absorb(graph: Graph, data: CalibrationData | None, progress: bool) -> tuple
 
 
 def _correct(
-    graph: Graph, weights: Mapping[str, QParams], data: CalibrationData | None, progress: bool
+    plan: Plan, weights: Mapping[str, QParams], data: CalibrationData | None, progress: bool
 ) -> tuple[Graph, str]:
     """Empirical bias correction with data, analytic without."""
     if data is None:
-        graph, report = correct_biases_analytically(graph, weights)
+        graph, report = correct_biases_analytically(plan.graph, weights)
         skipped = [f"not {name!r}: {why}" for name, why in report.skipped.items()]
         return graph, "; ".join([f"analytic, {len(report.corrected)} layers", *_few(skipped)])
-    graph, shifts = correct_biases(graph, weights, data, progress=progress)
+    graph, shifts = correct_biases(plan.graph, weights, data, progress=progress)
+    if not shifts:
+        return graph, "empirical, 0 layers"
     worst = max(shifts, key=shifts.__getitem__)
     return graph, f"empirical, {len(shifts)} layers, at most {shifts[worst]:.2g} standard deviations (in {worst!r})"
 
@@ -174,7 +193,7 @@ def _without_data(plan: Plan) -> tuple[Plan, Mapping[str, Moments], list[str]]:
     """Activation ranges from batch normalization statistics (eq. 18-19): the plan, the moments, notes."""
     methods = {n: s if s.range else replace(s, method="batch_norm") for n, s in plan.activations.items()}
     plan = replace(plan, activations=methods)
-    estimated = estimate_inputs(plan.graph)
+    estimated = _known_inputs(plan)
     known, unknown = propagate(plan.graph, estimated)
     names = [n for names in plan.observed.values() for n in names]
     missing = [f"{n!r}: {unknown[n]}" for n in names if n in unknown]
@@ -190,6 +209,17 @@ def _without_data(plan: Plan) -> tuple[Plan, Mapping[str, Moments], list[str]]:
         low, high = float(estimated[name].low.min()), float(estimated[name].high.max())
         notes.append(f"{name!r} is estimated to be within [{low:.3g}, {high:.3g}]; inputs.range says it exactly")
     return plan, known, notes
+
+
+def _known_inputs(plan: Plan) -> dict[str, Moments]:
+    """Moments of the inputs, to derive ranges from: estimated, or else uniform within a range that the config fixes."""
+    found = {}
+    for name in plan.graph.inputs:
+        spec = plan.activations.get(name)
+        if spec is not None and spec.range is not None:
+            low, high = np.multiply.outer(spec.range, np.ones(plan.graph[name].shape[-1] or 1))
+            found[name] = Moments((low + high) / 2, (high - low) / np.sqrt(12), low, high)
+    return found | estimate_inputs(plan.graph)
 
 
 def _few(lines: list[str]) -> list[str]:

@@ -110,8 +110,10 @@ def test_every_kind_of_layer(solver: str) -> None:
     x = np.random.default_rng(1).normal(size=(64, 8, 8, 4)).astype(np.float32)
     out, report = adaround(graph, weights, batches(x), AdaRound(solver=solver, **QUICK), progress=False)
     assert error(graph, out, x) < 0.7 * error(graph, nearest(graph, weights), x)
-    for name, q in weights.items():
-        np.testing.assert_array_equal(fake_quantize(weight_view(out[name]), q), weight_view(out[name]))
+    assert {row.node for row in report} == set(weights)
+    for row in report:
+        view = weight_view(out[row.node])
+        np.testing.assert_array_equal(fake_quantize(view, row.grid), view)
 
 
 def test_the_bias_makes_up_for_the_mean() -> None:

@@ -86,3 +86,24 @@ def test_descent_from_the_nearest_lowers_the_cost_with_every_sweep() -> None:
     assert costs[0] < p.cost(p.nearest()).sum()
     assert all(b <= a for a, b in itertools.pairwise(costs))
     assert costs[-1] == costs[-2]
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_starts_side_by_side_do_not_meddle(groups: int) -> None:
+    p = problem(groups, k=70)
+    starts = [p.nearest(), sequential(p)]
+    both = descend(p, np.concatenate(starts, 2))
+    for start, found in zip(starts, np.split(both, 2, 2), strict=True):
+        alone = descend(p, start)
+        assert np.mean(found != alone) < 0.01  # products of another shape round differently
+        np.testing.assert_allclose(p.cost(found), p.cost(alone), rtol=0.02)
+
+
+def test_arguments_stay() -> None:
+    p = problem(groups=2, k=70)
+    before = [a.copy() for a in (p.metric, p.target, p.nearest())]
+    start = before[2].copy()
+    descend(p, start)
+    descent(p)
+    for now, then in zip((p.metric, p.target, start), before, strict=True):
+        np.testing.assert_array_equal(now, then)

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from kquant.graph.ir import Node
 from kquant.graph.ops import compute
+from kquant.ptq import gram
 from kquant.ptq.gram import Moments, from_matrices, groups_of, moments, patches, positions_of, sampled_rows, to_matrices
 
 RNG = np.random.default_rng(0)
@@ -42,6 +43,8 @@ CASES = {
     "conv_same_strides": spatial("conv2d", (3, 3, 4, 5), 5, strides=[2, 2]),
     "conv_dilation": spatial("conv2d", (3, 3, 4, 5), 5, dilation=[2, 1]),
     "conv_groups": spatial("conv2d", (3, 3, 2, 6), 6, groups=3),
+    "conv_wide": spatial("conv2d", (1, 1, 4, 9), 9),
+    "conv_groups_wide": spatial("conv2d", (1, 1, 2, 9), 9, groups=3),
     "depthwise": spatial("depthwise_conv2d", (3, 3, 4, 1), 4, strides=[2, 2]),
     "depthwise_multiplier": spatial("depthwise_conv2d", (3, 5, 4, 2), 8, padding="valid"),
     "transposed": spatial("conv2d_transpose", (3, 3, 5, 4), 5, strides=[2, 2], shape=(None, 18, 16, 5)),
@@ -83,7 +86,24 @@ def test_the_draw_does_not_depend_on_the_batches() -> None:
     assert whole[0].shape == (1, 33, 24)
 
 
-@pytest.mark.parametrize("case", ["conv", "conv_groups", "depthwise_multiplier", "dense_rank_4", "transposed"])
+MOMENTS = ["conv", "conv_wide", "conv_groups", "conv_groups_wide", "depthwise_multiplier", "dense_rank_4", "transposed"]
+
+
+@pytest.mark.parametrize("case", ["conv", "conv_groups", "depthwise_multiplier", "transposed", "dense_rank_4"])
+def test_patches_are_held_in_parts(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    node, x = CASES[case]
+    whole = gather(node, [(x, x + 1)], 5)
+    sizes = []
+    patches = gram.patches
+    monkeypatch.setattr(gram, "patches", lambda *a: sizes.append(patches(*a)) or sizes[-1])
+    for limit in (4 * whole[0].size // len(x), 1):
+        monkeypatch.setattr(gram, "_PATCHES", limit)
+        for found, expected in zip(gather(node, [(x, x + 1)], 5), whole, strict=True):
+            np.testing.assert_array_equal(found, expected)
+    assert max(s.shape.num_elements() for s in sizes) == whole[0].size // len(x)
+
+
+@pytest.mark.parametrize("case", MOMENTS)
 def test_moments_are_those_of_all_rows(case: str) -> None:
     node, x = CASES[case]
     x = x + 3

@@ -47,6 +47,15 @@ def test_gram_lands_on_a_neighbour_and_beats_nearest(groups: int) -> None:
     assert p.cost(descent(p)).sum() < 1.05 * p.cost(u).sum()
 
 
+def test_the_regularizer_decides_for_every_weight() -> None:
+    p, _ = layer()
+    lower, part = relaxation._neighbours(p)
+    factor = relaxation._per_nearest(p.cost(p.nearest()), lower.shape[1])
+    tensors = (tf.constant(t, tf.float32) for t in (p.metric, lower - p.target, factor, part))
+    h = relaxation._anneal_gram(*tensors, tf.constant(2000)).numpy()
+    assert np.mean((h > 0.05) & (h < 0.95)) < 0.05
+
+
 def test_gram_does_not_depend_on_the_scale_of_the_data() -> None:
     p, _ = layer()
     large = Quadratic(p.metric * 1e4, p.target, p.low, p.high)

@@ -17,14 +17,16 @@ from kquant.calibrate import quantize_graph
 from kquant.config import QuantConfig
 from kquant.data import CalibrationData
 from kquant.graph.ir import Graph
+from kquant.graph.ops import evaluate
 from kquant.insert import QuantizedModel, insert
 from kquant.plan import make_plan
 from kquant.tflite.clamps import Clamp, float_clamp, integer_clamp
 from kquant.transforms import prepare_graph
 from kquant.transforms.dead_channels import DeadChannels
-from kquant.transforms.equalize import EqualizeReport, equalize
+from kquant.transforms.equalize import SPREAD, EqualizeReport, equalize
 from kquant.transforms.magnitudes import input_ranges, magnitudes, output_ranges
 from tests.graph.tracing import assert_equal, build
+from tests.random_models import random_data, random_model
 
 L = keras.layers
 IMAGE = (8, 8, 4)
@@ -50,8 +52,8 @@ def uneven(model: keras.Model, seed: int = 0) -> keras.Model:
 
 
 def equalized(model: keras.Model, tolerance: float = 1e-5, **options: Any) -> tuple[Graph, EqualizeReport]:
-    """The model's equalized graph, having checked its function."""
-    graph, report = equalize(prepare_graph(model), **options)
+    """The model's graph, equalized as in the paper: weights alone. Its function is checked."""
+    graph, report = equalize(prepare_graph(model), **{"activations": 0.0} | options)
     assert_equal(graph, model, tolerance)
     return graph, report
 
@@ -110,8 +112,28 @@ def assert_equal_ranges(graph: Graph, report: EqualizeReport) -> None:
 @pytest.mark.parametrize("k", range(len(BETWEEN)))
 def test_function_is_kept_and_ranges_become_equal(k: int) -> None:
     first, between, second = FIRST[k % len(FIRST)], BETWEEN[k], SECOND[k % len(SECOND)]
-    graph, report = equalized(uneven(build(chain(first(), *between(), *second()), IMAGE)))
+    model = uneven(build(chain(first(), *between(), *second()), IMAGE))
+    graph, report = equalized(model)
     assert_equal_ranges(graph, report)
+    _, report = equalized(model, activations=1.0)
+    assert report.converged and report.regions
+
+
+@pytest.mark.parametrize("start", range(0, 40, 10))
+def test_random_graphs_keep_their_function(start: int) -> None:
+    regions = 0
+    for seed in range(start, start + 10):
+        model = uneven(random_model(seed), seed)
+        graph = prepare_graph(model)
+        x = random_data(seed, model, samples=4)
+        want = evaluate(graph, x)
+        for options in ({}, {"activations": 0.0, "across_joins": True}):
+            scaled, report = equalize(graph, **options)
+            regions += len(report.regions)
+            for a, b in zip(want, evaluate(scaled, x), strict=True):
+                atol = 2e-5 * max(np.abs(a).max(), 1e-3)
+                np.testing.assert_allclose(b, a, rtol=0, atol=atol, err_msg=f"seed {seed}, {options}")
+    assert regions > 10
 
 
 @pytest.mark.parametrize("second", SECOND)
@@ -133,6 +155,37 @@ def test_scale_is_the_papers() -> None:
     np.testing.assert_allclose(caps, 6 / scale, rtol=1e-6)
 
 
+@pytest.mark.parametrize("cap", [None, 6.0])
+def test_activations_count_as_one_more_row_of_weights(cap: float | None) -> None:
+    """At rest max(r1, m reach) = r2, where m makes the geometric means of r1 and the reach equal."""
+    layers = [L.Dense(8, name="a"), L.BatchNormalization(), L.ReLU(cap), L.Dense(3, name="b")]
+    graph, report = equalized(uneven(build(chain(*layers), (4,))), activations=1.0, tolerance=1e-5)
+    ((r1, r2),) = ranges(graph, report)
+    reach = np.abs(graph["a"].stats["mean"]) + SPREAD * graph["a"].stats["std"]
+    if cap is not None:
+        reach = np.minimum(reach, graph["a"].attrs["clip"][1])
+    m = np.exp(np.log(r1).mean() - np.log(reach).mean())
+    assert report.converged and (m * reach > 1.1 * r1).any()
+    np.testing.assert_allclose(np.maximum(r1, m * reach), r2, rtol=5e-3)
+
+
+def test_without_batch_normalization_weights_count_alone() -> None:
+    model = uneven(build(chain(L.Dense(8, name="a"), L.ReLU(), L.Dense(3, name="b")), (4,)))
+    scales = [equalized(model, activations=factor)[1].scales["a"] for factor in (1.0, 0.0)]
+    np.testing.assert_array_equal(*scales)
+
+
+def test_no_activation_stands_out_as_with_weights_alone() -> None:
+    layers = [L.Conv2D(16, 3, name="a"), L.BatchNormalization(), L.ReLU(), L.Conv2D(8, 1), L.ReLU()]
+    model = uneven(build(chain(*layers), IMAGE))
+    largest = {}
+    for activations in (1.0, 0.0):
+        stats = equalized(model, activations=activations)[0]["a"].stats
+        reach = np.abs(stats["mean"]) + SPREAD * stats["std"]
+        largest[activations] = np.max(reach) / np.exp(np.mean(np.log(reach)))
+    assert largest[1.0] < 0.85 * largest[0.0]
+
+
 def test_statistics_are_scaled_along() -> None:
     model = build(chain(L.Conv2D(6, 3, name="c"), L.BatchNormalization(name="bn"), L.ReLU(), L.Conv2D(3, 1)), IMAGE)
     graph, report = equalized(model)
@@ -145,10 +198,19 @@ def test_again_changes_nothing() -> None:
     layers = [L.Conv2D(6, 3), L.ReLU(6.0), L.DepthwiseConv2D(3), L.ReLU(6.0), L.Conv2D(5, 1), L.ReLU(), L.Conv2D(2, 1)]
     model = uneven(build(chain(*layers), IMAGE))
     kill(model.layers[1], [0, 3], [-1.0, 2.0])
-    graph, _ = equalized(model, tolerance=1e-5)
-    _, report = equalize(graph)
+    graph, _ = equalized(model)
+    _, report = equalize(graph, activations=0.0)
     assert report.dead == DeadChannels(kept=report.dead.kept)
     for scale in report.scales.values():
+        np.testing.assert_allclose(scale, 1, atol=5e-3)
+
+
+def test_again_changes_nothing_with_activations_either() -> None:
+    """Where batch normalization tells their reach, which follows every scale exactly."""
+    norm = L.BatchNormalization
+    layers = [L.Conv2D(6, 3), norm(), L.ReLU(6.0), L.DepthwiseConv2D(3), norm(), L.ReLU(), L.Conv2D(5, 1), L.ReLU()]
+    graph, _ = equalized(uneven(build(chain(*layers), IMAGE)), activations=1.0)
+    for scale in equalize(graph)[1].scales.values():
         np.testing.assert_allclose(scale, 1, atol=5e-3)
 
 
@@ -384,6 +446,7 @@ def test_w8_per_tensor_loses_less() -> None:
     x = np.random.default_rng(3).normal(0, 2, (64, *IMAGE)).astype(np.float32)
     config = {"preset": "w8a8-per_tensor", "weights": {"method": "min_max"}}
     want = model.predict(x, verbose=0)
-    plain = kquant.quantize_model(model, x, config, progress=False).predict(x, verbose=0)
+    off = {"equalize": False, "correct_bias": False}
+    plain = kquant.quantize_model(model, x, {**config, **off}, progress=False).predict(x, verbose=0)
     better = quantized(model, x, config).predict(x, verbose=0)
     assert np.mean((better - want) ** 2) < 0.3 * np.mean((plain - want) ** 2)

@@ -86,7 +86,11 @@ def main(problem_file: str, result_file: str) -> None:
             encodings = json.loads(Path(folder, "layer.encodings").read_text())
         encodings = next(iter(encodings.get("param_encodings", encodings).values()))
         # the module keeps soft-rounded weights, which its quantizer then rounds
-        return result[0].weight.detach().numpy().transpose(2, 3, 1, 0), np.array([e["scale"] for e in encodings]), seconds
+        return (
+            result[0].weight.detach().numpy().transpose(2, 3, 1, 0),
+            np.array([e["scale"] for e in encodings]),
+            seconds,
+        )
 
     _, _, overhead = rounded(1)  # preparing the model and collecting the data is no part of an iteration
     soft, scale, seconds = rounded(iterations)
