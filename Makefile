@@ -11,7 +11,12 @@ SETUP := setup.cfg setup.py pyproject.toml
 # Real models and the long tests need the evaluation data; without it they are left out.
 SELECT := $(if $(wildcard $(KQUANT_DATA)/models),,-m "not slow")
 
-.PHONY: help demo test fast slow lint format benchmark clean
+# AIMET needs PyTorch, in an environment of its own.
+AIMET ?= .venv-aimet
+MODEL := --model=$(KQUANT_DATA)/models/mobilenet_v2_1.0_imagenet.keras \
+  --calibration=$(KQUANT_DATA)/imagenet/train1000_one_per_class_224_q90.npz --preprocess=tf
+
+.PHONY: help demo test fast slow lint format benchmark benchmark-adaround benchmark-aimet clean
 
 help:
 	@echo "make demo       quantize a small model and run it on the interpreter (minutes, mostly installation)"
@@ -21,6 +26,8 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make benchmark  cost against the TensorFlow converter (needs KQUANT_DATA)"
+	@echo "make benchmark-adaround  cost of equalization, bias correction and AdaRound (needs KQUANT_DATA)"
+	@echo "make benchmark-aimet     the same beside AIMET's AdaRound, installed into $(AIMET)"
 	@echo "make clean      remove the environment and caches"
 
 demo: $(VENV)/.demo
@@ -45,8 +52,19 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 benchmark: $(VENV)/.dev
-	$(BIN)/python -m tools.benchmark --model=$(KQUANT_DATA)/models/mobilenet_v2_1.0_imagenet.keras \
-	  --calibration=$(KQUANT_DATA)/imagenet/train1000_one_per_class_224_q90.npz --preprocess=tf
+	$(BIN)/python -m tools.benchmark $(MODEL)
+
+benchmark-adaround: $(VENV)/.dev
+	$(BIN)/python -m tools.benchmark --what=equalize $(MODEL) --images=200
+	$(BIN)/python -m tools.benchmark --what=adaround $(MODEL) --images=1000
+
+benchmark-aimet: $(VENV)/.dev $(AIMET)/.aimet
+	$(BIN)/python -m tools.benchmark --what=adaround --threads=1 --peer_python=$(AIMET)/bin/python
+
+$(AIMET)/.aimet:
+	$(PYTHON) -m venv $(AIMET)
+	$(AIMET)/bin/python -m pip install --quiet 'aimet-torch==2.42.*' 'torch==2.13.*' torchvision
+	@touch $@
 
 # One stamp per set of extras: pip runs again only where the requirements have changed.
 $(VENV)/.%: $(SETUP) | $(BIN)/python

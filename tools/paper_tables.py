@@ -150,8 +150,8 @@ def _equalized(graph: Graph, **settings: Any) -> Graph:
 EQUALIZE: Mapping[str, Transform] = {
     "original": lambda graph: graph,
     "dead channels": partial(_equalized, max_sweeps=0),
-    "CLE": partial(_equalized, activations=False, dead_channels=False),
-    "CLE, dead channels": partial(_equalized, activations=False),
+    "CLE": partial(_equalized, activations=0.0, dead_channels=False),
+    "CLE, dead channels": partial(_equalized, activations=0.0),
     "CLE, dead channels, activations": _equalized,
 }
 

@@ -24,6 +24,7 @@ TABLE = flags.DEFINE_enum("table", "accuracy", list(TABLES), "What to regenerate
 MODELS = flags.DEFINE_list("models", list(zoo.MODELS), "Keys of tools.zoo.MODELS.")
 CONFIGS = flags.DEFINE_list("configs", ["w8a8", "w8a8-per_tensor", "w4a8", "w8a16", "w4a4"], "Presets.")
 SAMPLES = flags.DEFINE_integer("samples", None, "Evaluate on at most this many samples, spread evenly.")
+CALIBRATION = flags.DEFINE_integer("calibration", None, "Samples to calibrate the table configs with.", lower_bound=1)
 SEEDS = flags.DEFINE_integer("seeds", 3, "How often to repeat what depends on chance.", lower_bound=1)
 VARIANTS = flags.DEFINE_string("variants", "", "Regular expression for the variants of tables 1 to 6; empty for all.")
 
@@ -31,7 +32,11 @@ VARIANTS = flags.DEFINE_string("variants", "", "Regular expression for the varia
 def main(argv: list[str]) -> None:
     table, start = TABLES[TABLE.value], time.perf_counter()
     options = tables.Options(
-        samples=SAMPLES.value, configs=tuple(CONFIGS.value), seeds=SEEDS.value, variants=VARIANTS.value
+        samples=SAMPLES.value,
+        configs=tuple(CONFIGS.value),
+        calibration=CALIBRATION.value,
+        seeds=SEEDS.value,
+        variants=VARIANTS.value,
     )
     for line in table.markdown(MODELS.value, options):
         print(line, flush=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,12 +32,14 @@ class Options:
     Attributes:
         samples: evaluate on at most so many, spread evenly; None takes all.
         configs: presets, for the tables that compare presets.
+        calibration: samples to calibrate "configs" with; None takes as many as the record has.
         seeds: how often a step that depends on chance is repeated.
         variants: regular expression for the variants to measure; empty for all.
     """
 
     samples: int | None = None
     configs: tuple[str, ...] = ()
+    calibration: int | None = None
     seeds: int = 3
     variants: str = ""
 
@@ -109,9 +112,12 @@ def configs(name: str, options: Options) -> Iterator[Sequence[Any]]:
     model = zoo.load_model(name)
     expected = zoo.float_top1(model, name, options.samples)
     for config in options.configs:
-        report = kquant.export_tflite(kquant.quantize_model(model, zoo.calibration(name), config))
+        start = time.perf_counter()
+        qmodel = kquant.quantize_model(model, zoo.calibration(name, options.calibration), config, progress=False)
+        seconds = f"{time.perf_counter() - start:.0f}"
+        report = kquant.export_tflite(qmodel)
         ours, seen = zoo.top1(report.content, name, options.samples)
-        yield name, config, seen, expected, ours, ours - expected, report.bytes
+        yield name, config, seen, expected, ours, ours - expected, report.bytes, seconds
 
 
 def collapse(name: str, options: Options) -> Iterator[Sequence[Any]]:
@@ -121,17 +127,6 @@ def collapse(name: str, options: Options) -> Iterator[Sequence[Any]]:
     ours, seen = zoo.top1(kquant.export_tflite(qmodel).content, name, options.samples)
     expected, simulated = (zoo.float_top1(m, name, options.samples) for m in (model, qmodel))
     yield name, seen, expected, simulated, ours
-
-
-def equalized(name: str, options: Options) -> Iterator[Sequence[Any]]:
-    """Per-tensor weights without and with cross-layer equalization, and no other step, exported."""
-    model, row = zoo.load_model(name), [zoo.float_top1(zoo.load_model(name), name, options.samples)]
-    for switch in (False, True):
-        config = {"preset": "w8a8-per_tensor", **OFF, "equalize": switch}
-        qmodel = kquant.quantize_model(model, zoo.calibration(name), config)
-        ours, seen = zoo.top1(kquant.export_tflite(qmodel).content, name, options.samples)
-        row.append(ours)
-    yield name, seen, *row
 
 
 def parity(name: str, options: Options) -> Iterator[Sequence[Any]]:
@@ -159,9 +154,8 @@ TABLES = {
         ("model", "samples", "float", "w8a8 .tflite", "difference", "converter", "integer only")
         + ("bytes", "converter bytes", "ratio"),
     ),
-    "configs": Table(configs, ("model", "config", "samples", "float", ".tflite", "difference", "bytes")),
+    "configs": Table(configs, ("model", "config", "samples", "float", ".tflite", "difference", "bytes", "seconds")),
     "collapse": Table(collapse, ("model", "samples", "float", "simulation", ".tflite")),
-    "equalize": Table(equalized, ("model", "samples", "float", "w8a8-per_tensor .tflite", "with equalize")),
     "parity": Table(
         parity,
         ("model", "config", "contract", "tensors", "wiring", "reference LSB (kernels)", "softmax unequal")

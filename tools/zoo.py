@@ -165,6 +165,6 @@ def float_top1(model: keras.Model, name: str, samples: int | None) -> float:
     return 100 * right / seen
 
 
-def calibration(name: str) -> Any:
-    """The calibration set, as large as the converter's in the record."""
-    return MODELS[name].calibration(MODELS[name].calibration_size)
+def calibration(name: str, size: int | None = None) -> Any:
+    """The calibration set, as large as the converter's in the record, or of `size` samples."""
+    return MODELS[name].calibration(size or MODELS[name].calibration_size)

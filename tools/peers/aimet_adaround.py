@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import library
 
 
 def _tolerant(register: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,7 +40,7 @@ def _tolerant(register: Callable[..., Any]) -> Callable[..., Any]:
     return register_fake
 
 
-torch.library.register_fake = _tolerant(torch.library.register_fake)  # type: ignore[assignment]
+library.register_fake = _tolerant(library.register_fake)  # type: ignore[assignment]
 
 from aimet_torch.adaround.adaround_weight import Adaround, AdaroundParameters  # noqa: E402
 from aimet_torch.common.defs import QuantScheme  # noqa: E402
