@@ -146,8 +146,8 @@ def accuracy(graph: Graph, samples: int) -> float:
 
 @pytest.mark.slow
 def test_per_tensor_mobilenet_v1_needs_it() -> None:
-    """Measured on 400 images: 67.5 in float, 45.8 rounded, 66.3 corrected."""
-    graph, _ = equalize(prepare_graph(zoo.load_model("mobilenet_v1")))
+    """Equalized as in the white paper, measured on 400 images: 67.5 in float, 45.8 rounded, 66.3 corrected."""
+    graph, _ = equalize(prepare_graph(zoo.load_model("mobilenet_v1")), activations=0.0)
     weights = grids(graph, bits=8)
     data = [(x,) for x in zoo.MODELS["mobilenet_v1"].calibration(100)]
     corrected, _ = correct_biases(graph, weights, data, progress=False)
