@@ -70,7 +70,25 @@ class MinMax:
         self._high = high if self._high is None else np.maximum(self._high, high)
 
 
-class Histogram:
+class _Ranged:
+    """An observer that keeps the extremes beside something else."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._range = MinMax(name)
+
+    @property
+    def low(self) -> Array:
+        """Smallest value, ()."""
+        return self._range.low
+
+    @property
+    def high(self) -> Array:
+        """Largest value, ()."""
+        return self._range.high
+
+
+class Histogram(_Ranged):
     """Distribution of a tensor's values, in one pass and without a range known in advance.
 
     Cell number i holds the values in [i * width, (i + 1) * width). The width is the smallest power
@@ -88,23 +106,12 @@ class Histogram:
     """
 
     def __init__(self, name: str = "", bins: int = 4096) -> None:
-        self.name = name
+        super().__init__(name)
         self.bins = bins
         self.zeros = 0
-        self._range = MinMax(name)
         self._exponent = _MIN_EXPONENT
         self._first = 0
         self._counts = np.zeros(0, np.int64)
-
-    @property
-    def low(self) -> Array:
-        """Smallest value, ()."""
-        return self._range.low
-
-    @property
-    def high(self) -> Array:
-        """Largest value, ()."""
-        return self._range.high
 
     @property
     def width(self) -> float:
@@ -183,7 +190,7 @@ class Histogram:
         np.add.at(self._counts, cells - self._first, counts)
 
 
-class Rows:
+class Rows(_Ranged):
     """A sample of a tensor's rows (vectors along its last axis, e.g. the logits of one image), and its extremes.
 
     The rows with the smallest hashes of their values are kept: a sample that is as good as a random one,
@@ -195,21 +202,10 @@ class Rows:
     """
 
     def __init__(self, name: str = "", limit: int | None = None) -> None:
-        self.name = name
+        super().__init__(name)
         self.limit = limit
-        self._range = MinMax(name)
         self._rows: Array | None = None
         self._keys = np.zeros(0, np.uint64)
-
-    @property
-    def low(self) -> Array:
-        """Smallest value of all rows, ()."""
-        return self._range.low
-
-    @property
-    def high(self) -> Array:
-        """Largest value of all rows, ()."""
-        return self._range.high
 
     @property
     def rows(self) -> Array:

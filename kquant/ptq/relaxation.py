@@ -26,9 +26,7 @@ ZETA, GAMMA = 1.1, -0.1
 WARM_UP = 0.2  # part of the iterations without the regularizer
 BETA = (20.0, 2.0)
 RATE = 0.02
-REGULARIZATION = (
-    3.0  # of a loss of about 1 for each weight: less leaves weights undecided (the paper's 0.01 is absolute)
-)
+REGULARIZATION = 3.0  # beside a loss of about 1 per weight: less leaves weights undecided (the paper's is absolute)
 _UNLIMITED = 3.0e38
 
 

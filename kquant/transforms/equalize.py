@@ -13,7 +13,7 @@ Weights alone in view, some channels of an activation come out a hundred times l
 leaves them few bits. An activation counts as one more row of the layer that makes it: r1_i is the larger of max |w| and
 the activation's reach, the latter scaled such that both have the same geometric mean, times `activations`. MobileNetV1
 0.25 at W8A8 loses 2.3 points without and 0.5 points with it. Where no batch normalization tells the reach, weights
-count alone: a guess from weights and biases cost MobileNetV2 1.5 points at W4A8.
+count alone: a guess from weights and biases cost MobileNetV2 more than a point at W4A8.
 """
 
 from __future__ import annotations
