@@ -7,6 +7,7 @@ reads the quantized graph back from such a model, as it stands after training or
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
@@ -14,12 +15,36 @@ import numpy as np
 
 from kquant.affine import QParams
 from kquant.errors import ModelError
+from kquant.gradients import checked_loss
 from kquant.graph.float_call import FloatCall
 from kquant.graph.ir import Graph, Node
+from kquant.plan import is_final
 from kquant.qgraph import QuantizedGraph
 from kquant.quantizers import QuantizedLayer, grid_settings, node_from_dict, node_to_dict
 from kquant.report import format_report
 from kquant.targets import Target, get_target
+
+_NOT_FINITE = (
+    "The loss is NaN or infinite, and this step changed nothing. Look for NaN or huge values in the batch; if there "
+    "are none, lower the learning rate. Loss"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """How the grids of a model learn, and which variables are one (`qat.learning`).
+
+    Attributes:
+        weights: node -> settings by which the grid of its weights learns (see `FakeQuant`).
+        grids: node -> the same of its output, or of a constant.
+        tied_weights: groups of nodes that have one weight: calls of one layer.
+        tied_grids: groups of nodes (and constants) that have one grid.
+    """
+
+    weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    grids: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tied_weights: tuple[tuple[str, ...], ...] = ()
+    tied_grids: tuple[tuple[str, ...], ...] = ()
 
 
 @keras.saving.register_keras_serializable("kquant")
@@ -41,7 +66,25 @@ class QuantizedModel(keras.Model):
         quantization = config.pop("quantization")
         model = super().from_config(config, custom_objects=custom_objects)
         model.quantization = quantization
+        model.tie()
         return model
+
+    def tie(self) -> None:
+        """Make one variable of those that the training keeps equal; serialization makes them several."""
+        tied = self.quantization.get("tied", {})
+        layers = {layer.node.name: layer for layer in self.layers if isinstance(layer, QuantizedLayer)}
+        quantizers = {name: q for layer in layers.values() for name, q in layer.quantizers.items()}
+        for first, *rest in tied.get("weights", ()):
+            for name in rest:
+                layers[name].tie_weights(layers[first])
+        for first, *rest in tied.get("grids", ()):
+            for name in rest:
+                quantizers[name].tie(quantizers[first])
+
+    def compute_loss(self, *args: Any, training: bool = True, **kwargs: Any) -> Any:
+        """The loss that `compile` was given; a training step whose loss is not finite fails and changes nothing."""
+        loss = super().compute_loss(*args, training=training, **kwargs)
+        return checked_loss(loss, _NOT_FINITE) if training and loss is not None else loss
 
     @property
     def target(self) -> Target:
@@ -54,12 +97,17 @@ class QuantizedModel(keras.Model):
         return format_report(self.quantization)
 
 
-def insert(qgraph: QuantizedGraph, facts: Mapping[str, Any]) -> QuantizedModel:
+def insert(
+    qgraph: QuantizedGraph,
+    facts: Mapping[str, Any],
+    learning: Learning = Learning(),  # noqa: B008 (frozen)
+) -> QuantizedModel:
     """The Keras model that simulates `qgraph`.
 
     Args:
         qgraph: float weights and the grids of all integer tensors.
         facts: what to remember in `QuantizedModel.quantization`: "target" at least.
+        learning: how grids learn when the model is trained; by default they do not.
     """
     graph, target = qgraph.graph, get_target(facts["target"])
     values: dict[str, Any] = {}
@@ -85,7 +133,7 @@ def insert(qgraph: QuantizedGraph, facts: Mapping[str, Any]) -> QuantizedModel:
             values[node.name] = call(arguments)
             float_nodes[node.name] = {**node_to_dict(node), "operation": call.operation.name}
             continue
-        layer = _layer(qgraph, node, target)
+        layer = _layer(qgraph, node, target, learning)
         if layer.runs_in_integers:
             read = [grids[i] for i in sources if i in grids]
             values[node.name], grids[node.name] = layer(arguments, read) if read else layer(arguments)
@@ -102,7 +150,10 @@ def insert(qgraph: QuantizedGraph, facts: Mapping[str, Any]) -> QuantizedModel:
         "float_nodes": float_nodes,
         "plain_inputs": {i: node_to_dict(graph[i]) for i in graph.inputs if qgraph.activations.get(i) is None},
     }
-    model.quantization = {**facts, "structure": structure}
+    tied = {"weights": learning.tied_weights, "grids": learning.tied_grids}
+    tied = {kind: [list(names) for names in groups] for kind, groups in tied.items()}
+    model.quantization = {**facts, "structure": structure, "tied": tied}
+    model.tie()
     return model
 
 
@@ -117,21 +168,23 @@ def _alone(tensors: list[Any]) -> Any:
     return tensors[0] if len(tensors) == 1 else tensors
 
 
-def _layer(qgraph: QuantizedGraph, node: Node, target: Target) -> QuantizedLayer:
+def _layer(qgraph: QuantizedGraph, node: Node, target: Target, learning: Learning) -> QuantizedLayer:
     """The layer of one node, with its variables set."""
     graph = qgraph.graph
     output, weight = qgraph.activations.get(node.name), qgraph.weights.get(node.name)
     constants = {i: graph[i].weights["value"] for i in node.inputs if graph[i].op == "const"}
     shares = output is not None and node.op in target.same_scale | target.inputs_share_output
-    constant_grids = {i: grid_settings(qgraph.activations[i]) for i in constants} if output is not None else {}
+    grids = learning.grids
+    constant_grids = {i: grid_settings(qgraph.activations[i], grids.get(i)) for i in constants if output is not None}
     layer = QuantizedLayer(
         node,
-        weight_grid=grid_settings(weight) if node.op != "embedding" else None,
-        output_grid=None if shares else grid_settings(output),
+        weight_grid=grid_settings(weight, learning.weights.get(node.name)) if node.op != "embedding" else None,
+        output_grid=None if shares else grid_settings(output, grids.get(node.name)),
         shares_grid=shares,
         activation_bits=8 if output is None else output.container,
         constants=constants,
         constant_grids=constant_grids,
+        rounds_in_training=node.op != "softmax" or not is_final(graph, node),
         name=_keras_name(node),
     )
     constant_pairs = ((q, qgraph.activations[name]) for name, q in layer.constant_quantizers.items())

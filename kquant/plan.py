@@ -69,11 +69,11 @@ def make_plan(graph: Graph, config: QuantConfig) -> Plan:
     """
     target = get_target(config.target)
     target.check(config)
-    specs = _resolve(graph, config)
+    specs = resolve(graph, config)
     reasons = _float_reasons(graph, specs, target)
     graph, specs = _insert_requantize(graph, specs, reasons, target)
     integer = {n.name for n in graph if n.name not in reasons and n.dtype == "float32"}
-    groups = _share_grids(graph, integer, target)
+    groups = share_grids(graph, integer, target)
     activations = {name: _activation_spec(graph[name], specs[name]) for name in integer}
     fixed: dict[str, QParams] = {}
     members: dict[str, list[str]] = {}
@@ -105,7 +105,7 @@ def make_plan(graph: Graph, config: QuantConfig) -> Plan:
     )
 
 
-def _resolve(graph: Graph, config: QuantConfig) -> dict[str, LayerSpec]:
+def resolve(graph: Graph, config: QuantConfig) -> dict[str, LayerSpec]:
     """The config's word on every node; model inputs have a spec of their own."""
     linear = [n.origin for n in graph if n.op in LINEAR - {"affine"}]
     first, last = (linear[0], linear[-1]) if linear else (None, None)
@@ -220,7 +220,7 @@ def _may_share(graph: Graph, source: str, reader: Node, reasons: dict[str, str],
         source, reader = node.inputs[0], node
 
 
-def _share_grids(graph: Graph, integer: set[str], target: Target) -> dict[str, str]:
+def share_grids(graph: Graph, integer: set[str], target: Target) -> dict[str, str]:
     """Unite tensors that must have one grid: node -> the first member of its group."""
     groups = {n.name: n.name for n in graph if n.name in integer}
 
@@ -253,7 +253,7 @@ def _logits(graph: Graph) -> set[str]:
     """The tensors that only a final softmax reads, directly or through reshapes that keep the classes' axis."""
     found = set()
     for node in graph:
-        if node.op != "softmax" or not _is_final(graph, node):
+        if node.op != "softmax" or not is_final(graph, node):
             continue
         name = node.inputs[0]
         while graph[name].op == "reshape" and graph[graph[name].inputs[0]].shape[-1] == node.shape[-1]:
@@ -266,11 +266,11 @@ def _logits(graph: Graph) -> set[str]:
     return found
 
 
-def _is_final(graph: Graph, node: Node) -> bool:
+def is_final(graph: Graph, node: Node) -> bool:
     """Whether `node` is a model output, directly or through reshapes."""
     if node.name in graph.outputs:
         return True
-    return any(reader.op == "reshape" and _is_final(graph, reader) for reader in graph.consumers(node.name))
+    return any(reader.op == "reshape" and is_final(graph, reader) for reader in graph.consumers(node.name))
 
 
 def _logits_spec(spec: QuantSpec, layer: LayerSpec, config: QuantConfig) -> QuantSpec:

@@ -1,9 +1,10 @@
-"""The layers of a quantized model, the only classes that own variables.
+"""The layers of a quantized model; with `fake_quant.FakeQuant` the only classes that own variables.
 
-`FakeQuant` is a quantizer: a grid (scale, zero point) and its limits. `QuantizedLayer` wraps one
-operation of the network with the quantizers of its weights and of its output, and computes on
-integer-valued float32 tensors, which is exact below 2^24: convolutions accumulate the very integers
-that the target accumulates.
+`QuantizedLayer` wraps one operation of the network with the quantizers of its weights and of its output.
+At inference it computes on integer-valued float32 tensors, which is exact below 2^24: convolutions
+accumulate the very integers that the target accumulates. In training it computes the real-valued
+function of quantized weights and inputs, and quantizes its output: the same up to a rounding, at the
+price of the float operation and little more.
 
 A quantized tensor travels through the model as a pair: its values, scale * (q - zero_point), and its
 grid, the vector [scale, zero_point]. So a layer can recover the integers of its input exactly, and
@@ -20,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from kquant.affine import QParams
+from kquant.fake_quant import FakeQuant
 from kquant.fixed_point import requantization
 from kquant.gradients import round_ste
 from kquant.graph.ir import Node
@@ -28,87 +30,7 @@ from kquant.operand import Operand
 from kquant.simulate import prelu, simulate
 
 Tensor = Any
-
-
-@keras.saving.register_keras_serializable("kquant")
-class FakeQuant(keras.layers.Layer):
-    """Quantize to a grid and back: scale * (clamp(round(x / scale) + z, qmin, qmax) - z).
-
-    Eq. 4-7 of the white paper, round half to even, float32, straight-through gradient inside the
-    grid (eq. in its section 4.1).
-
-    Args:
-        qmin, qmax: the smallest and largest integer of the grid, as stored on the target.
-        channels: number of scales, None for one per tensor.
-        axis: the axis of the channels.
-    """
-
-    def __init__(self, qmin: int, qmax: int, channels: int | None = None, axis: int | None = None, **kwargs: Any):
-        super().__init__(dtype="float32", trainable=False, **kwargs)
-        self.qmin, self.qmax, self.channels, self.axis = int(qmin), int(qmax), channels, axis
-        shape = () if channels is None else (channels,)
-        self.scale = self.add_weight(shape=shape, initializer="ones", trainable=False, name="scale")
-        self.zero_point = self.add_weight(shape=shape, initializer="zeros", trainable=False, name="zero_point")
-        self.built = True
-
-    def assign(self, q: QParams) -> None:
-        """Move to the grid `q` (same limits and granularity)."""
-        self.scale.assign(q.scale)
-        self.zero_point.assign(np.asarray(q.zero_point, np.float32))
-
-    def to_qparams(self) -> QParams:
-        """The grid as it stands now."""
-        scale = np.asarray(self.scale.numpy(), np.float32)
-        zero_point = np.rint(self.zero_point.numpy()).astype(np.int32)
-        return QParams(scale, zero_point, self.qmin, self.qmax, self.axis)
-
-    @property
-    def bits(self) -> int:
-        """How many bits an integer of the grid takes."""
-        return (self.qmax - self.qmin).bit_length()
-
-    @property
-    def grid(self) -> Tensor:
-        """[scale, zero_point] of a per-tensor quantizer."""
-        return tf.stack([tf.convert_to_tensor(self.scale), tf.convert_to_tensor(self.zero_point)])
-
-    def _along_axis(self, v: Tensor, rank: int) -> Tensor:
-        v = tf.convert_to_tensor(v)
-        if self.axis is None:
-            return v
-        shape = [-1 if k == self.axis else 1 for k in range(rank)]
-        return tf.reshape(v, shape)
-
-    def integers(self, x: Tensor) -> Tensor:
-        """Integer-valued float32 q - zero_point of real values `x`."""
-        x = tf.cast(x, tf.float32)
-        return self.clamp(round_ste(x / self._along_axis(self.scale, x.shape.rank)))
-
-    def real(self, centered: Tensor) -> Tensor:
-        """The real values of integers q - zero_point."""
-        return centered * self._along_axis(self.scale, centered.shape.rank)
-
-    def clamp(self, centered: Tensor) -> Tensor:
-        """Clamp integers q - zero_point to the grid."""
-        z = self._along_axis(self.zero_point, centered.shape.rank)
-        return tf.clip_by_value(centered, self.qmin - z, self.qmax - z)
-
-    def call(self, x: Tensor) -> Tensor:
-        return self.real(self.integers(x))
-
-    def compute_output_shape(self, input_shape: Any) -> Any:
-        return input_shape
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The arguments that make a quantizer with the same limits and granularity."""
-        return {"qmin": self.qmin, "qmax": self.qmax, "channels": self.channels, "axis": self.axis}
-
-    def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        return {"name": config["name"], **self.settings}
-
-
+_AVERAGES = ("avg_pool2d", "resize")  # on the grid of their input, and rounded to it
 _STRUCTURE = ("name", "op", "inputs", "shape", "dtype", "attrs", "origin", "origin_type")
 
 
@@ -125,12 +47,12 @@ def node_from_dict(config: Mapping[str, Any]) -> Node:
     return Node(**{**config, **tuples})
 
 
-def grid_settings(q: QParams | None) -> dict[str, Any] | None:
-    """The settings of a `FakeQuant` that can hold `q`."""
+def grid_settings(q: QParams | None, learning: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """The settings of a `FakeQuant` that can hold `q`, with those by which it learns."""
     if q is None:
         return None
     channels = None if np.ndim(q.scale) == 0 else len(q.scale)
-    return {"qmin": q.qmin, "qmax": q.qmax, "channels": channels, "axis": q.axis}
+    return {"qmin": q.qmin, "qmax": q.qmax, "channels": channels, "axis": q.axis, **(learning or {})}
 
 
 def _without_clip(node: Node) -> Node:
@@ -156,6 +78,7 @@ class QuantizedLayer(keras.layers.Layer):
         activation_bits: bits of the integer type of its input and output, 8 or 16.
         constants: inputs that are constants, by name (values, or shapes in a serialized config).
         constant_grids: their quantizers' settings, by the same names.
+        rounds_in_training: False for probabilities that a loss takes the logarithm of, which must not become 0.
     """
 
     def __init__(
@@ -167,13 +90,15 @@ class QuantizedLayer(keras.layers.Layer):
         activation_bits: int = 8,
         constants: Mapping[str, Any] | None = None,
         constant_grids: Mapping[str, Any] | None = None,
+        rounds_in_training: bool = True,
         **kwargs: Any,
     ):
-        super().__init__(dtype="float32", **kwargs)
+        super().__init__(**{"dtype": "float32", **kwargs}, autocast=False)
         self.node = node if isinstance(node, Node) else node_from_dict(node)
         self.weight_quantizer = FakeQuant(**weight_grid, name="weight_quantizer") if weight_grid else None
         self.output_quantizer = FakeQuant(**output_grid, name="output_quantizer") if output_grid else None
         self.shares_grid, self.activation_bits = shares_grid, activation_bits
+        self.rounds_in_training = rounds_in_training
         self.variables_by_name = {k: self._own(k, v) for k, v in self.node.weights.items()}
         self.constants = {k: self._own(f"constant_{i}", v) for i, (k, v) in enumerate((constants or {}).items())}
         self.constant_quantizers = {
@@ -193,15 +118,32 @@ class QuantizedLayer(keras.layers.Layer):
             variable.assign(value)
         return variable
 
+    def tie_weights(self, other: QuantizedLayer) -> None:
+        """Have the weights of `other` and their grid from now on: a layer of the user's that is called twice."""
+        for name, variable in self.variables_by_name.items():
+            self._untrack_variable(variable)
+            setattr(self, f"tied_{name}", other.variables_by_name[name])
+        self.variables_by_name = dict(other.variables_by_name)
+        if self.weight_quantizer is not None and other.weight_quantizer is not None:
+            self.weight_quantizer.tie(other.weight_quantizer)
+
+    @property
+    def quantizers(self) -> dict[str, FakeQuant]:
+        """The quantizers of the output and of the constants, by the names of the tensors."""
+        output = {} if self.output_quantizer is None else {self.node.name: self.output_quantizer}
+        return output | self.constant_quantizers
+
     @property
     def runs_in_integers(self) -> bool:
         """Whether the output is an integer tensor."""
         return self.output_quantizer is not None or self.shares_grid
 
-    def call(self, values: Sequence[Tensor], grids: Sequence[Tensor] = ()) -> Any:
+    def call(self, values: Sequence[Tensor], grids: Sequence[Tensor] = (), training: bool | None = False) -> Any:
         node, values, grids = self.node, list(values), list(grids)
         if not self.runs_in_integers:
             return compute(node, self._with_constants(values), self._float_weights())
+        if training:
+            return self._train(values, grids)
         if self.output_quantizer is None:
             return self._shared_grid(values, grids)
         if node.op == "embedding":
@@ -227,13 +169,34 @@ class QuantizedLayer(keras.layers.Layer):
             centered = tf.minimum(centered, tf.round(tf.constant(hi, tf.float32) / out.scale))
         return self.output_quantizer.clamp(centered) * out.scale, self.output_quantizer.grid
 
+    def _train(self, values: list[Tensor], grids: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The real-valued function of what is quantized already, quantized."""
+        node = self.node
+        if self.output_quantizer is None:
+            y = compute(node, self._with_constants(values))
+            return (round_ste(y / grids[0][0]) * grids[0][0] if node.op in _AVERAGES else y), grids[0]
+        if node.op in ("input", "requantize"):
+            return self.output_quantizer(values[0]), self.output_quantizer.grid
+        y = self._compute(self._with_constants(values), self._float_weights())
+        if not self.rounds_in_training:
+            return y, self.output_quantizer.grid
+        return self.output_quantizer.fake_quantize(y, node.attrs.get("clip", (None, None))), self.output_quantizer.grid
+
+    def _compute(self, inputs: Sequence[Tensor], weights: Mapping[str, Tensor]) -> Tensor:
+        """The operation without its fused activation, in the layer's compute type, the result in float32."""
+
+        def cast(t: Tensor) -> Tensor:
+            return tf.cast(t, self.compute_dtype) if t.dtype.is_floating else t
+
+        y = compute(_without_clip(self.node), [cast(t) for t in inputs], {k: cast(w) for k, w in weights.items()})
+        return tf.cast(y, tf.float32)
+
     def _linear(self, x: Operand, out: Operand) -> Tensor:
         key, _ = QUANTIZED_WEIGHT[self.node.op]
         weight, bias = self.variables_by_name[key], self.variables_by_name[BIAS[self.node.op]]
         if self.weight_quantizer is None:  # weights in float, activations in integers: simulation only
-            y = self._compute_linear(x.value, tf.convert_to_tensor(weight), tf.convert_to_tensor(bias))
-            return round_ste(y / out.scale)
-        w_scale = tf.convert_to_tensor(self.weight_quantizer.scale)
+            return round_ste(self._compute_linear(x.value, weight, bias) / out.scale)
+        w_scale, _ = self.weight_quantizer.parameters()
         w_int, _ = self._quantized_weight()
         b_int = round_ste(bias / (x.scale * w_scale))
         # an int16 input overflows the 24 bits in which float32 is exact
@@ -263,11 +226,13 @@ class QuantizedLayer(keras.layers.Layer):
         return weights
 
     def _with_constants(self, values: list[Tensor]) -> list[Tensor]:
-        """All inputs in order, constants in their places."""
+        """All inputs in order, constants in their places, on their grid where they have one."""
         rest = iter(values)
-        return [
-            tf.convert_to_tensor(self.constants[i]) if i in self.constants else next(rest) for i in self.node.inputs
-        ]
+        return [self._constant(i) if i in self.constants else next(rest) for i in self.node.inputs]
+
+    def _constant(self, name: str) -> Tensor:
+        value = tf.convert_to_tensor(self.constants[name])
+        return self.constant_quantizers[name](value) if name in self.constant_quantizers else value
 
     def _operands(self, values: list[Tensor], grids: list[Tensor]) -> list[Operand]:
         rest = iter(zip(values, grids, strict=True))
@@ -287,17 +252,12 @@ class QuantizedLayer(keras.layers.Layer):
 
     def _shared_grid(self, values: list[Tensor], grids: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Operations that move or select values, on the grid of their input."""
-        if self.node.op in ("avg_pool2d", "resize", "pad"):
+        if self.node.op in _AVERAGES or self.node.op == "pad":
             x = self._operands(values, grids)[0]
             return simulate(self.node, [x], x, {}) * x.scale, grids[0]
-        rest = iter(values)
-        operands = [
-            self.constant_quantizers[i](self.constants[i]) if i in self.constants else next(rest)
-            for i in self.node.inputs
-        ]
-        return compute(self.node, operands), grids[0]
+        return compute(self.node, self._with_constants(values)), grids[0]
 
-    def compute_output_spec(self, values: Any, grids: Any = ()) -> Any:
+    def compute_output_spec(self, values: Any, grids: Any = (), training: bool | None = False) -> Any:
         output = keras.KerasTensor(self.node.shape, dtype=self.node.dtype)
         return (output, keras.KerasTensor((2,), dtype="float32")) if self.runs_in_integers else output
 
@@ -310,6 +270,7 @@ class QuantizedLayer(keras.layers.Layer):
             "node": node_to_dict(self.node),
             "shares_grid": self.shares_grid,
             "activation_bits": self.activation_bits,
+            "rounds_in_training": self.rounds_in_training,
             **{k: q and q.settings for k, q in quantizers.items()},
             "constants": {k: list(v.shape) for k, v in self.constants.items()},
             "constant_grids": {k: q.settings for k, q in self.constant_quantizers.items()},

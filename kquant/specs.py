@@ -15,6 +15,8 @@ WEIGHT_METHODS = ("min_max", "percentile", "mse")
 METHODS = (*WEIGHT_METHODS, "cross_entropy", "batch_norm")
 POSITIONS = ("first", "last")
 SOLVERS = ("descent", "gram", "stochastic")
+GRADIENTS = ("ste", "lsq", "lsq+", "min_max", "tqt")
+BATCH_NORMS = ("fold", "keep", "double_forward", "batch_statistics")
 
 
 def known_keys(values: Any, kind: type, what: str, extra: tuple[str, ...] = ()) -> None:
@@ -268,3 +270,32 @@ class AdaRound:
         object.__setattr__(self, "scales", tuple(self.scales))  # JSON has lists only
         if not self.scales or not all(isinstance(s, int | float) and 0 < s < math.inf for s in self.scales):
             raise ConfigError(f"scales must be positive numbers, at least one, found {self.scales!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a quantized network trains (`qat.prepare`).
+
+    Attributes:
+        gradient: how grids learn, one of `GRADIENTS`: "ste" keeps them, "lsq" learns scales, "lsq+" zero points too,
+            "min_max" both edges of each range, "tqt" powers of two. Grids that the target fixes, and those of the
+            model's inputs, stay; what a spec wants symmetric stays so, and what it wants to be a power of two learns by "tqt".
+        rate: how fast grids learn, as a factor of the optimizer's learning rate.
+        batch_norm: what becomes of batch normalizations (section 4.2 of the white paper): "fold" folds them before
+            training; "keep" trains with them and folds them into the scales of the weights; "double_forward" and
+            "batch_statistics" fold in every step, with running or with the batch's statistics.
+
+    Raises:
+        ConfigError: a value is out of bounds.
+    """
+
+    gradient: str = "lsq"
+    rate: float = 1.0
+    batch_norm: str = "fold"
+
+    def __post_init__(self) -> None:
+        for name, known in (("gradient", GRADIENTS), ("batch_norm", BATCH_NORMS)):
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError(f"Unknown {name} {value!r}{suggest(str(value), known)}; use one of {known}.")
+        if isinstance(self.rate, bool) or not isinstance(self.rate, int | float) or not 0 < self.rate < math.inf:
+            raise ConfigError(f"rate must be a positive number, found {self.rate!r}; gradient='ste' keeps all grids.")

@@ -1,0 +1,1 @@
+"""Quantization-aware training: section 4 of the white paper."""

@@ -1,0 +1,114 @@
+"""Which grids of a quantized graph learn, and how; and what stays equal while they do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from kquant.affine import QParams
+from kquant.config import QuantConfig
+from kquant.graph.ir import Graph, Node
+from kquant.graph.ops import QUANTIZED_WEIGHT
+from kquant.insert import Learning
+from kquant.plan import resolve, share_grids
+from kquant.qgraph import QuantizedGraph
+from kquant.specs import QuantSpec, Training
+from kquant.targets import Target, get_target
+
+_GIVEN = ("input", "const", "embedding")  # what has the range of given values
+
+
+def learning_of(qgraph: QuantizedGraph, config: QuantConfig, training: Training) -> Learning:
+    """How the grids of `qgraph` learn.
+
+    Args:
+        qgraph: what is trained.
+        config: its specs; what they want symmetric, or a power of two, stays so.
+        training: how.
+    """
+    graph, target = qgraph.graph, get_target(config.target)
+    specs = resolve(graph, config)
+    weights = {}
+    for name, q in qgraph.weights.items():
+        if q is not None and graph[name].op != "embedding":
+            elements = np.size(graph[name].weights[QUANTIZED_WEIGHT[graph[name].op][0]]) // np.size(q.scale)
+            weights[name] = _settings(_symmetric(training.gradient, specs[name].weights), training, elements)
+    groups = _groups(qgraph, target)
+    grids = {}
+    for members in groups:
+        settings = _settings("ste", training, 1)
+        if not any(_is_given(graph[name], qgraph.activations[name], target) for name in members):
+            node, q = graph[members[0]], qgraph.activations[members[0]]
+            gradient = _asymmetric(training.gradient, node, q, specs[node.name].activations)
+            settings = _settings(gradient, training, int(np.prod([d or 1 for d in node.shape])))
+        grids.update(dict.fromkeys(members, settings))
+    owners = [tuple(n for n in members if not _shares(graph[n], target)) for members in groups]
+    return Learning(
+        weights=weights,
+        grids=grids,
+        tied_weights=_shared_weights(graph),
+        tied_grids=tuple(names for names in owners if len(names) > 1),
+    )
+
+
+def _settings(gradient: str, training: Training, elements: int) -> Mapping[str, Any]:
+    return {} if gradient == "ste" else {"gradient": gradient, "rate": training.rate, "elements": elements}
+
+
+def _symmetric(gradient: str, spec: QuantSpec | None) -> str:
+    """The gradient of a grid whose zero point stays: its scale is all that can learn."""
+    if spec is not None and spec.power_of_two and gradient != "ste":
+        return "tqt"
+    return {"lsq+": "lsq", "min_max": "symmetric"}.get(gradient, gradient)
+
+
+def _asymmetric(gradient: str, node: Node, q: QParams | None, spec: QuantSpec | None) -> str:
+    """The gradient of an activation's grid; the zero point of one that starts or ends at zero stays."""
+    if q is None or spec is None or spec.symmetric:
+        return _symmetric(gradient, spec)
+    moves = q.qmin < int(q.zero_point) < q.qmax and "clip" not in node.attrs
+    return "lsq" if gradient == "lsq+" and not moves else gradient
+
+
+def _is_given(node: Node, q: QParams | None, target: Target) -> bool:
+    """Whether the grid of a tensor is dictated: by the target, or by values that do not train."""
+    return q is None or node.op in _GIVEN or target.fixed_output(node.op, q.container) is not None
+
+
+def _shares(node: Node, target: Target) -> bool:
+    return node.op in target.same_scale | target.inputs_share_output
+
+
+def _groups(qgraph: QuantizedGraph, target: Target) -> list[tuple[str, ...]]:
+    """The tensors that have one grid, in the order of the graph."""
+    integer = {name for name, q in qgraph.activations.items() if q is not None}
+    members: dict[str, list[str]] = {}
+    for name, leader in share_grids(qgraph.graph, integer, target).items():
+        members.setdefault(leader, []).append(name)
+    return [tuple(names) for names in members.values()]
+
+
+def _shared_weights(graph: Graph) -> tuple[tuple[str, ...], ...]:
+    """Nodes that are calls of one layer of the user's: the same origin, operation and weights."""
+    groups: dict[Any, list[Node]] = {}
+    for node in graph:
+        if node.weights and node.op != "const":
+            groups.setdefault((node.origin, node.op, node.attrs.get("part"), *_shapes(node)), []).append(node)
+    return tuple(names for nodes in groups.values() for names in _equal(nodes))
+
+
+def _shapes(node: Node) -> Iterable[Any]:
+    return ((name, np.shape(value)) for name, value in sorted(node.weights.items()))
+
+
+def _equal(nodes: list[Node]) -> Iterable[tuple[str, ...]]:
+    """The nodes whose weights are equal, as groups of more than one."""
+    rest = list(nodes)
+    while rest:
+        first, *rest = rest
+        same = [n for n in rest if all(np.array_equal(w, n.weights[k]) for k, w in first.weights.items())]
+        if same:
+            yield first.name, *(n.name for n in same)
+        rest = [n for n in rest if n not in same]
