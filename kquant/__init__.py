@@ -12,19 +12,24 @@ from kquant.backend import check_backend
 check_backend()
 
 from kquant.config import QuantConfig  # noqa: E402
+from kquant.debug.diagnosis import Diagnosis  # noqa: E402
 from kquant.errors import (  # noqa: E402
     BackendError,
     CalibrationError,
     ConfigError,
+    DiagnosisError,
     ExportError,
     KQuantError,
+    MissingPackageError,
     ModelError,
 )
 from kquant.export import ExportReport, export_tflite  # noqa: E402
 from kquant.graph.registry import register_layer  # noqa: E402
 from kquant.insert import QuantizedModel  # noqa: E402
+from kquant.qat.batch_norm import reestimate_batch_norm  # noqa: E402
+from kquant.qat.prepare import prepare_qat  # noqa: E402
 from kquant.quantize import quantize_model  # noqa: E402
-from kquant.specs import AdaRound, QuantSpec, Rule  # noqa: E402
+from kquant.specs import AdaRound, QuantSpec, Rule, Training  # noqa: E402
 from kquant.targets import Target, get_target  # noqa: E402
 from kquant.tflite.parity import ParityReport, verify_tflite  # noqa: E402
 from kquant.tflite.runtime import TFLiteModel  # noqa: E402
@@ -36,9 +41,12 @@ __all__ = [
     "BackendError",
     "CalibrationError",
     "ConfigError",
+    "Diagnosis",
+    "DiagnosisError",
     "ExportError",
     "ExportReport",
     "KQuantError",
+    "MissingPackageError",
     "ModelError",
     "ParityReport",
     "QuantConfig",
@@ -47,9 +55,12 @@ __all__ = [
     "Rule",
     "TFLiteModel",
     "Target",
+    "Training",
     "export_tflite",
     "get_target",
+    "prepare_qat",
     "quantize_model",
+    "reestimate_batch_norm",
     "register_layer",
     "verify_tflite",
 ]

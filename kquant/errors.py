@@ -23,3 +23,11 @@ class CalibrationError(KQuantError, ValueError):
 
 class ExportError(KQuantError, ValueError):
     """The model cannot be written as, or read from, a TFLite file."""
+
+
+class DiagnosisError(KQuantError, ValueError):
+    """A text is not a saved diagnosis."""
+
+
+class MissingPackageError(KQuantError, ImportError):
+    """An optional package is not installed."""

@@ -20,7 +20,9 @@ from kquant.affine import QParams
 from kquant.gradients import fake_quant, grid_of_range, power_of_two, round_ste, scaled_gradient
 
 Tensor = Any
-_LARGEST = 8.0  # of the exponents: no step of an optimizer leads to a scale that is zero or infinite
+# how far a scale may move: no step of an optimizer leads to one that is zero or infinite
+_LARGEST = 8.0  # of the exponents of e
+_OCTAVES = 32.0
 
 
 @keras.saving.register_keras_serializable("kquant")
@@ -78,8 +80,13 @@ class FakeQuant(keras.layers.Layer):
         return (self.qmax - self.qmin).bit_length()
 
     def parameters(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point as they stand now, with gradients to the variables that are learned."""
-        return _PARAMETERS[self.gradient](self)
+        """Scale and zero point as they stand now, with gradients to the variables that are learned.
+
+        What is learned is computed in float64 and rounded once: in float32 the exponentials of XLA, eager and graph
+        execution differ, and with them what is trained from what is exported.
+        """
+        scale, zero_point = _PARAMETERS[self.gradient](self)
+        return tf.cast(scale, tf.float32), tf.cast(zero_point, tf.float32)
 
     @property
     def grid(self) -> Tensor:
@@ -145,13 +152,22 @@ def _fixed(q: FakeQuant) -> tuple[Tensor, Tensor]:
     return tf.convert_to_tensor(q.scale), tf.convert_to_tensor(q.zero_point)
 
 
+def _wide(variable: Any) -> Tensor:
+    return tf.cast(tf.convert_to_tensor(variable), tf.float64)
+
+
+def _base(q: FakeQuant) -> tuple[Tensor, Tensor]:
+    """The grid that training began with, in float64."""
+    return _wide(q.scale), _wide(q.zero_point)
+
+
 def _lsq(q: FakeQuant) -> tuple[Tensor, Tensor]:
     """LSQ: the gradient of the scale times g = 1 / sqrt(N Q_p).
 
-    `log_scale` gets g * dL/dscale / (rate * scale), so that a step of plain gradient descent changes the scale as the
-    paper's step on the scale itself does, to first order.
+    `log_scale` gets g * dL/dscale / scale, so that a step of plain gradient descent changes the scale as the paper's
+    step on the scale itself does, to first order, times `rate`.
     """
-    base, zero_point = _fixed(q)
+    base, zero_point = _base(q)
     scale = base * _exp(q, "log_scale")
     top = tf.maximum(q.qmax - zero_point, 1.0)
     factor = 1.0 / (tf.sqrt(q.elements * top) * q.rate * scale * scale)
@@ -162,7 +178,7 @@ def _lsq_plus(q: FakeQuant) -> tuple[Tensor, Tensor]:
     """LSQ+: `shift` moves the zero point too, as a share of the grid's extent."""
     scale, base = _lsq(q)
     extent = float(q.qmax - q.qmin)
-    zero_point = round_ste(base + extent * q.rate * tf.convert_to_tensor(q.learned["shift"]))
+    zero_point = round_ste(base + extent * q.rate * _wide(q.learned["shift"]))
     factor = 1.0 / (math.sqrt(q.elements * extent) * extent**2 * q.rate * tf.stop_gradient(scale) ** 2)
     zero_point = scaled_gradient(zero_point, factor)
     return scale, tf.clip_by_value(zero_point, float(q.qmin), float(q.qmax))
@@ -170,7 +186,7 @@ def _lsq_plus(q: FakeQuant) -> tuple[Tensor, Tensor]:
 
 def _min_max(q: FakeQuant) -> tuple[Tensor, Tensor]:
     """Both edges of the range learn, each by a factor: an edge at zero stays there."""
-    scale, zero_point = _fixed(q)
+    scale, zero_point = _base(q)
     low = scale * (q.qmin - zero_point) * _exp(q, "log_low")
     high = scale * (q.qmax - zero_point) * _exp(q, "log_high")
     return grid_of_range(low, high, q.qmin, q.qmax)
@@ -178,20 +194,21 @@ def _min_max(q: FakeQuant) -> tuple[Tensor, Tensor]:
 
 def _symmetric(q: FakeQuant) -> tuple[Tensor, Tensor]:
     """One edge for both sides: the same as a scale, with its gradient unscaled."""
-    scale, zero_point = _fixed(q)
+    scale, zero_point = _base(q)
     return scale * _exp(q, "log_scale"), zero_point
 
 
 def _tqt(q: FakeQuant) -> tuple[Tensor, Tensor]:
     """TQT: the scale is the power of two at or above a learned threshold."""
-    base, zero_point = _fixed(q)
+    base, zero_point = _base(q)
     # half a step below the power of two: the grid leaves it for a smaller one as easily as for a larger one
     exponent = tf.math.log(base) / math.log(2.0) - 0.5
-    return power_of_two(exponent + q.rate * tf.clip_by_value(q.learned["log2_scale"], -32.0, 32.0)), zero_point
+    moved = tf.clip_by_value(q.rate * _wide(q.learned["log2_scale"]), -_OCTAVES, _OCTAVES)
+    return power_of_two(exponent + moved), zero_point
 
 
 def _exp(q: FakeQuant, name: str) -> Tensor:
-    return tf.exp(tf.clip_by_value(q.rate * tf.convert_to_tensor(q.learned[name]), -_LARGEST, _LARGEST))
+    return tf.exp(tf.clip_by_value(q.rate * _wide(q.learned[name]), -_LARGEST, _LARGEST))
 
 
 _PARAMETERS: Mapping[str, Callable[[FakeQuant], tuple[Tensor, Tensor]]] = MappingProxyType(

@@ -111,11 +111,15 @@ def scaled_gradient(x: Tensor, factor: float | Tensor) -> Tensor:
 
 
 def power_of_two(log2_scale: Tensor) -> Tensor:
-    """2^ceil(log2_scale); d/dlog2_scale = scale ln 2, straight through the ceil (TQT, eq. 7)."""
+    """2^ceil(log2_scale), within the normal float32 numbers; d/dlog2_scale = scale ln 2, straight through the ceil.
+
+    TQT, eq. 7.
+    """
 
     @tf.custom_gradient
     def power(exponent: Tensor) -> Any:
-        scale = tf.bitcast(tf.bitwise.left_shift(tf.cast(tf.math.ceil(exponent), tf.int32) + 127, 23), tf.float32)
+        whole = tf.cast(tf.clip_by_value(tf.math.ceil(exponent), -126.0, 127.0), tf.int32)
+        scale = tf.cast(tf.bitcast(tf.bitwise.left_shift(whole + 127, 23), tf.float32), exponent.dtype)
         return scale, lambda dy: dy * scale * 0.6931471805599453
 
     return power(log2_scale)

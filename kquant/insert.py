@@ -6,7 +6,7 @@ reads the quantized graph back from such a model, as it stands after training or
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from kquant.report import format_report
 from kquant.targets import Target, get_target
 
 _NOT_FINITE = (
-    "The loss is NaN or infinite, and this step changed nothing. Look for NaN or huge values in the batch; if there "
+    "The loss is NaN or infinite, and this step changed no weight. Look for NaN or huge values in the batch; if there "
     "are none, lower the learning rate. Loss"
 )
 
@@ -39,12 +39,14 @@ class Learning:
         grids: node -> the same of its output, or of a constant.
         tied_weights: groups of nodes that have one weight: calls of one layer.
         tied_grids: groups of nodes (and constants) that have one grid.
+        layer: node -> what makes its layer, where it is not a plain `QuantizedLayer`.
     """
 
     weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     grids: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tied_weights: tuple[tuple[str, ...], ...] = ()
     tied_grids: tuple[tuple[str, ...], ...] = ()
+    layer: Mapping[str, Callable[..., QuantizedLayer]] = field(default_factory=dict)
 
 
 @keras.saving.register_keras_serializable("kquant")
@@ -82,7 +84,7 @@ class QuantizedModel(keras.Model):
                 quantizers[name].tie(quantizers[first])
 
     def compute_loss(self, *args: Any, training: bool = True, **kwargs: Any) -> Any:
-        """The loss that `compile` was given; a training step whose loss is not finite fails and changes nothing."""
+        """The loss that `compile` was given; a training step whose loss is not finite fails and changes no weight."""
         loss = super().compute_loss(*args, training=training, **kwargs)
         return checked_loss(loss, _NOT_FINITE) if training and loss is not None else loss
 
@@ -101,6 +103,7 @@ def insert(
     qgraph: QuantizedGraph,
     facts: Mapping[str, Any],
     learning: Learning = Learning(),  # noqa: B008 (frozen)
+    training_dtype: str = "float32",
 ) -> QuantizedModel:
     """The Keras model that simulates `qgraph`.
 
@@ -108,6 +111,7 @@ def insert(
         qgraph: float weights and the grids of all integer tensors.
         facts: what to remember in `QuantizedModel.quantization`: "target" at least.
         learning: how grids learn when the model is trained; by default they do not.
+        training_dtype: in what operations compute when the model is trained (see `QuantizedLayer`).
     """
     graph, target = qgraph.graph, get_target(facts["target"])
     values: dict[str, Any] = {}
@@ -133,7 +137,7 @@ def insert(
             values[node.name] = call(arguments)
             float_nodes[node.name] = {**node_to_dict(node), "operation": call.operation.name}
             continue
-        layer = _layer(qgraph, node, target, learning)
+        layer = _layer(qgraph, node, target, learning, training_dtype)
         if layer.runs_in_integers:
             read = [grids[i] for i in sources if i in grids]
             values[node.name], grids[node.name] = layer(arguments, read) if read else layer(arguments)
@@ -150,8 +154,8 @@ def insert(
         "float_nodes": float_nodes,
         "plain_inputs": {i: node_to_dict(graph[i]) for i in graph.inputs if qgraph.activations.get(i) is None},
     }
-    tied = {"weights": learning.tied_weights, "grids": learning.tied_grids}
-    tied = {kind: [list(names) for names in groups] for kind, groups in tied.items()}
+    groups = {"weights": learning.tied_weights, "grids": learning.tied_grids}
+    tied = {kind: [list(names) for names in found] for kind, found in groups.items()}
     model.quantization = {**facts, "structure": structure, "tied": tied}
     model.tie()
     return model
@@ -168,7 +172,7 @@ def _alone(tensors: list[Any]) -> Any:
     return tensors[0] if len(tensors) == 1 else tensors
 
 
-def _layer(qgraph: QuantizedGraph, node: Node, target: Target, learning: Learning) -> QuantizedLayer:
+def _layer(qgraph: QuantizedGraph, node: Node, target: Target, learning: Learning, dtype: str) -> QuantizedLayer:
     """The layer of one node, with its variables set."""
     graph = qgraph.graph
     output, weight = qgraph.activations.get(node.name), qgraph.weights.get(node.name)
@@ -176,7 +180,7 @@ def _layer(qgraph: QuantizedGraph, node: Node, target: Target, learning: Learnin
     shares = output is not None and node.op in target.same_scale | target.inputs_share_output
     grids = learning.grids
     constant_grids = {i: grid_settings(qgraph.activations[i], grids.get(i)) for i in constants if output is not None}
-    layer = QuantizedLayer(
+    layer = learning.layer.get(node.name, QuantizedLayer)(
         node,
         weight_grid=grid_settings(weight, learning.weights.get(node.name)) if node.op != "embedding" else None,
         output_grid=None if shares else grid_settings(output, grids.get(node.name)),
@@ -186,6 +190,7 @@ def _layer(qgraph: QuantizedGraph, node: Node, target: Target, learning: Learnin
         constant_grids=constant_grids,
         rounds_in_training=node.op != "softmax" or not is_final(graph, node),
         name=_keras_name(node),
+        training_dtype=dtype,
     )
     constant_pairs = ((q, qgraph.activations[name]) for name, q in layer.constant_quantizers.items())
     for quantizer, q in ((layer.weight_quantizer, weight), (layer.output_quantizer, output), *constant_pairs):
@@ -238,7 +243,7 @@ def _extract_layer(
     weights: dict[str, QParams | None],
 ) -> None:
     node = layer.node
-    values = {k: np.asarray(v.numpy(), np.float32) for k, v in layer.variables_by_name.items()}
+    values, weight_grid = layer.deployed()
     for name, constant in layer.constants.items():
         value = np.asarray(constant.numpy(), np.float32)
         nodes[name] = Node(name=name, op="const", shape=value.shape, weights={"value": value}, origin=node.origin)
@@ -249,7 +254,7 @@ def _extract_layer(
         activations[node.name] = activations[node.inputs[0]]
     else:
         activations[node.name] = layer.output_quantizer.to_qparams() if layer.output_quantizer else None
-    if layer.weight_quantizer is not None:
-        weights[node.name] = layer.weight_quantizer.to_qparams()
+    if weight_grid is not None:
+        weights[node.name] = weight_grid
     elif node.op == "embedding" and activations[node.name] is not None:
         weights[node.name] = activations[node.name]

@@ -61,14 +61,20 @@ def quantize_model(
         ModelError: the model cannot be traced or has weights that are not finite.
         CalibrationError: the data is missing, empty, of the wrong shape, or not finite.
     """
-    check_backend()
     if isinstance(model, QuantizedModel):
         raise ModelError(f"{model.name!r} is already quantized: pass the float model that it was made from.")
-    config = QuantConfig.load(config)
+    return insert(*quantize_to_graph(model, calibration_data, QuantConfig.load(config), seed, progress, batch_size))
+
+
+def quantize_to_graph(
+    model: keras.Model, calibration_data: Any, config: QuantConfig, seed: int, progress: bool, batch_size: int
+) -> tuple[QuantizedGraph, dict[str, Any]]:
+    """The quantized graph of a float model, and the facts that a `QuantizedModel` remembers; see `quantize_model`."""
+    check_backend()
     graph = prepare_graph(model)
     data = None if calibration_data is None else _checked(graph, calibration_data, batch_size)
     plan, qgraph, steps = quantize_after_training(graph, config, data, seed=seed, progress=progress)
-    return insert(qgraph, _facts(plan, qgraph, steps, config, seed))
+    return qgraph, _facts(plan, qgraph, steps, config, seed)
 
 
 def _checked(graph: Graph, source: Any, batch_size: int) -> CalibrationData:

@@ -79,6 +79,8 @@ class QuantizedLayer(keras.layers.Layer):
         constants: inputs that are constants, by name (values, or shapes in a serialized config).
         constant_grids: their quantizers' settings, by the same names.
         rounds_in_training: False for probabilities that a loss takes the logarithm of, which must not become 0.
+        training_dtype: in what the operation itself computes in training, "float32" or "bfloat16" (of mixed
+            precision); a dtype policy of the layer would round the variables too.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class QuantizedLayer(keras.layers.Layer):
         constants: Mapping[str, Any] | None = None,
         constant_grids: Mapping[str, Any] | None = None,
         rounds_in_training: bool = True,
+        training_dtype: str = "float32",
         **kwargs: Any,
     ):
         super().__init__(**{"dtype": "float32", **kwargs}, autocast=False)
@@ -98,7 +101,7 @@ class QuantizedLayer(keras.layers.Layer):
         self.weight_quantizer = FakeQuant(**weight_grid, name="weight_quantizer") if weight_grid else None
         self.output_quantizer = FakeQuant(**output_grid, name="output_quantizer") if output_grid else None
         self.shares_grid, self.activation_bits = shares_grid, activation_bits
-        self.rounds_in_training = rounds_in_training
+        self.rounds_in_training, self.training_dtype = rounds_in_training, training_dtype
         self.variables_by_name = {k: self._own(k, v) for k, v in self.node.weights.items()}
         self.constants = {k: self._own(f"constant_{i}", v) for i, (k, v) in enumerate((constants or {}).items())}
         self.constant_quantizers = {
@@ -141,7 +144,7 @@ class QuantizedLayer(keras.layers.Layer):
     def call(self, values: Sequence[Tensor], grids: Sequence[Tensor] = (), training: bool | None = False) -> Any:
         node, values, grids = self.node, list(values), list(grids)
         if not self.runs_in_integers:
-            return compute(node, self._with_constants(values), self._float_weights())
+            return compute(node, self._with_constants(values), self._real_weights())
         if training:
             return self._train(values, grids)
         if self.output_quantizer is None:
@@ -159,7 +162,7 @@ class QuantizedLayer(keras.layers.Layer):
             alpha = self._operand(self._quantized_weight()[0], self.weight_quantizer.grid)
             centered = prelu(operands[0], alpha, out)
         else:
-            centered = simulate(_without_clip(node), operands, out, self._float_weights())
+            centered = simulate(_without_clip(node), operands, out, self._real_weights())
         lo, hi = node.attrs.get("clip", (None, None))
         if node.op == "clip":
             lo, hi = node.attrs["lo"], node.attrs["hi"]
@@ -177,26 +180,31 @@ class QuantizedLayer(keras.layers.Layer):
             return (round_ste(y / grids[0][0]) * grids[0][0] if node.op in _AVERAGES else y), grids[0]
         if node.op in ("input", "requantize"):
             return self.output_quantizer(values[0]), self.output_quantizer.grid
-        y = self._compute(self._with_constants(values), self._float_weights())
+        y = self._forward(self._with_constants(values))
         if not self.rounds_in_training:
             return y, self.output_quantizer.grid
         return self.output_quantizer.fake_quantize(y, node.attrs.get("clip", (None, None))), self.output_quantizer.grid
 
+    def _forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The output in training, before its quantizer."""
+        return self._compute(inputs, self._real_weights())
+
     def _compute(self, inputs: Sequence[Tensor], weights: Mapping[str, Tensor]) -> Tensor:
-        """The operation without its fused activation, in the layer's compute type, the result in float32."""
+        """The operation without its fused activation, in the type of mixed precision, the result in float32."""
 
         def cast(t: Tensor) -> Tensor:
-            return tf.cast(t, self.compute_dtype) if t.dtype.is_floating else t
+            return tf.cast(t, self.training_dtype) if t.dtype.is_floating else t
 
         y = compute(_without_clip(self.node), [cast(t) for t in inputs], {k: cast(w) for k, w in weights.items()})
         return tf.cast(y, tf.float32)
 
     def _linear(self, x: Operand, out: Operand) -> Tensor:
         key, _ = QUANTIZED_WEIGHT[self.node.op]
-        weight, bias = self.variables_by_name[key], self.variables_by_name[BIAS[self.node.op]]
+        weights = self.float_weights()
+        weight, bias = weights[key], weights[BIAS[self.node.op]]
         if self.weight_quantizer is None:  # weights in float, activations in integers: simulation only
             return round_ste(self._compute_linear(x.value, weight, bias) / out.scale)
-        w_scale, _ = self.weight_quantizer.parameters()
+        w_scale = self.weight_scale()
         w_int, _ = self._quantized_weight()
         b_int = round_ste(bias / (x.scale * w_scale))
         # an int16 input overflows the 24 bits in which float32 is exact
@@ -213,14 +221,29 @@ class QuantizedLayer(keras.layers.Layer):
         """The integers of the weight and their real values, in the weight's own shape."""
         if self.weight_quantizer is None:
             raise AssertionError(f"{self.node.name!r} has no weight quantizer")
-        weight = tf.convert_to_tensor(self.variables_by_name[QUANTIZED_WEIGHT[self.node.op][0]])
+        weight = self.float_weights()[QUANTIZED_WEIGHT[self.node.op][0]]
         integers = self.weight_quantizer.integers(weight_view(self.node, weight))
         real = self.weight_quantizer.real(integers)
         return tf.reshape(integers, weight.shape), tf.reshape(real, weight.shape)
 
-    def _float_weights(self) -> dict[str, Tensor]:
+    def float_weights(self) -> dict[str, Tensor]:
+        """The weights of the operation as it is deployed, before quantization."""
+        return {k: tf.convert_to_tensor(v) for k, v in self.variables_by_name.items()}
+
+    def weight_scale(self) -> Tensor:
+        """The scale of the quantized weight as it is deployed."""
+        if self.weight_quantizer is None:
+            raise AssertionError(f"{self.node.name!r} has no weight quantizer")
+        return self.weight_quantizer.parameters()[0]
+
+    def deployed(self) -> tuple[dict[str, np.ndarray], QParams | None]:
+        """The weights of the operation as it is deployed, and the grid of the quantized one."""
+        weights = {k: np.asarray(v.numpy(), np.float32) for k, v in self.float_weights().items()}
+        return weights, None if self.weight_quantizer is None else self.weight_quantizer.to_qparams()
+
+    def _real_weights(self) -> dict[str, Tensor]:
         """The weights as real numbers, on their grid where they have one."""
-        weights = {k: tf.convert_to_tensor(v) for k, v in self.variables_by_name.items()}
+        weights = self.float_weights()
         if self.weight_quantizer is not None:
             weights[QUANTIZED_WEIGHT[self.node.op][0]] = self._quantized_weight()[1]
         return weights
@@ -271,6 +294,7 @@ class QuantizedLayer(keras.layers.Layer):
             "shares_grid": self.shares_grid,
             "activation_bits": self.activation_bits,
             "rounds_in_training": self.rounds_in_training,
+            "training_dtype": self.training_dtype,
             **{k: q and q.settings for k, q in quantizers.items()},
             "constants": {k: list(v.shape) for k, v in self.constants.items()},
             "constant_grids": {k: q.settings for k, q in self.constant_quantizers.items()},

@@ -10,9 +10,10 @@ import numpy as np
 from kquant.affine import QParams
 from kquant.config import QuantConfig
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import QUANTIZED_WEIGHT
+from kquant.graph.ops import QUANTIZED_WEIGHT, weight_view
 from kquant.insert import Learning
 from kquant.plan import resolve, share_grids
+from kquant.qat.batch_norm import batch_norm_layers
 from kquant.qgraph import QuantizedGraph
 from kquant.specs import QuantSpec, Training
 from kquant.targets import Target, get_target
@@ -49,8 +50,27 @@ def learning_of(qgraph: QuantizedGraph, config: QuantConfig, training: Training)
         weights=weights,
         grids=grids,
         tied_weights=_shared_weights(graph),
+        layer=batch_norm_layers(qgraph, training),
         tied_grids=tuple(names for names in owners if len(names) > 1),
     )
+
+
+def zero_ranges(qgraph: QuantizedGraph, config: QuantConfig) -> list[str]:
+    """The layers (names of the user's) with weights, or an output over the calibration data, that are all zero.
+
+    A range of zero width has scale 1 (`affine.qparams_from_range`), which says nothing about the values to come. Scales
+    that were given, or are rounded to powers of two, may be 1 in good faith.
+    """
+    graph, target, specs = qgraph.graph, get_target(config.target), resolve(qgraph.graph, config)
+    dead = [n for n, q in qgraph.weights.items() if q is not None and not np.any(weight_view(graph[n]))]
+    for members in _groups(qgraph, target):
+        q, spec = qgraph.activations[members[0]], specs[members[0]].activations
+        if q is None or spec is None or spec.range is not None or spec.power_of_two:
+            continue
+        empty = float(q.scale) == 1.0 and int(q.zero_point) == (0 if spec.symmetric and spec.signed else q.qmin)
+        if empty and not any(_is_given(graph[name], q, target) for name in members):
+            dead.append(members[0])
+    return sorted({graph[name].origin or name for name in dead})
 
 
 def _settings(gradient: str, training: Training, elements: int) -> Mapping[str, Any]:

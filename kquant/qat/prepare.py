@@ -13,9 +13,10 @@ from kquant.backend import check_backend
 from kquant.config import QuantConfig
 from kquant.errors import ConfigError, ModelError
 from kquant.insert import QuantizedModel, extract, insert
-from kquant.qat.learning import learning_of
-from kquant.quantize import quantize_model
+from kquant.qat.learning import learning_of, zero_ranges
+from kquant.quantize import quantize_to_graph
 from kquant.specs import Training
+from kquant.targets import get_target
 
 
 def prepare_qat(
@@ -42,14 +43,16 @@ def prepare_qat(
         seed, progress, batch_size: as for `quantize_model`.
 
     Raises:
-        ModelError: the model cannot be quantized, or is prepared already.
+        ModelError: the model cannot be quantized, is prepared already, or has a layer whose weights, or whose output
+            over the calibration data, are all zero.
         ConfigError: the config is wrong, cannot be deployed, or is given for a model that has one.
         CalibrationError: the data is missing or unusable.
     """
     check_backend()
     if not isinstance(model, QuantizedModel):
-        config = QuantConfig.load("w8a8" if config is None else config)
-        model = quantize_model(model, calibration_data, config, seed=seed, progress=progress, batch_size=batch_size)
+        settings = QuantConfig.load("w8a8" if config is None else config)
+        _refuse_undeployable(settings)
+        qgraph, facts = quantize_to_graph(model, calibration_data, settings, seed, progress, batch_size)
     elif "training" in model.quantization:
         raise ModelError(f"{model.name!r} is prepared for training already: compile and fit it as it is.")
     elif config is not None or calibration_data is not None:
@@ -57,16 +60,34 @@ def prepare_qat(
             f"{model.name!r} is quantized already: it keeps its config, and needs no data. Pass the float model to "
             "start anew, or the quantized model alone."
         )
-    config = QuantConfig.from_dict(model.quantization["config"])
-    _refuse_undeployable(model)
-    qgraph = extract(model)
-    facts = {k: v for k, v in model.quantization.items() if k not in ("structure", "tied")}
-    return insert(qgraph, {**facts, "training": asdict(training)}, learning_of(qgraph, config, training))
+    else:
+        facts = {k: v for k, v in model.quantization.items() if k not in ("structure", "tied")}
+        settings = QuantConfig.from_dict(facts["config"])
+        _refuse_undeployable(settings)
+        qgraph = extract(model)
+    _refuse_zero_ranges(model.name, zero_ranges(qgraph, settings))
+    learning = learning_of(qgraph, settings, training)
+    return insert(qgraph, {**facts, "training": asdict(training)}, learning, _training_dtype())
 
 
-def _refuse_undeployable(model: QuantizedModel) -> None:
-    if model.target.float_weights:
+def _training_dtype() -> str:
+    """That of Keras' global policy where it is "mixed_bfloat16"; float16 would need its losses scaled."""
+    return "bfloat16" if keras.config.dtype_policy().name == "mixed_bfloat16" else "float32"
+
+
+def _refuse_zero_ranges(name: str, layers: list[str]) -> None:
+    if layers:
+        raise ModelError(
+            f"In {name!r} the weights, or the outputs over the calibration data, of {', '.join(map(repr, layers))} are "
+            "all zero: they have no range to learn from. Initialize the weights, pass data that activates the layers, "
+            "give their outputs a range with a rule (activations={'range': (low, high)}), or leave them in float "
+            "(float=True)."
+        )
+
+
+def _refuse_undeployable(config: QuantConfig) -> None:
+    if get_target(config.target).float_weights:
         raise ConfigError(
-            f"The target {model.target.name!r} is for experiments and cannot be deployed; train for the target that "
+            f"The target {config.target!r} is for experiments and cannot be deployed; train for the target that "
             "the model is to run on, e.g. with config='w8a8'."
         )
