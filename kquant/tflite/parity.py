@@ -164,7 +164,7 @@ def verify_tflite(
         ModelError: `model` is not a quantized model.
     """
     content, qgraph = file_content(source), extract(model)
-    batches = _limited(CalibrationData(data, _specs(qgraph), batch_size=batch_size), samples)
+    batches = first_samples(CalibrationData(data, input_specs(qgraph), batch_size=batch_size), samples)
     few = [x[:tensor_samples] for x in batches[0]]
     info = summary(content)
     kernels, stored = _kernel_tensors(content, few)
@@ -180,12 +180,13 @@ def verify_tflite(
     )
 
 
-def _specs(qgraph: QuantizedGraph) -> list[tuple[str, Any, str]]:
+def input_specs(qgraph: QuantizedGraph) -> list[tuple[str, Any, str]]:
+    """(name, shape, dtype) of every input, as `CalibrationData` wants them."""
     graph = qgraph.graph
     return [(n, graph[i].shape, graph[i].dtype) for n, i in zip(graph.input_names, graph.inputs, strict=True)]
 
 
-def _limited(data: CalibrationData, samples: int) -> list[list[np.ndarray]]:
+def first_samples(data: CalibrationData, samples: int) -> list[list[np.ndarray]]:
     """The first `samples` samples."""
     batches, left = [], samples
     for batch in data:
@@ -277,7 +278,7 @@ def _tensor_parity(
         if value.dtype.kind == "f":
             difference = difference / max(1e-12, float(np.max(np.abs(value))))
         layer = layers.get(name)
-        simulated = None if layer is None else _simulated(layer, qgraph, stored)
+        simulated = None if layer is None else simulated_layer(layer, qgraph, stored)
         off = np.zeros(1) if simulated is None else np.abs(simulated.astype(np.float64) - value)
         if value.dtype.kind == "f":
             off = off / max(1e-12, float(np.max(np.abs(value))))
@@ -296,8 +297,14 @@ def _tensor_parity(
     return tuple(rows)
 
 
-def _simulated(layer: QuantizedLayer, qgraph: QuantizedGraph, stored: dict[str, np.ndarray]) -> np.ndarray | None:
-    """What a layer of the simulation makes of the kernels' own integers, as integers."""
+def simulated_layer(layer: QuantizedLayer, qgraph: QuantizedGraph, stored: dict[str, np.ndarray]) -> np.ndarray | None:
+    """What a layer of the simulation makes of the kernels' own integers, as integers; real values of a float layer.
+
+    Args:
+        layer: of the simulation.
+        qgraph: the grids.
+        stored: tensors of the file by name, as stored; None is returned where an input of the layer is missing.
+    """
     node = layer.node
     sources = [i for i in node.inputs if i not in layer.constants]
     if node.op == "input" or any(i not in stored for i in sources):

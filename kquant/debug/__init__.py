@@ -1,0 +1,1 @@
+"""Where the accuracy went: figure 9 of the white paper, executed."""

@@ -1,0 +1,90 @@
+"""What the report's charts draw, as JSON-able numbers: binned to what a screen can show, four digits each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kquant.debug.summary import decimals, waterfall
+
+if TYPE_CHECKING:
+    from kquant.debug.diagnosis import ChannelRanges, Diagnosis, TensorRecord
+
+MAX_BARS, MAX_BINS = 256, 96  # of one chart
+ALL_BARS, ALL_BINS = 20_000, 40_000  # of all layers together: a large model's file stays below 6 MB
+
+
+def chart_data(diagnosis: Diagnosis) -> dict[str, Any]:
+    """Everything that page.js draws."""
+    d = diagnosis
+    bars = int(np.clip(ALL_BARS // max(1, len(d.channels)), 16, MAX_BARS))
+    bins = int(np.clip(ALL_BINS // max(1, len(d.tensors)), 16, MAX_BINS))
+    return {
+        "metric": d.metric,
+        "decimals": decimals(d.float_score),
+        "float": finite(d.float_score),
+        "quantized": finite(d.quantized_score),
+        "waterfall": [{"name": n, "score": finite(s), "kind": k} for n, s, k in waterfall(d)],
+        "sensitivity": [
+            {
+                "node": s.node,
+                "type": s.kind,
+                "bits": s.bits,
+                "lost": finite(d.float_score - s.alone_on),
+                "won": None if s.alone_off is None else finite(s.alone_off - d.quantized_score),
+            }
+            for s in d.sensitivity
+        ],
+        "channels": [_channels(c, bars) for c in d.channels],
+        "tensors": [_histogram(t, bins) for t in d.tensors],
+    }
+
+
+def finite(value: float) -> float | None:
+    """Rounded to six digits; None for what no chart can show."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def widths(ranges: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(range of the widest channel, that over the median one): inf where most are dead, NaN without channels."""
+    if not ranges:
+        return math.nan, math.nan
+    spans = np.array([high - low for low, high in ranges], np.float64)
+    widest, median = float(spans.max()), float(np.median(spans))
+    return widest, widest / median if median else (math.inf if widest else 1.0)
+
+
+def _channels(record: ChannelRanges, limit: int) -> dict[str, Any]:
+    per = math.ceil(max(len(record.before), len(record.after), 1) / limit)
+    return {
+        "node": record.node,
+        "per": per,
+        "before": _envelope(record.before, per),
+        "after": _envelope(record.after, per),
+    }
+
+
+def _envelope(ranges: Sequence[tuple[float, float]], per: int) -> list[list[float | None]]:
+    """[lows, highs] over each `per` neighbouring channels: the widest of them stays visible."""
+    groups = [ranges[i : i + per] for i in range(0, len(ranges), per)]
+    return [[_short(min(low for low, _ in g)) for g in groups], [_short(max(high for _, high in g)) for g in groups]]
+
+
+def _histogram(record: TensorRecord, limit: int) -> dict[str, Any]:
+    step = math.ceil(max(1, len(record.counts)) / limit)
+    starts = range(0, len(record.counts), step)
+    return {
+        "node": record.node,
+        "type": record.kind,
+        "low": finite(record.low),
+        "high": finite(record.high),
+        "counts": [int(sum(record.counts[i : i + step])) for i in starts],
+        "edges": [finite(e) for e in (*(record.edges[i] for i in starts), *record.edges[-1:])],
+    }
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.4g}") if math.isfinite(value) else None
