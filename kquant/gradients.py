@@ -79,14 +79,14 @@ def fake_quant(
             low, high = edges(scale, zero_point)
             inside = tf.clip_by_value(ratio, low - 0.5, high + 0.5) == ratio
             dx = tf.where(inside, dy, 0.0)
-            by_scale = dy * (y / scale) - dx * ratio
+            by_scale = dy * y - dx * x  # times scale
             by_zero_point = (dx - dy) * scale
             for bound, edge, beyond in ((lo, low, ratio < low), (hi, high, ratio > high)):
                 if bound is not None:  # the activation clamps, unless the grid ends before its bound
                     by_bound = beyond & ~inside & (edge == tf.round(bound / scale))
-                    by_scale -= tf.where(by_bound, dy * (bound / scale), 0.0)
+                    by_scale -= tf.where(by_bound, dy * bound, 0.0)
                     by_zero_point = tf.where(by_bound, 0.0, by_zero_point)
-            return dx, _reduced(by_scale, scale), _reduced(by_zero_point, zero_point)
+            return dx, _reduced(by_scale, scale) / scale, _reduced(by_zero_point, zero_point)
 
         return y, gradient
 
