@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from kquant.affine import QParams
-from kquant.gradients import fake_quant, grid_of_range, power_of_two, round_ste, scaled_gradient
+from kquant.gradients import exact, fake_quant, grid_of_range, power_of_two, round_ste, scaled_gradient
 
 Tensor = Any
 # how far a scale may move: no step of an optimizer leads to one that is zero or infinite
@@ -162,15 +162,17 @@ def _base(q: FakeQuant) -> tuple[Tensor, Tensor]:
 
 
 def _lsq(q: FakeQuant) -> tuple[Tensor, Tensor]:
-    """LSQ: the gradient of the scale times g = 1 / sqrt(N Q_p).
+    """LSQ: the gradient of the scale times g = min(1, 4 / Q_p) / sqrt(N Q_p).
 
     `log_scale` gets g * dL/dscale / scale, so that a step of plain gradient descent changes the scale as the paper's
-    step on the scale itself does, to first order, times `rate`.
+    step on the scale itself does, to first order, times `rate`. The paper's g is that without the minimum: it balances
+    grids that start at 2 mean |w| / sqrt(Q_p). Those here start at the range of the values, where 8 bits and more
+    would run away.
     """
     base, zero_point = _base(q)
     scale = base * _exp(q, "log_scale")
     top = tf.maximum(q.qmax - zero_point, 1.0)
-    factor = 1.0 / (tf.sqrt(q.elements * top) * q.rate * scale * scale)
+    factor = tf.minimum(4.0 / top, 1.0) / (tf.sqrt(q.elements * top) * q.rate * scale * scale)
     return scaled_gradient(scale, tf.stop_gradient(factor)), zero_point
 
 
@@ -179,7 +181,8 @@ def _lsq_plus(q: FakeQuant) -> tuple[Tensor, Tensor]:
     scale, base = _lsq(q)
     extent = float(q.qmax - q.qmin)
     zero_point = round_ste(base + extent * q.rate * _wide(q.learned["shift"]))
-    factor = 1.0 / (math.sqrt(q.elements * extent) * extent**2 * q.rate * tf.stop_gradient(scale) ** 2)
+    g = min(1.0, 4.0 / extent) / math.sqrt(q.elements * extent)
+    factor = g / (extent**2 * q.rate * tf.stop_gradient(scale) ** 2)
     zero_point = scaled_gradient(zero_point, factor)
     return scale, tf.clip_by_value(zero_point, float(q.qmin), float(q.qmax))
 
@@ -203,12 +206,17 @@ def _tqt(q: FakeQuant) -> tuple[Tensor, Tensor]:
     base, zero_point = _base(q)
     # half a step below the power of two: the grid leaves it for a smaller one as easily as for a larger one
     exponent = tf.math.log(base) / math.log(2.0) - 0.5
-    moved = tf.clip_by_value(q.rate * _wide(q.learned["log2_scale"]), -_OCTAVES, _OCTAVES)
+    moved = _limited(q.rate * _wide(q.learned["log2_scale"]), _OCTAVES)
     return power_of_two(exponent + moved), zero_point
 
 
 def _exp(q: FakeQuant, name: str) -> Tensor:
-    return tf.exp(tf.clip_by_value(q.rate * _wide(q.learned[name]), -_LARGEST, _LARGEST))
+    return tf.exp(_limited(q.rate * _wide(q.learned[name]), _LARGEST))
+
+
+def _limited(x: Tensor, largest: float) -> Tensor:
+    """x within +-largest, with the gradient of x, which leads back from beyond."""
+    return exact(x, tf.clip_by_value(x, -largest, largest))
 
 
 _PARAMETERS: Mapping[str, Callable[[FakeQuant], tuple[Tensor, Tensor]]] = MappingProxyType(

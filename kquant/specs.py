@@ -279,7 +279,8 @@ class Training:
     Attributes:
         gradient: how grids learn, one of `GRADIENTS`: "ste" keeps them, "lsq" learns scales, "lsq+" zero points too,
             "min_max" both edges of each range, "tqt" powers of two. Grids that the target fixes, and those of the
-            model's inputs, stay; what a spec wants symmetric stays so, and what it wants to be a power of two learns by "tqt".
+            model's inputs, stay; what a spec wants symmetric stays so, and what it wants to be a power of two learns by
+            "tqt".
         rate: how fast grids learn, as a factor of the optimizer's learning rate.
         batch_norm: what becomes of batch normalizations (section 4.2 of the white paper): "fold" folds them before
             training; "keep" trains with them and folds them into the scales of the weights; "double_forward" and

@@ -34,6 +34,7 @@ from .tables import OFF, Options, Table
 
 BITS = (8, 6, 4)
 GRANULARITY = {"per tensor": "-per_tensor", "per channel": ""}  # suffix of the preset
+LOGITS = {"position": "last", "activations": {"method": "cross_entropy"}}  # whether or not a softmax follows
 FLOAT = {"weights": None, "activations": None, "target": "simulation", **OFF}
 
 
@@ -123,7 +124,7 @@ def activation_ranges(name: str, options: Options) -> Iterator[Sequence[Any]]:
     variants: dict[str, dict[str, Any]] = {
         "min_max": {"activations": {"method": "min_max"}, "logits": None},
         "mse": {"activations": {"method": "mse"}, "logits": None},
-        "mse, cross_entropy for logits": {"activations": {"method": "mse"}, "logits": "cross_entropy"},
+        "mse, cross_entropy for logits": {"activations": {"method": "mse"}, "rules": [LOGITS], "logits": None},
     }
     if case.has_statistics:
         variants["batch_norm"] = {"inputs": {"range": _input_range(case)}, "logits": None}

@@ -116,7 +116,8 @@ class BatchNormLayer(QuantizedLayer):
         mean, variance = tf.nn.moments(u, list(range(u.shape.rank - 1)))
         momentum = tf.convert_to_tensor(self.momentum)
         for running, seen in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            running.assign(momentum * running + (1.0 - momentum) * tf.stop_gradient(seen))
+            moved = momentum * running + (1.0 - momentum) * tf.stop_gradient(seen)
+            running.assign(tf.where(tf.math.is_finite(moved), moved, running))  # a bad batch leaves no trace
         return mean, variance
 
     def fake_quantized(self, weight: Tensor) -> Tensor:

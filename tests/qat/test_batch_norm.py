@@ -154,3 +154,14 @@ def test_what_cannot_be_trained_with_batch_norm_is_refused():
         prepare_qat(plain, images(8), training=Training(batch_norm="keep"), progress=False)
     with pytest.raises(ModelError, match="folded before training"):
         reestimate_batch_norm(prepared("fold"), [], progress=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_with_nan_leaves_no_trace(kind):
+    model = prepared(kind)
+    model.compile("sgd", "mse")
+    before = [v.numpy() for v in model.variables if "moving" in v.path]
+    with pytest.raises(tf.errors.InvalidArgumentError, match="NaN or infinite"):
+        model.fit(np.full((4, 8, 8, 3), np.nan, np.float32), np.zeros((4, 4), np.float32), verbose=0)
+    for old, new in zip(before, [v.numpy() for v in model.variables if "moving" in v.path], strict=True):
+        np.testing.assert_array_equal(old, new)
