@@ -12,6 +12,7 @@ from kquant.backend import check_backend
 check_backend()
 
 from kquant.config import QuantConfig  # noqa: E402
+from kquant.debug.diagnose import diagnose  # noqa: E402
 from kquant.debug.diagnosis import Diagnosis  # noqa: E402
 from kquant.errors import (  # noqa: E402
     BackendError,
@@ -26,7 +27,10 @@ from kquant.errors import (  # noqa: E402
 from kquant.export import ExportReport, export_tflite  # noqa: E402
 from kquant.graph.registry import register_layer  # noqa: E402
 from kquant.insert import QuantizedModel  # noqa: E402
+from kquant.interop import from_tfmot  # noqa: E402
 from kquant.qat.batch_norm import reestimate_batch_norm  # noqa: E402
+from kquant.qat.callbacks import FreezeQuantizers, LogQuantizers  # noqa: E402
+from kquant.qat.distill import Distiller  # noqa: E402
 from kquant.qat.prepare import prepare_qat  # noqa: E402
 from kquant.quantize import quantize_model  # noqa: E402
 from kquant.specs import AdaRound, QuantSpec, Rule, Training  # noqa: E402
@@ -43,9 +47,12 @@ __all__ = [
     "ConfigError",
     "Diagnosis",
     "DiagnosisError",
+    "Distiller",
     "ExportError",
     "ExportReport",
+    "FreezeQuantizers",
     "KQuantError",
+    "LogQuantizers",
     "MissingPackageError",
     "ModelError",
     "ParityReport",
@@ -56,7 +63,9 @@ __all__ = [
     "TFLiteModel",
     "Target",
     "Training",
+    "diagnose",
     "export_tflite",
+    "from_tfmot",
     "get_target",
     "prepare_qat",
     "quantize_model",

@@ -43,8 +43,11 @@ def test_the_python_runs(checkout, capsys):
     out = capsys.readouterr().out
     assert "every operation is an integer operation" in out
     assert "parity holds" in out
-    assert float(out.strip().splitlines()[-1]) > 0.95  # the accuracy of the file
-    assert {"digits.tflite", "digits_quantized.keras", "mixed.yaml"} <= {p.name for p in checkout.iterdir()}
+    assert float(re.search(r"^(0\.\d+|1\.0)$", out, re.M)[0]) > 0.95  # the accuracy of the file
+    assert re.search(r"^culprit: \w+", out, re.M)  # of the diagnosis
+    assert {"digits.tflite", "digits_quantized.keras", "mixed.yaml", "digits_qat.tflite", "diagnosis.html"} <= {
+        p.name for p in checkout.iterdir()
+    }
 
 
 def test_the_example_is_ten_lines():
