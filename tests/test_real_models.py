@@ -10,6 +10,7 @@ from kquant.transforms import prepare_graph
 from kquant.transforms.absorb_bias import absorb_bias
 from kquant.transforms.equalize import equalize
 from tools import zoo
+from tools.tables import OFF
 
 # points of top-1 that the exported w8a8 file may lose against float; MobileNetV1 is held to the converter's result
 MAY_LOSE = {"resnet8": 0.3, "resnet20": 0.3, "resnet56": 0.3, "ds_cnn": 0.3, "mobilenet_v2": 0.7}
@@ -34,9 +35,10 @@ def test_w8a8_accuracy_of_the_file_on_all_samples(name):
 
 
 @pytest.mark.parametrize("config", ["w8a8", "w8a8-per_tensor", "w4a8", "w8a16", "w4a4"])
-@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize("name", [n for n in zoo.MODELS if n != "resnet56"])  # only deeper than resnet20
 def test_parity(name, config):
-    qmodel = quantized(name, config)
+    """Without the steps, which choose other integers and take time; `test_the_pipeline...` has them."""
+    qmodel = quantized(name, {"preset": config, **OFF})
     content = kquant.export_tflite(qmodel, allow_float=False).content
     count = 12 if config == "w8a16" else 50  # int16 kernels are not vectorized
     report = kquant.verify_tflite(qmodel, content, samples(name, count), samples=count, tensor_samples=1)
@@ -51,9 +53,9 @@ def test_parity(name, config):
 def test_per_tensor_min_max_collapses_in_simulation_and_file_alike(name):
     plain = {"equalize": False, "correct_bias": False}
     qmodel = quantized(name, {"preset": "w8a8-per_tensor", "weights": {"method": "min_max"}, **plain})
-    on_target, seen = zoo.top1(kquant.export_tflite(qmodel).content, name, 260)
-    simulated = zoo.float_top1(qmodel, name, 260)
-    assert seen == 260
+    on_target, seen = zoo.top1(kquant.export_tflite(qmodel).content, name, 130)
+    simulated = zoo.float_top1(qmodel, name, 130)
+    assert seen == 130
     assert on_target < 20 and on_target == pytest.approx(simulated, abs=0.01)
 
 
@@ -106,5 +108,7 @@ def test_the_pipeline_keeps_the_accuracy(name, config, has_data, count, may_lose
     model = zoo.load_model(name)
     data = zoo.calibration(name) if has_data else None
     qmodel = kquant.quantize_model(model, data, config, progress=False)
-    accuracy, _ = zoo.top1(kquant.export_tflite(qmodel, allow_float=False).content, name, count)
+    content = kquant.export_tflite(qmodel, allow_float=False).content
+    assert kquant.verify_tflite(qmodel, content, samples(name, 32), samples=32, tensor_samples=1).ok
+    accuracy, _ = zoo.top1(content, name, count)
     assert accuracy >= zoo.float_top1(model, name, count) - may_lose

@@ -399,7 +399,5 @@ APPLICATIONS: dict[str, Callable[[], keras.Model]] = {
     "EfficientNetB0": _application("EfficientNetB0", 32),
     "EfficientNetV2B0": _application("EfficientNetV2B0", 32),
     "DenseNet121": _application("DenseNet121", 32),
-    "ResNet50V2": _application("ResNet50V2", 32),
-    "Xception": _application("Xception", 71),
     "ConvNeXtTiny": _application("ConvNeXtTiny", 32),
 }
