@@ -74,7 +74,7 @@ def quantize_to_graph(
     graph = prepare_graph(model)
     data = None if calibration_data is None else _checked(graph, calibration_data, batch_size)
     plan, qgraph, steps = quantize_after_training(graph, config, data, seed=seed, progress=progress)
-    return qgraph, _facts(plan, qgraph, steps, config, seed)
+    return qgraph, facts_of(plan, qgraph, steps, config, seed)
 
 
 def _checked(graph: Graph, source: Any, batch_size: int) -> CalibrationData:
@@ -83,8 +83,8 @@ def _checked(graph: Graph, source: Any, batch_size: int) -> CalibrationData:
     return CalibrationData(source, specs, batch_size=batch_size)
 
 
-def _facts(plan: Plan, qgraph: QuantizedGraph, steps: list[Step], config: QuantConfig, seed: int) -> dict[str, Any]:
-    """What the quantized model remembers, JSON-able."""
+def facts_of(plan: Plan, qgraph: QuantizedGraph, steps: list[Step], config: QuantConfig, seed: int) -> dict[str, Any]:
+    """What a `QuantizedModel` remembers of how it was made, JSON-able."""
     return {
         "target": plan.target.name,
         "config": config.to_dict(),

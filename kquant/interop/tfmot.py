@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from kquant.interop.tfmot_ranges import Grids, activation_grids, float_layers, p
 from kquant.plan import Plan, make_plan
 from kquant.ptq.pipeline import Step
 from kquant.qgraph import QuantizedGraph
-from kquant.report import layer_rows
+from kquant.quantize import facts_of
 from kquant.specs import WEIGHTS, Rule
 from kquant.targets import get_target
 from kquant.transforms.fold_batch_norm import fold_batch_norm
@@ -83,7 +83,7 @@ def from_tfmot(model: Any) -> QuantizedModel:
     config = replace(_SCHEME, rules=tuple(rules))
     plan = make_plan(graph, config)
     qgraph = _with_kernels(plan, activation_grids(plan, grids), _kernels(traced, twin.weights))
-    return insert(qgraph, _facts(plan, qgraph, config, twin.weights))
+    return insert(qgraph, facts_of(plan, qgraph, [_step(plan, twin.weights)], config, seed=0))
 
 
 def _load(path: str | os.PathLike[str]) -> Any:
@@ -197,17 +197,10 @@ def _on_integers(node: Node, kernel: _Kernel, keep: bool) -> Node:
     return node.with_weights(kernel=exact.astype(np.float32).reshape(node.weights["kernel"].shape))
 
 
-def _facts(plan: Plan, qgraph: QuantizedGraph, config: QuantConfig, ranges: Mapping[str, Range]) -> dict[str, Any]:
-    """What the quantized model remembers, JSON-able."""
+def _step(plan: Plan, ranges: Mapping[str, Range]) -> Step:
+    """What was done, for the report."""
     others = dict.fromkeys(plan.graph[name].origin for name in plan.weights if plan.graph[name].origin not in ranges)
     note = "ranges and integers of a TFMOT model"
     if others:
         note += f"; the weights of {', '.join(others)}, which TFMOT leaves in float, from their extremes"
-    return {
-        "target": plan.target.name,
-        "config": config.to_dict(),
-        "seed": 0,
-        "steps": [asdict(Step(name="from_tfmot", taken=True, note=note))],
-        "layers": layer_rows(plan, qgraph),
-        "float": [{"node": s.node, "layer": s.layer, "reason": s.reason} for s in plan.skipped],
-    }
+    return Step(name="from_tfmot", taken=True, note=note)
