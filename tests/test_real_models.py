@@ -29,7 +29,7 @@ def samples(name: str, count: int) -> list[np.ndarray]:
 def test_w8a8_accuracy_of_the_file_on_all_samples(name):
     content = kquant.export_tflite(quantized(name, "w8a8"), allow_float=False).content
     assert only_integer_ops(content)
-    accuracy, _ = zoo.top1(content, name, None)
+    accuracy, _ = zoo.top1(content, zoo.MODELS[name].evaluation(None))
     real = zoo.MODELS[name]
     assert accuracy >= (real.top1 - MAY_LOSE[name] if name in MAY_LOSE else real.converter)
 
@@ -53,8 +53,9 @@ def test_parity(name, config):
 def test_per_tensor_min_max_collapses_in_simulation_and_file_alike(name):
     plain = {"equalize": False, "correct_bias": False}
     qmodel = quantized(name, {"preset": "w8a8-per_tensor", "weights": {"method": "min_max"}, **plain})
-    on_target, seen = zoo.top1(kquant.export_tflite(qmodel).content, name, 130)
-    simulated = zoo.float_top1(qmodel, name, 130)
+    batches = zoo.MODELS[name].evaluation(130)
+    on_target, seen = zoo.top1(kquant.export_tflite(qmodel).content, batches)
+    simulated = zoo.float_top1(qmodel, batches)
     assert seen == 130
     assert on_target < 20 and on_target == pytest.approx(simulated, abs=0.01)
 
@@ -110,5 +111,6 @@ def test_the_pipeline_keeps_the_accuracy(name, config, has_data, count, may_lose
     qmodel = kquant.quantize_model(model, data, config, progress=False)
     content = kquant.export_tflite(qmodel, allow_float=False).content
     assert kquant.verify_tflite(qmodel, content, samples(name, 32), samples=32, tensor_samples=1).ok
-    accuracy, _ = zoo.top1(content, name, count)
-    assert accuracy >= zoo.float_top1(model, name, count) - may_lose
+    batches = zoo.MODELS[name].evaluation(count)
+    accuracy, _ = zoo.top1(content, batches)
+    assert accuracy >= zoo.float_top1(model, batches) - may_lose

@@ -97,11 +97,12 @@ def _batches(data: Any) -> Iterator[np.ndarray]:
 def accuracy(name: str, options: Options) -> Iterator[Sequence[Any]]:
     """w8a8 per channel against float and the converter."""
     model = zoo.load_model(name)
+    batches = zoo.MODELS[name].evaluation(options.samples)
     report = kquant.export_tflite(kquant.quantize_model(model, zoo.calibration(name), "w8a8"))
-    ours, seen = zoo.top1(report.content, name, options.samples)
-    expected = zoo.float_top1(model, name, options.samples)
+    ours, seen = zoo.top1(report.content, batches)
+    expected = zoo.float_top1(model, batches)
     theirs = converted(model, name)
-    their_top1, _ = zoo.top1(theirs, name, options.samples)
+    their_top1, _ = zoo.top1(theirs, batches)
     integer = "yes" if only_integer_ops(report.content) else "NO"
     ratio = f"{len(report.content) / len(theirs):.3f}"
     yield name, seen, expected, ours, ours - expected, their_top1, integer, len(report.content), len(theirs), ratio
@@ -109,23 +110,24 @@ def accuracy(name: str, options: Options) -> Iterator[Sequence[Any]]:
 
 def configs(name: str, options: Options) -> Iterator[Sequence[Any]]:
     """Every preset, exported, against float."""
-    model = zoo.load_model(name)
-    expected = zoo.float_top1(model, name, options.samples)
+    model, batches = zoo.load_model(name), zoo.MODELS[name].evaluation(options.samples)
+    expected = zoo.float_top1(model, batches)
     for config in options.configs:
         start = time.perf_counter()
         qmodel = kquant.quantize_model(model, zoo.calibration(name, options.calibration), config, progress=False)
         seconds = f"{time.perf_counter() - start:.0f}"
         report = kquant.export_tflite(qmodel)
-        ours, seen = zoo.top1(report.content, name, options.samples)
+        ours, seen = zoo.top1(report.content, batches)
         yield name, config, seen, expected, ours, ours - expected, report.bytes, seconds
 
 
 def collapse(name: str, options: Options) -> Iterator[Sequence[Any]]:
     """Per-tensor min-max weights without a remedy: the simulation and the file, on the same samples."""
     model, config = zoo.load_model(name), {"preset": "w8a8-per_tensor", **MIN_MAX, **OFF}
+    batches = zoo.MODELS[name].evaluation(options.samples)
     qmodel = kquant.quantize_model(model, zoo.calibration(name), config)
-    ours, seen = zoo.top1(kquant.export_tflite(qmodel).content, name, options.samples)
-    expected, simulated = (zoo.float_top1(m, name, options.samples) for m in (model, qmodel))
+    ours, seen = zoo.top1(kquant.export_tflite(qmodel).content, batches)
+    expected, simulated = (zoo.float_top1(m, batches) for m in (model, qmodel))
     yield name, seen, expected, simulated, ours
 
 

@@ -7,7 +7,7 @@ its images would take most of a GB).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import keras
 import numpy as np
 
 import kquant
+from kquant.tflite.flatbuffer import only_integer_ops
 
 from .data import PREPROCESS, Batches, jpeg_samples, load_data, spread
 
@@ -147,22 +148,34 @@ MODELS = {
 }
 
 
-def top1(content: bytes, name: str, samples: int | None) -> tuple[float, int]:
-    """Accuracy in percent of a file under the default kernels, and the number of samples."""
-    model, right, seen = kquant.TFLiteModel(content), 0, 0
-    for x, y in MODELS[name].evaluation(samples):
-        right += int(np.sum(np.argmax(model.predict(x, batch_size=len(x))[0], -1) == y))
+def top1(content: bytes, batches: Iterable[Any]) -> tuple[float, int]:
+    """Accuracy in percent of a file under the default kernels, and the number of samples.
+
+    Args:
+        content: the file.
+        batches: (inputs, labels), see `RealModel.evaluation`.
+    """
+    # LiteRT's float convolution computes garbage for few channels when several threads share it
+    model = kquant.TFLiteModel(content, threads=cpus() if only_integer_ops(content) else 1)
+    return _top1(lambda x: model.predict(x, batch_size=len(x))[0], batches)
+
+
+def float_top1(model: keras.Model, batches: Iterable[Any]) -> float:
+    """Accuracy in percent of a float model, or of a simulation."""
+    return _top1(model.predict_on_batch, batches)[0]
+
+
+def _top1(predict: Callable[[Any], Any], batches: Iterable[Any]) -> tuple[float, int]:
+    right = seen = 0
+    for x, y in batches:
+        right += int(np.sum(np.argmax(predict(x), -1) == y))
         seen += len(y)
     return 100 * right / seen, seen
 
 
-def float_top1(model: keras.Model, name: str, samples: int | None) -> float:
-    """Accuracy in percent of the float model."""
-    right = seen = 0
-    for x, y in MODELS[name].evaluation(samples):
-        right += int(np.sum(np.argmax(model.predict_on_batch(x), -1) == y))
-        seen += len(y)
-    return 100 * right / seen
+def cpus() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def calibration(name: str, size: int | None = None) -> Any:

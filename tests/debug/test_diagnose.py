@@ -277,7 +277,7 @@ def test_mobilenet_v1_per_tensor_with_everything_off() -> None:
     assert {n for n in found["dead_channels"] if n.startswith("conv_dw")}
     assert d.recommendation is not None and d.recommended_score is not None
     whole = kquant.quantize_model(model, calibration, "w8a8-per_tensor", progress=False)
-    pipeline, _ = zoo.top1(kquant.export_tflite(whole).content, name, samples)
+    pipeline, _ = zoo.top1(kquant.export_tflite(whole).content, evaluation)
     assert d.recommended_score >= pipeline - 0.3
 
 
