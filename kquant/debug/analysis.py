@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from kquant.affine import QParams, fake_quantize
 from kquant.data import CalibrationData
-from kquant.debug.diagnosis import ChannelRanges, TensorRecord
+from kquant.debug.diagnosis import ChannelRanges, Quartiles, TensorRecord
 from kquant.debug.metrics import Samples, ratio_db
 from kquant.debug.switches import ACTIVATIONS, Quantizer, SwitchedModel, rounded
 from kquant.errors import CalibrationError
@@ -80,7 +80,7 @@ def as_batches(data: Any, graph: Graph) -> Samples | CalibrationData:
 
 
 def channel_ranges(before: Graph, after: Graph) -> tuple[ChannelRanges, ...]:
-    """Weight ranges of each output channel of the linear layers that two graphs share (white paper, figure 5).
+    """Ranges and quartiles of each output channel of the linear layers that two graphs share (white paper, figure 5).
 
     Args:
         before, after: e.g. the prepared graph, and the graph of the quantized model.
@@ -89,9 +89,10 @@ def channel_ranges(before: Graph, after: Graph) -> tuple[ChannelRanges, ...]:
     return tuple(ChannelRanges(node=n, before=_weight_ranges(before, n), after=_weight_ranges(after, n)) for n in names)
 
 
-def _weight_ranges(graph: Graph, name: str) -> tuple[tuple[float, float], ...]:
+def _weight_ranges(graph: Graph, name: str) -> tuple[Quartiles, ...]:
     channels = _by_channel(weight_view(graph[name]), QUANTIZED_WEIGHT[graph[name].op][1])
-    return tuple((float(low), float(high)) for low, high in zip(channels.min(1), channels.max(1), strict=True))
+    a, b, c, d, e = np.percentile(channels, [0, 25, 50, 75, 100], axis=1).tolist()
+    return tuple(zip(a, b, c, d, e, strict=True))
 
 
 @dataclass(frozen=True, eq=False)

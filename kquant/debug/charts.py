@@ -11,16 +11,16 @@ import numpy as np
 from kquant.debug.summary import decimals, waterfall
 
 if TYPE_CHECKING:
-    from kquant.debug.diagnosis import ChannelRanges, Diagnosis, TensorRecord
+    from kquant.debug.diagnosis import ChannelRanges, Diagnosis, Quartiles, TensorRecord
 
-MAX_BARS, MAX_BINS = 256, 96  # of one chart
-ALL_BARS, ALL_BINS = 20_000, 40_000  # of all layers together: a large model's file stays below 6 MB
+MAX_BOXES, MAX_BINS = 256, 96  # of one chart
+ALL_BOXES, ALL_BINS = 20_000, 40_000  # of all layers together: a large model's file stays below 6 MB
 
 
 def chart_data(diagnosis: Diagnosis) -> dict[str, Any]:
     """Everything that page.js draws."""
     d = diagnosis
-    bars = int(np.clip(ALL_BARS // max(1, len(d.channels)), 16, MAX_BARS))
+    boxes = int(np.clip(ALL_BOXES // max(1, len(d.channels)), 16, MAX_BOXES))
     bins = int(np.clip(ALL_BINS // max(1, len(d.tensors)), 16, MAX_BINS))
     return {
         "metric": d.metric,
@@ -38,7 +38,7 @@ def chart_data(diagnosis: Diagnosis) -> dict[str, Any]:
             }
             for s in d.sensitivity
         ],
-        "channels": [_channels(c, bars) for c in d.channels],
+        "channels": [_channels(c, boxes) for c in d.channels],
         "tensors": [_histogram(t, bins) for t in d.tensors],
     }
 
@@ -48,11 +48,11 @@ def finite(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def widths(ranges: Sequence[tuple[float, float]]) -> tuple[float, float]:
+def widths(channels: Sequence[Quartiles]) -> tuple[float, float]:
     """(range of the widest channel, that over the median one): inf where most are dead, NaN without channels."""
-    if not ranges:
+    if not channels:
         return math.nan, math.nan
-    spans = np.array([high - low for low, high in ranges], np.float64)
+    spans = np.array([c[-1] - c[0] for c in channels], np.float64)
     widest, median = float(spans.max()), float(np.median(spans))
     return widest, widest / median if median else (math.inf if widest else 1.0)
 
@@ -62,15 +62,16 @@ def _channels(record: ChannelRanges, limit: int) -> dict[str, Any]:
     return {
         "node": record.node,
         "per": per,
-        "before": _envelope(record.before, per),
-        "after": _envelope(record.after, per),
+        "before": _widest(record.before, per),
+        "after": _widest(record.after, per),
     }
 
 
-def _envelope(ranges: Sequence[tuple[float, float]], per: int) -> list[list[float | None]]:
-    """[lows, highs] over each `per` neighbouring channels: the widest of them stays visible."""
-    groups = [ranges[i : i + per] for i in range(0, len(ranges), per)]
-    return [[_short(min(low for low, _ in g)) for g in groups], [_short(max(high for _, high in g)) for g in groups]]
+def _widest(channels: Sequence[Quartiles], per: int) -> list[list[float | None]]:
+    """Columns of smallest values, quartiles and largest values: of each `per` neighbouring channels the widest."""
+    groups = [channels[i : i + per] for i in range(0, len(channels), per)]
+    shown = [max(g, key=lambda c: c[-1] - c[0] if math.isfinite(c[-1] - c[0]) else -1.0) for g in groups]
+    return [[_short(v) for v in column] for column in zip(*shown, strict=True)]
 
 
 def _histogram(record: TensorRecord, limit: int) -> dict[str, Any]:

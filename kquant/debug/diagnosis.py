@@ -104,13 +104,21 @@ class TensorRecord:
     edges: tuple[float, ...]
 
 
+Quartiles = tuple[float, float, float, float, float]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChannelRanges:
-    """Weight ranges of each output channel of a layer, before and after equalization (figure 5 of the white paper)."""
+    """Weights of each output channel of a layer, before and after equalization (figure 5 of the white paper).
+
+    Attributes:
+        node: the layer.
+        before, after: by channel its smallest weight, first quartile, median, third quartile and largest weight.
+    """
 
     node: str
-    before: tuple[tuple[float, float], ...]
-    after: tuple[tuple[float, float], ...]
+    before: tuple[Quartiles, ...]
+    after: tuple[Quartiles, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,21 +108,19 @@ function drawChannels() {
   if (!byId("channels-chart")) return;
   const layer = data.channels[Number(byId("channels-layer").value)];
   const panels = [["before", "before equalization", "red"], ["after", "after equalization", "blue"]]
-    .filter(([key]) => layer[key][0].length > 0);
+    .filter(([key]) => layer[key].length > 0);
   const traces = panels.map(([key, title, hue], i) => {
-    const [lows, highs] = layer[key];
+    const [lowerfence, q1, median, q3, upperfence] = layer[key];
     return {
-      type: "bar", name: title, xaxis: "x", yaxis: i ? "y2" : "y", base: lows, showlegend: false,
-      x: lows.map((_, c) => (c + 0.5) * layer.per - 0.5), y: highs.map((high, c) => high - lows[c]), width: lows.map(() => layer.per * 0.8),
-      marker: { color: color(hue), line: { width: 1, color: color(hue) } },
-      hovertext: lows.map((low, c) => `channel ${c * layer.per}${layer.per > 1 ? "–" + ((c + 1) * layer.per - 1) : ""}<br>${low} to ${highs[c]}`),
-      hoverinfo: "text",
+      type: "box", name: title, xaxis: "x", yaxis: i ? "y2" : "y", showlegend: false,
+      lowerfence, q1, median, q3, upperfence, x: q1.map((_, c) => (c + 0.5) * layer.per - 0.5), width: layer.per * 0.7,
+      line: { width: 1, color: color(hue) }, whiskerwidth: 0, hoverinfo: "y", hoveron: "boxes",
     };
   });
   const both = panels.length > 1;
   const titles = panels.map(([, title], i) => ({ text: `<b>${title}</b>`, x: 0, xref: "paper", xanchor: "left", showarrow: false,
     y: both && i ? 0.44 : 1, yref: "paper", yanchor: "bottom" }));
-  const grouped = layer.per > 1 ? ` (each bar spans ${layer.per})` : "";
+  const grouped = layer.per > 1 ? ` (each box is the widest of ${layer.per})` : "";
   draw("channels-chart", traces, {
     height: both ? 480 : 280, annotations: titles,
     xaxis: axis({ title: { text: "output channel" + grouped }, anchor: both ? "y2" : "y", showgrid: false, zeroline: false }),

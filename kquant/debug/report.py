@@ -220,10 +220,11 @@ def _channels(d: Diagnosis) -> str:
     )
     caption = "Weight ranges of all layers"
     return (
-        "<p>The smallest and largest weight of every output channel. With one scale per tensor the widest channel sets "
-        "the step of all; equalization makes them alike (figures 2 and 5 of the white paper). Worst layer first.</p>"
+        "<p>The weights of every output channel: smallest, quartiles and largest. With one scale per tensor the widest "
+        "channel sets the step of all; equalization makes them alike (figures 2 and 5 of the white paper). "
+        "Worst layer first.</p>"
         f'<div class="controls">{select("channels-layer", "Layer", options)}</div>'
-        + chart("channels-chart", "Range of each channel before and after equalization; the table below sums it up.")
+        + chart("channels-chart", "A box for each channel before and after equalization; the table below sums it up.")
         + details(f"Table: {caption.lower()}", table("channels-table", caption, columns, d.channels))
     )
 

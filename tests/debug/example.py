@@ -161,7 +161,8 @@ def _channels(rng: np.random.Generator, name: str, op: str, count: int) -> Chann
     after = wide**0.15 * 0.8
     sides = rng.uniform(0.6, 1.0, (2, count))
     before, equal = (
-        tuple((-float(w * a), float(w * b)) for w, a, b in zip(x, *sides, strict=True)) for x in (wide, after)
+        tuple((-w * a, -w * a / 4, 0.0, w * b / 4, w * b) for w, a, b in zip(x.tolist(), *sides.tolist(), strict=True))
+        for x in (wide, after)
     )
     return ChannelRanges(node=name, before=before, after=equal)
 

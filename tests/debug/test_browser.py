@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kquant.debug.charts import widths
 from tools.screenshot import browser
 
 from . import example
@@ -14,6 +15,7 @@ from .test_report import EMPTY, EVIL
 pytest.importorskip("plotly")
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra dev)")
 
+BOXES = "#channels-chart path.box"
 BARS = "() => [...document.querySelectorAll('#{} .bars path')].filter(p => p.getBoundingClientRect().width > 0).length"
 CHARTS = ("waterfall", "sensitivity-chart", "channels-chart", "histogram-chart")
 
@@ -101,10 +103,10 @@ def test_charts_are_drawn(visit: Any) -> None:
     assert bars["sensitivity-chart"] == 40 and bars["histogram-chart"] > 30
     worst = max(
         d.channels,
-        key=lambda c: max(b - a for a, b in c.before) / sorted(b - a for a, b in c.before)[len(c.before) // 2],
+        key=lambda c: widths(c.before)[1],
     )
     assert worst.node in page.locator("#channels-layer option:checked").inner_text()
-    assert bars["channels-chart"] == 2 * len(worst.before)
+    assert page.locator(BOXES).count() == 2 * len(worst.before)
     assert page.locator("#histogram-chart").inner_text().count("grid from") == 1
 
 
@@ -153,7 +155,7 @@ def test_selectors_redraw(visit: Any) -> None:
     ticks = page.locator("#sensitivity-chart .ytick text").all_text_contents()
     assert ticks == [f"{s.node} · a8" for s in d.sensitivity if s.kind == "activations"]
     page.select_option("#channels-layer", "0")
-    assert page.evaluate(BARS.replace("{}", "channels-chart")) == 2 * len(d.channels[0].before)
+    assert page.locator(BOXES).count() == 2 * len(d.channels[0].before)
     page.select_option("#histogram-tensor", "4")
     assert f"{d.tensors[4].high:.3g}" in page.locator("#histogram-chart").inner_text()
     page.get_by_label("Logarithmic counts").uncheck()

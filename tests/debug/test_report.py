@@ -12,7 +12,7 @@ import yaml
 
 import kquant
 from kquant.debug import report
-from kquant.debug.charts import MAX_BARS, MAX_BINS, chart_data, widths
+from kquant.debug.charts import MAX_BINS, MAX_BOXES, chart_data, widths
 from kquant.debug.diagnosis import ChannelRanges, Diagnosis
 from kquant.debug.report import render
 from kquant.debug.summary import changes, decimals
@@ -114,7 +114,12 @@ def test_a_large_model_stays_small() -> None:
     d = example.diagnosis()
     edges = tuple(np.linspace(-1.2345678, 3.4567891, 2049).tolist())
     tensor = replace(d.tensors[0], counts=tuple(range(2048)), edges=edges)
-    layer = ChannelRanges(node="a_layer_with_a_name", before=((-0.12345678, 0.2345678),) * 2048, after=())
+    channel = (-0.12345678, -0.0123456, 0.01234567, 0.11111111, 0.2345678)
+    layer = ChannelRanges(
+        node="a_layer_with_a_name",
+        before=(channel,) * 2048,
+        after=(),
+    )
     layer = replace(layer, after=layer.before)
     large = replace(d, tensors=(tensor,) * 600, channels=(layer,) * 300)
     assert len(render(large).encode()) < 6e6
@@ -233,7 +238,7 @@ def test_json_round_trip_of_what_json_lacks(diagnosis: Diagnosis) -> None:
         (lambda v: v.update(more=1), "more"),
         (lambda v: v.update(samples="many"), r"Diagnosis\.samples must be int, found 'many'"),
         (lambda v: v["tensors"][3].update(low=None), r"Diagnosis\.tensors\[3\]\.low must be int or float"),
-        (lambda v: v["channels"][0]["before"][1].append(1), r"channels\[0\]\.before\[1\] must hold 2 values, found 3"),
+        (lambda v: v["channels"][0]["before"][1].append(1), r"channels\[0\]\.before\[1\] must hold 5 values, found 6"),
     ],
 )
 def test_from_json_names_what_is_wrong(diagnosis: Diagnosis, change, said: str) -> None:
@@ -286,14 +291,16 @@ def test_scores_get_four_digits(score: float, digits: int) -> None:
 
 def test_bins_keep_counts_and_envelopes(diagnosis: Diagnosis) -> None:
     rng = np.random.default_rng(0)
-    low, high = -rng.gamma(1, 1, 1000), rng.gamma(1, 1, 1000)
-    wide = ChannelRanges(node="wide", before=tuple(zip(low.tolist(), high.tolist(), strict=True)), after=())
+    channels = np.sort(rng.normal(0, 1, (1000, 5)) * rng.gamma(1, 1, (1000, 1)))
+    wide = ChannelRanges(node="wide", before=tuple(map(tuple, channels.tolist())), after=())
     data = chart_data(replace(diagnosis, channels=(wide,)))
     (drawn,) = data["channels"]
-    lows, highs = drawn["before"]
-    assert len(lows) <= MAX_BARS and len(lows) * drawn["per"] >= 1000 > (len(lows) - 1) * drawn["per"]
-    assert np.isclose(min(lows), low.min(), rtol=1e-3) and np.isclose(max(highs), high.max(), rtol=1e-3)
-    assert np.argmax(highs) == np.argmax(high) // drawn["per"]
+    boxes, per = np.array(drawn["before"]).T, drawn["per"]
+    assert len(boxes) <= MAX_BOXES and len(boxes) * per >= 1000 > (len(boxes) - 1) * per and drawn["after"] == []
+    spans = channels[:, 4] - channels[:, 0]
+    for k, box in enumerate(boxes):  # each is the widest of its channels
+        group = slice(k * per, (k + 1) * per)
+        np.testing.assert_allclose(box, channels[group][np.argmax(spans[group])], rtol=1e-3)
     for tensor, record in zip(data["tensors"], diagnosis.tensors, strict=True):
         assert sum(tensor["counts"]) == sum(record.counts) and len(tensor["counts"]) <= MAX_BINS
         assert len(tensor["edges"]) == len(tensor["counts"]) + 1
@@ -303,7 +310,10 @@ def test_bins_keep_counts_and_envelopes(diagnosis: Diagnosis) -> None:
 
 
 def test_widths() -> None:
-    assert widths([(-1, 1), (-2, 2), (0, 2)]) == (4.0, 2.0)
-    assert widths([(0, 0), (0, 0), (-1, 1)]) == (2.0, np.inf)
-    assert widths([(0, 0)]) == (0.0, 1.0)
+    def box(low: float, high: float) -> tuple[float, float, float, float, float]:
+        return low, low, 0.0, high, high
+
+    assert widths([box(-1, 1), box(-2, 2), box(0, 2)]) == (4.0, 2.0)
+    assert widths([box(0, 0), box(0, 0), box(-1, 1)]) == (2.0, np.inf)
+    assert widths([box(0, 0)]) == (0.0, 1.0)
     assert np.isnan(widths([])).all()
