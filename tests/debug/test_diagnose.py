@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -292,3 +293,33 @@ def test_resnet20_with_report_takes_less_than_three_minutes(tmp_path: Any) -> No
     assert d.culprit == "none"
     assert {(s.node, s.kind) for s in d.sensitivity} == {(t.node, t.kind) for t in d.tensors}  # each quantizer
     assert [t.node for t in d.target] == [n.name for n in prepare_graph(model)]  # each operation
+
+
+# --- executors ----------------------------------------------------------------------------------------------------
+
+
+def transitions(dask_worker: Any) -> int:
+    """How many changes of a task's state a worker has seen."""
+    return len(dask_worker.state.log)
+
+
+@pytest.mark.slow
+def test_a_dask_cluster_gives_the_same_report() -> None:
+    """Two worker processes of a local cluster, by its `concurrent.futures` executor."""
+    distributed = pytest.importorskip("distributed", reason="needs dask's distributed (extra dev)")
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+        client.get_executor(pure=False) as executor,
+    ):
+        d = diagnose(
+            wide_depthwise(),
+            TEST,
+            config=PER_TENSOR,
+            calibration_data=DIGITS.calibration,
+            progress=False,
+            executor=executor,
+        )
+        work = client.run(transitions)
+    assert len(work) == 2 and all(work.values())  # both took part
+    assert replace(d, seconds=0.0) == replace(wide(), seconds=0.0)

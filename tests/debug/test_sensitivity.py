@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import kquant
 from kquant.calibrate import quantize_graph
 from kquant.debug import sensitivity as module
 from kquant.debug.diagnosis import Sensitivity
@@ -27,7 +25,7 @@ from kquant.plan import make_plan
 from kquant.qgraph import QuantizedGraph
 from tests.tflite.test_parity import with_node, with_scale
 from tests.toy import calibration, config, toy_data, toy_graph
-from tools import zoo
+from tools.debug_tables import rank_twice
 
 X = toy_data(48, seed=7)
 
@@ -214,22 +212,6 @@ def test_more_bits_cost_less() -> None:
 @pytest.mark.slow
 def test_resnet20() -> None:
     """The ranking of two disjoint halves is the same, and one direction costs less than that many simulations."""
-    real, model = zoo.MODELS["resnet20"], zoo.load_model("resnet20")
-    qmodel = kquant.quantize_model(model, real.calibration(200), "w4a8", progress=False)
-    switched = SwitchedModel.of(qmodel)
-    x = np.concatenate([x for x, _ in real.evaluation(256)])
-    rankings = []
-    for half in (x[::2], x[1::2]):
-        samples = read_samples(half, switched.qgraph.graph, batch_size=64)
-        metric = make_metric("kl", samples, switched)
-        qmodel.predict_on_batch(samples.batches[0][0])
-        predict(switched, samples)
-        start = time.perf_counter()
-        predict(qmodel, samples)
-        middle = time.perf_counter()
-        found = sensitivity(switched, metric, alone_off=False, progress=False)
-        ratio = (time.perf_counter() - middle) / (middle - start)
-        assert ratio < 1.3 * (len(switched.names) + 2)
-        rankings.append([f"{r.node}:{r.kind}" for r in found])
-    ranks = np.array([[r.index(n) for n in switched.names] for r in rankings])
-    assert np.corrcoef(ranks)[0, 1] >= 0.8  # Spearman
+    found = rank_twice("resnet20", "w4a8", 256)
+    assert max(found.passes) < 1.3 * (len(found.names[0]) + 2)
+    assert found.spearman >= 0.8
