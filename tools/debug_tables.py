@@ -22,24 +22,23 @@ DIAGNOSED, RANKED = 300, 256  # samples, unless the command line says otherwise
 
 
 def diagnosis(name: str, options: Options) -> Iterator[Sequence[Any]]:
-    """Per-tensor weights with every step off: who is blamed, and what the recommended config comes to on all samples."""
+    """One scale per weight tensor, every step off: who is blamed, and what the recommended config comes to."""
     model, real, data = zoo.load_model(name), zoo.MODELS[name], zoo.calibration(name)
     config = {"preset": PRESET, **OFF}
     few = real.evaluation(options.samples or DIAGNOSED)
     d = kquant.diagnose(model, few, config=config, calibration_data=data)
     batches = real.evaluation(None)
-    files = [
-        kquant.export_tflite(kquant.quantize_model(model, data, c)) for c in (config, d.recommendation, PRESET) if c
-    ]
-    plain, *recommended, pipeline = (zoo.top1(file.content, batches)[0] for file in files)
-    named = {f.kind: f.nodes for f in d.findings}
-    kinds = "; ".join(
-        f"{kind.replace('_', ' ')}: {', '.join(nodes[:3])} ({len(nodes)})" for kind, nodes in named.items()
-    )
+
+    def on_target(chosen: Any) -> float | str:
+        if chosen is None:
+            return "-"
+        return zoo.top1(kquant.export_tflite(kquant.quantize_model(model, data, chosen)).content, batches)[0]
+
+    kinds = "; ".join(f"{f.kind.replace('_', ' ')}: {', '.join(f.nodes[:3])} ({len(f.nodes)})" for f in d.findings)
     changes = ", ".join(k for k, v in (d.recommendation or {}).items() if v is True) or "-"
     yield (
         *(name, d.samples, d.float_score, d.target_score, d.culprit, kinds, changes),
-        *(zoo.float_top1(model, batches), plain, *(recommended or ["-"]), pipeline, f"{d.seconds:.0f}"),
+        *(zoo.float_top1(model, batches), *map(on_target, (config, d.recommendation, PRESET)), f"{d.seconds:.0f}"),
     )
 
 

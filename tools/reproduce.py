@@ -6,7 +6,8 @@ r"""Regenerates the tables of docs/results.md on the evaluation data (KQUANT_DAT
 
 accuracy: top-1 of the exported file on all evaluation samples, against the float model and the
 TensorFlow converter. parity: the contract of `verify_tflite`, and the share of equal elements. 1 to 6: the tables of
-the white paper, see `tools.paper_tables`. diagnosis, sensitivity: see `tools.debug_tables`. Calibration uses the calibration sets only.
+the white paper, see `tools.paper_tables`. diagnosis, sensitivity: see `tools.debug_tables`. Calibration uses the
+calibration sets only.
 """
 
 from __future__ import annotations
