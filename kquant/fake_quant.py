@@ -17,7 +17,15 @@ import numpy as np
 import tensorflow as tf
 
 from kquant.affine import QParams
-from kquant.gradients import exact, fake_quant, grid_of_range, power_of_two, round_ste, scaled_gradient
+from kquant.gradients import (
+    exact,
+    fake_quant,
+    grid_of_range,
+    power_of_two,
+    relative_scale,
+    round_ste,
+    scaled_gradient,
+)
 
 Tensor = Any
 # how far a scale may move: no step of an optimizer leads to one that is zero or infinite
@@ -109,16 +117,19 @@ class FakeQuant(keras.layers.Layer):
         return tf.clip_by_value(centered, self.qmin - z, self.qmax - z)
 
     def call(self, x: Tensor) -> Tensor:
-        return self.fake_quantize(x)
+        return self.fake_quantize(x)[0]
 
-    def fake_quantize(self, x: Tensor, clip: tuple[Any, Any] = (None, None)) -> Tensor:
-        """`x` on the grid; `clip` is a fused activation, see `gradients.fake_quant`."""
-        scale, zero_point = (self._along_axis(v, x.shape.rank) for v in self.parameters())
-        return fake_quant(tf.cast(x, tf.float32), scale, zero_point, self.qmin, self.qmax, clip)
+    def fake_quantize(self, x: Tensor, clip: tuple[Any, Any] = (None, None)) -> tuple[Tensor, Tensor]:
+        """`x` on the grid, and the grid; `clip` is a fused activation, see `gradients.fake_quant`."""
+        parameters = self.parameters()  # once: what is learned takes many small operations
+        scale, zero_point = (self._along_axis(v, x.shape.rank) for v in parameters)
+        fixed = self.gradient not in MOVES_ZERO_POINT
+        y = fake_quant(tf.cast(x, tf.float32), scale, zero_point, self.qmin, self.qmax, clip, fixed)
+        return y, tf.stack(parameters)
 
     def _along_axis(self, v: Tensor, rank: int) -> Tensor:
-        if self.axis is None:
-            return v
+        if self.axis in (None, rank - 1):
+            return v  # broadcasts as it is
         return tf.reshape(v, [-1 if k == self.axis else 1 for k in range(rank)])
 
     def tie(self, other: FakeQuant) -> None:
@@ -164,23 +175,21 @@ def _base(q: FakeQuant) -> tuple[Tensor, Tensor]:
 def _lsq(q: FakeQuant) -> tuple[Tensor, Tensor]:
     """LSQ: the gradient of the scale times g = min(1, 4 / Q_p) / sqrt(N Q_p).
 
-    `log_scale` gets g * dL/dscale / scale, so that a step of plain gradient descent changes the scale as the paper's
-    step on the scale itself does, to first order, times `rate`. The paper's g is that without the minimum: it balances
+    The paper's g is that without the minimum: it balances
     grids that start at 2 mean |w| / sqrt(Q_p). Those here start at the range of the values, where 8 bits and more
     would run away.
     """
-    base, zero_point = _base(q)
-    scale = base * _exp(q, "log_scale")
+    zero_point = tf.convert_to_tensor(q.zero_point)
     top = tf.maximum(q.qmax - zero_point, 1.0)
-    factor = tf.minimum(4.0 / top, 1.0) / (tf.sqrt(q.elements * top) * q.rate * scale * scale)
-    return scaled_gradient(scale, tf.stop_gradient(factor)), zero_point
+    g = tf.minimum(4.0 / top, 1.0) * tf.math.rsqrt(q.elements * top)
+    return relative_scale(_wide(q.scale), _wide(q.learned["log_scale"]), q.rate, g, _LARGEST), zero_point
 
 
 def _lsq_plus(q: FakeQuant) -> tuple[Tensor, Tensor]:
     """LSQ+: `shift` moves the zero point too, as a share of the grid's extent."""
-    scale, base = _lsq(q)
+    scale, _ = _lsq(q)
     extent = float(q.qmax - q.qmin)
-    zero_point = round_ste(base + extent * q.rate * _wide(q.learned["shift"]))
+    zero_point = round_ste(_wide(q.zero_point) + extent * q.rate * _wide(q.learned["shift"]))
     g = min(1.0, 4.0 / extent) / math.sqrt(q.elements * extent)
     factor = g / (extent**2 * q.rate * tf.stop_gradient(scale) ** 2)
     zero_point = scaled_gradient(zero_point, factor)
@@ -222,6 +231,7 @@ def _limited(x: Tensor, largest: float) -> Tensor:
 _PARAMETERS: Mapping[str, Callable[[FakeQuant], tuple[Tensor, Tensor]]] = MappingProxyType(
     {"ste": _fixed, "lsq": _lsq, "lsq+": _lsq_plus, "min_max": _min_max, "symmetric": _symmetric, "tqt": _tqt}
 )
+MOVES_ZERO_POINT = ("lsq+", "min_max")
 LEARNED_VARIABLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "ste": (),

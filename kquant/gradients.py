@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 Tensor = Any
@@ -43,7 +44,13 @@ def exact(ideal: Tensor, computed: Tensor) -> Tensor:
 
 
 def fake_quant(
-    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, clip: tuple[Any, Any] = (None, None)
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    clip: tuple[Any, Any] = (None, None),
+    fixed_zero_point: bool = False,
 ) -> Tensor:
     """Quantize to a grid and back: y = scale * (clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point).
 
@@ -56,48 +63,74 @@ def fake_quant(
     A fused activation, a clamp of real values, is taken over by the clamp of integers: a bound b counts as
     round(b / scale), and where it is what clamps, dy/dscale is that less b / scale and dy/dzero_point is 0.
 
+    Written for few operations, which cost memory in a graph, and for few tensors that a layer keeps until its gradient
+    is due: what can be is computed in the forward pass.
+
     Args:
         x: float32 values.
         scale: positive, of a shape that broadcasts against x: () or e.g. [1, 1, 1, channels].
         zero_point: integer-valued, of the shape of `scale`.
         qmin, qmax: the smallest and largest integer of the grid.
         clip: (lo, hi), each None, a number, or one for every entry of the last axis.
+        fixed_zero_point: no gradient to `zero_point` is needed.
     """
-    lo, hi = (None if b is None else tf.constant(b, tf.float32) for b in clip)
-
-    def edges(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = qmin - zero_point, qmax - zero_point
-        low = low if lo is None else tf.maximum(low, tf.round(lo / scale))
-        return low, high if hi is None else tf.minimum(high, tf.round(hi / scale))
 
     @tf.custom_gradient
     def quantized(x: Tensor, scale: Tensor, zero_point: Tensor) -> Any:
-        y = tf.clip_by_value(tf.round(x / scale), *edges(scale, zero_point)) * scale
+        ends = qmin - zero_point, qmax - zero_point
+        bounds = [None if b is None else (tf.constant(b, tf.float32), b) for b in clip]
+        at = [None if b is None else tf.round(b[0] / scale) for b in bounds]
+        low = ends[0] if at[0] is None else tf.maximum(ends[0], at[0])
+        high = ends[1] if at[1] is None else tf.minimum(ends[1], at[1])
+        ratio = x / scale
+        y = tf.clip_by_value(tf.round(ratio), low, high) * scale
 
-        def gradient(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            ratio = x / scale
-            low, high = edges(scale, zero_point)
+        def gradient(dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
             inside = tf.clip_by_value(ratio, low - 0.5, high + 0.5) == ratio
-            dx = tf.where(inside, dy, 0.0)
-            by_scale = dy * y - dx * x  # times scale
-            by_zero_point = (dx - dy) * scale
-            for bound, edge, beyond in ((lo, low, ratio < low), (hi, high, ratio > high)):
-                if bound is not None:  # the activation clamps, unless the grid ends before its bound
-                    by_bound = beyond & ~inside & (edge == tf.round(bound / scale))
-                    by_scale -= tf.where(by_bound, dy * bound, 0.0)
-                    by_zero_point = tf.where(by_bound, 0.0, by_zero_point)
-            return dx, _reduced(by_scale, scale) / scale, _reduced(by_zero_point, zero_point)
+            # scale dy/dscale = y - rest; zero_point has a say where nothing follows x or a bound
+            rest, follows = tf.where(inside, x, 0.0), inside
+            for bound, level, end, is_low in zip(bounds, at, (low, high), (True, False), strict=True):
+                if bound is None or (fixed_zero_point and not np.any(bound[1])):
+                    continue  # a bound of zero, as in ReLU, is no part of dy/dscale
+                beyond = ratio < low if is_low else ratio > high
+                by_bound = beyond & ~inside & (end == level)  # unless the grid ends before the bound
+                rest, follows = tf.where(by_bound, bound[0], rest), follows | by_bound
+            by_scale = _reduced(dy * (y - rest), scale) / scale
+            by_zero_point = None
+            if not fixed_zero_point:
+                by_zero_point = _reduced(tf.where(follows, 0.0, -dy * scale), zero_point)
+            # at once: put off until the layers before have their gradients, it would keep dy of all of them
+            with tf.control_dependencies([by_scale]):
+                return tf.where(inside, dy, 0.0), by_scale, by_zero_point
 
         return y, gradient
 
-    return quantized(x, scale, zero_point)
+    return quantized(x, scale, tf.stop_gradient(zero_point) if fixed_zero_point else zero_point)
 
 
 def _reduced(dy: Tensor, parameter: Tensor) -> Tensor:
     """The sum of `dy` over the axes along which `parameter` was broadcast."""
+    if parameter.shape.rank == 0:
+        return tf.reduce_sum(dy)
     missing = dy.shape.rank - parameter.shape.rank
     ones = [missing + k for k, size in enumerate(parameter.shape) if size == 1]
-    return tf.reshape(tf.reduce_sum(dy, [*range(missing), *ones]), parameter.shape)
+    total = tf.reduce_sum(dy, [*range(missing), *ones])
+    return tf.reshape(total, parameter.shape) if ones else total
+
+
+def relative_scale(base: Tensor, log_scale: Tensor, rate: float, g: Tensor, largest: float) -> Tensor:
+    """base * exp(rate * log_scale), the exponent within +-largest; d/dlog_scale = g / scale, also beyond.
+
+    A step of plain gradient descent changes log_scale so that the scale moves as far as it does by a step on the
+    scale itself whose gradient is scaled by g (LSQ, section 2.2), to first order, times `rate`.
+    """
+
+    @tf.custom_gradient
+    def scale(log_scale: Tensor) -> Any:
+        value = base * tf.exp(tf.clip_by_value(rate * log_scale, -largest, largest))
+        return value, lambda dy: dy * tf.cast(g, value.dtype) / value
+
+    return scale(log_scale)
 
 
 def scaled_gradient(x: Tensor, factor: float | Tensor) -> Tensor:

@@ -150,10 +150,10 @@ class QuantizedLayer(keras.layers.Layer):
         if self.output_quantizer is None:
             return self._shared_grid(values, grids)
         if node.op == "embedding":
-            table = self.output_quantizer(self.variables_by_name["table"])
-            return compute(node, values, {"table": table}), self.output_quantizer.grid
+            table, grid = self.output_quantizer.fake_quantize(self.variables_by_name["table"])
+            return compute(node, values, {"table": table}), grid
         if not grids and node.op in ("input", "requantize"):
-            return self.output_quantizer(values[0]), self.output_quantizer.grid
+            return self.output_quantizer.fake_quantize(values[0])
         out = self._operand(None, self.output_quantizer.grid)
         operands = self._operands(values, grids)
         if node.op in LINEAR:
@@ -179,15 +179,25 @@ class QuantizedLayer(keras.layers.Layer):
             y = compute(node, self._with_constants(values))
             return (round_ste(y / grids[0][0]) * grids[0][0] if node.op in _AVERAGES else y), grids[0]
         if node.op in ("input", "requantize"):
-            return self.output_quantizer(values[0]), self.output_quantizer.grid
+            return self.output_quantizer.fake_quantize(values[0])
         y = self._forward(self._with_constants(values))
         if not self.rounds_in_training:
             return y, self.output_quantizer.grid
-        return self.output_quantizer.fake_quantize(y, node.attrs.get("clip", (None, None))), self.output_quantizer.grid
+        return self.output_quantizer.fake_quantize(y, node.attrs.get("clip", (None, None)))
 
     def _forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """The output in training, before its quantizer."""
-        return self._compute(inputs, self._real_weights())
+        weights = self.float_weights()
+        if self.weight_quantizer is not None:
+            key = QUANTIZED_WEIGHT[self.node.op][0]
+            weights[key] = self.fake_quantized(weights[key])
+        return self._compute(inputs, weights)
+
+    def fake_quantized(self, weight: Tensor) -> Tensor:
+        """A weight on the grid of the weight quantizer, if there is one."""
+        if self.weight_quantizer is None:
+            return weight
+        return tf.reshape(self.weight_quantizer(weight_view(self.node, weight)), weight.shape)
 
     def _compute(self, inputs: Sequence[Tensor], weights: Mapping[str, Tensor]) -> Tensor:
         """The operation without its fused activation, in the type of mixed precision, the result in float32."""

@@ -2,7 +2,8 @@
 
 import os
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+import tools  # noqa: F401, first of all: its settings of TensorFlow
+
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import hypothesis

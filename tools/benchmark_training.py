@@ -3,7 +3,8 @@ r"""Cost of a step of quantization-aware training, against the same step of the 
     python -m tools.benchmark_training
 
 Steps of all variants are timed in turn, in one process; the ratio is that of medians. Peak memory is that of a process
-which trains one variant, less what it had after its imports (Linux only). Both run without XLA. The
+which trains one variant, less what it had after its imports (Linux only); there malloc gives back at once what is
+freed, so that the peak is that of what is held. Both run without XLA. The
 batches are random: nothing here speaks of accuracy.
 """
 
@@ -98,7 +99,9 @@ def peak_memory(net: str, variant: str) -> int:
     """Bytes, of a process of its own."""
     flags_of_worker = [f"--worker={net}/{variant}", f"--batch={FLAGS.batch}", f"--config={FLAGS.config}"]
     command = [sys.executable, "-m", "tools.benchmark_training", *flags_of_worker]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
+    )
     return int(json.loads(done.stdout.strip().splitlines()[-1]))
 
 

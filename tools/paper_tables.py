@@ -1,8 +1,8 @@
 """Tables 1 to 6 of the white paper (Nagel et al. 2021, arXiv 2106.08295), section 3, on the models of `tools.zoo`.
 
 1 ranges of weights, 2 ranges of activations, 3 equalization and absorption, 4 bias correction, 5 AdaRound, 6 the whole
-pipeline. Cells are top-1 in percent of the exported file: integers where activations are quantized, else weights that
-are expanded when the file is loaded; of the simulation where activations alone are quantized, which no file can hold.
+pipeline. Cells are top-1 in percent of the exported file: in integers where activations are quantized, else in float
+on the quantized weights; of the simulation where activations alone are quantized, which no file can hold.
 Whatever a table does not vary is that of the presets, and all its steps are switched off.
 """
 
@@ -85,7 +85,8 @@ class Case:
         weights, activations = (model.quantization["config"][k] is not None for k in ("weights", "activations"))
         if activations and not weights:
             return zoo.float_top1(model, self.batches)
-        mode = "integer" if activations else "weight_only" if weights else "float32"
+        # float32 holds the quantized weights as real numbers: the function of "weight_only", several times as fast
+        mode = "integer" if activations else "float32"
         content = kquant.export_tflite(model, mode=mode).content
         digest = hashlib.sha256(content).digest()
         if digest not in self.scores:

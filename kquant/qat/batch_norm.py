@@ -120,12 +120,6 @@ class BatchNormLayer(QuantizedLayer):
             running.assign(tf.where(tf.math.is_finite(moved), moved, running))  # a bad batch leaves no trace
         return mean, variance
 
-    def fake_quantized(self, weight: Tensor) -> Tensor:
-        """A weight on the grid of the weight quantizer, if there is one."""
-        if self.weight_quantizer is None:
-            return weight
-        return tf.reshape(self.weight_quantizer.fake_quantize(weight_view(self.node, weight)), weight.shape)
-
     def _ratio(self, variance: Tensor) -> Tensor:
         """gamma / sigma."""
         return self.gamma * tf.math.rsqrt(variance + _EPSILON)
