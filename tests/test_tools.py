@@ -23,7 +23,7 @@ from PIL import Image
 
 import kquant
 from models import digits_cnn
-from tools import common, demo, evaluate, export, paper_tables, quantize, tables, verify, zoo
+from tools import common, demo, evaluate, export, paper_tables, quantize, tables, training_tables, verify, zoo
 from tools.data import PREPROCESS, load_data, spread
 
 ROOT = Path(__file__).parents[1]
@@ -368,6 +368,7 @@ def digits_zoo(monkeypatch):
         converter=0.0,
         converter_bytes=0,
         calibration_size=50,
+        training=lambda limit: (digits.x_train[:256], digits.y_train[:256]),
     )
     monkeypatch.setattr(zoo, "MODELS", {"digits": entry})
     monkeypatch.setattr(zoo, "load_model", lambda name: keras.saving.load_model(digits_cnn.PATH, compile=False))
@@ -406,11 +407,44 @@ def test_a_table_has_the_wanted_variants_and_sane_cells(digits_zoo, key, variant
         assert min(float(cell.split(" ± ")[0]) for cell in wide) >= float(row["float"]) - 3
 
 
+@pytest.mark.parametrize(
+    ("key", "variants", "expected"),
+    [
+        ("training", "^w4a8|dist", ["float", "w4a8", "w4a4, distilled"]),
+        pytest.param("7", "^double|^kept", ["double forward, per tensor", "kept, per channel"], marks=pytest.mark.slow),
+        pytest.param("8", "^w4a4.*weights mse, activations min", None, marks=pytest.mark.slow),
+        pytest.param("9", "^CLE, A", ["CLE, AdaRound"], marks=pytest.mark.slow),
+        pytest.param("10", "^w8a8, per t", ["w8a8, per tensor"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_table_about_training(digits_zoo, key, variants, expected):
+    rows = cells(training_tables.TABLES[key], variants=variants, epochs=1)
+    assert list(rows) == (expected or ["w4a4, weights mse, activations min_max"])
+    for row in rows.values():
+        assert row["epochs"] == "1"
+        trained = row["trained" if key == "training" else "trained .tflite"]
+        assert float(trained.split(" ± ")[0]) > 80
+    if key == "training":
+        parity = rows["w4a8"]["reference LSB, LSB op by op, same decision"]
+        assert parity.startswith("0, ") and parity.endswith(" %")
+
+
 def test_calibration_subsets_depend_on_the_seed_alone(digits_zoo):
     a, b, again = (paper_tables.subset("digits", seed) for seed in (0, 1, 0))
     np.testing.assert_array_equal(a, again)
     assert len(a) == len(b) == zoo.MODELS["digits"].calibration_size
     assert (a != b).any()
+
+
+@pytest.mark.parametrize("preset", ["w3", "w4-per_tensor"])
+def test_the_file_with_rounded_weights_computes_what_the_simulation_does(preset):
+    digits = digits_cnn.load_split()
+    model = keras.saving.load_model(digits_cnn.PATH, compile=False)
+    qmodel = kquant.quantize_model(model, None, {"preset": preset, **tables.OFF}, progress=False)
+    expected = qmodel.predict(digits.x_test, verbose=0)
+    found = kquant.TFLiteModel(paper_tables.rounded_file(qmodel), threads=1).predict(digits.x_test)[0]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(expected - model.predict(digits.x_test, verbose=0)).max() > 0.1  # it is quantized
 
 
 def test_repeated_measurements_show_their_spread():

@@ -4,7 +4,8 @@ r"""Cost of a step of quantization-aware training, against the same step of the 
 
 Steps of all variants are timed in turn, in one process; the ratio is that of medians. Peak memory is that of a process
 which trains one variant, less what it had after its imports (Linux only); there malloc gives back at once what is
-freed, so that the peak is that of what is held. Both run without XLA. The batches are random: nothing here speaks of accuracy.
+freed, so that the peak is that of what is held. Both run without XLA. The batches are random: nothing here speaks of
+accuracy.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ class Options:
         configs: presets, for the tables that compare presets.
         calibration: samples to calibrate "configs" with; None takes as many as the record has.
         seeds: how often a step that depends on chance is repeated.
+        epochs: passes over the training data, for the tables about training.
         variants: regular expression for the variants to measure; empty for all.
     """
 
@@ -41,6 +42,7 @@ class Options:
     configs: tuple[str, ...] = ()
     calibration: int | None = None
     seeds: int = 3
+    epochs: int = 2
     variants: str = ""
 
     def wants(self, variant: str) -> bool:

@@ -6,6 +6,7 @@ its images would take most of a GB).
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from kquant.tflite.flatbuffer import only_integer_ops
 from .data import PREPROCESS, Batches, jpeg_samples, load_data, spread
 
 DATA = Path(os.environ.get("KQUANT_DATA", "../shared/data"))
+_MODELS = Path(__file__).parent.parent / "models"
 CIFAR10 = {"test": "cifar10/cifar10_test_jpegq75.npz", "train": "cifar10/cifar10_train_jpegq75.npz"}
 SPEECH_SCALE, SPEECH_ZERO_POINT = 0.5847029, 83
 SPEECH = {"calibration": slice(0, 200), "test": slice(200, 1000)}
@@ -38,6 +40,7 @@ class RealModel:
         converter: the same of TensorFlow's int8 per-channel file.
         converter_bytes: its size.
         calibration_size: samples that the converter was calibrated with.
+        training: limit -> all training (inputs, labels); None where there are none.
     """
 
     file: str
@@ -47,6 +50,7 @@ class RealModel:
     converter: float
     converter_bytes: int
     calibration_size: int
+    training: Callable[[int | None], tuple[np.ndarray, np.ndarray]] | None = None
 
 
 class MissingData(FileNotFoundError):
@@ -66,8 +70,11 @@ def path(name: str) -> Path:
 
 
 def load_model(name: str) -> keras.Model:
-    """The float model of a key of MODELS."""
-    return keras.saving.load_model(path(f"models/{MODELS[name].file}.keras"), compile=False)
+    """The float model of a key of MODELS or OWN."""
+    file = Path(OWN[name].file) if name in OWN else path(f"models/{MODELS[name].file}.keras")
+    if not file.is_file():
+        raise MissingData(f"needs {file}, which the command in that folder's module of the same name makes")
+    return keras.saving.load_model(file, compile=False)
 
 
 def cifar10(split: str, limit: int | None = None, preprocess: str = "none") -> tuple[np.ndarray, np.ndarray]:
@@ -123,6 +130,7 @@ def _cifar10(file: str, preprocess: str, top1: float, converter: float, converte
         converter=converter,
         converter_bytes=converter_bytes,
         calibration_size=500,
+        training=lambda limit: cifar10("train", limit, preprocess),
     )
 
 
@@ -146,6 +154,20 @@ MODELS = {
         calibration_size=200,
     ),
 }
+
+
+# what the project trained itself; its accuracies are in docs/results.md
+OWN = {"mobilenet_v2_cifar": _cifar10(str(_MODELS / "mobilenet_v2_cifar.keras"), "tf", math.nan, math.nan, 0)}
+
+
+def record(name: str) -> RealModel:
+    """The entry of MODELS or OWN."""
+    return OWN[name] if name in OWN else MODELS[name]
+
+
+def trainable() -> list[str]:
+    """The names of those with training data."""
+    return [name for name, entry in {**MODELS, **OWN}.items() if entry.training]
 
 
 def top1(content: bytes, batches: Iterable[Any]) -> tuple[float, int]:
@@ -180,4 +202,4 @@ def cpus() -> int:
 
 def calibration(name: str, size: int | None = None) -> Any:
     """The calibration set, as large as the converter's in the record, or of `size` samples."""
-    return MODELS[name].calibration(size or MODELS[name].calibration_size)
+    return record(name).calibration(size or record(name).calibration_size)
