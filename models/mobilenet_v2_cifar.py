@@ -12,11 +12,10 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 from absl import app, flags
 from keras import layers
 
-from tools.augment import augmented
+from tools.augment import training_batches
 from tools.zoo import cifar10
 
 PATH = Path(__file__).with_suffix(".keras")
@@ -81,9 +80,6 @@ def train(
     keras.utils.set_random_seed(seed)
     x, y = cifar10("train", limit, PREPROCESS)
     steps = -(-len(x) // BATCH_SIZE)
-    order = tf.data.Dataset.range(len(x)).shuffle(len(x), seed).batch(BATCH_SIZE)
-    images, labels = tf.constant(x), tf.constant(y)
-    batches = order.map(lambda i: (tf.gather(images, i), tf.gather(labels, i)))
     model = build()
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, max(epochs * steps - steps, 1), warmup_target=learning_rate, warmup_steps=steps
@@ -93,7 +89,7 @@ def train(
     optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
-    data = augmented(batches, seed).prefetch(tf.data.AUTOTUNE)
+    data = training_batches(x, y, BATCH_SIZE, seed)
     test = cifar10("test", None, PREPROCESS)
     model.fit(data, epochs=epochs, validation_data=test, validation_batch_size=250, shuffle=False, verbose=verbose)
     return keras.Model(model.inputs, model.outputs, name=model.name)  # without the optimizer's state

@@ -1,4 +1,4 @@
-"""Random changes of training images, as a map over batches of a `tf.data.Dataset`."""
+"""Training images in random order, with random changes, as a `tf.data.Dataset` of batches."""
 
 from __future__ import annotations
 
@@ -38,3 +38,18 @@ def augmented(dataset: Any, seed: int) -> Any:
         return (changed, *rest) if rest else changed
 
     return tf.data.Dataset.zip(dataset, seeds).map(change, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def training_batches(x: Any, y: Any, batch_size: int, seed: int) -> Any:
+    """Arrays as a dataset of augmented batches (x, y); another order in every epoch, the same for one seed.
+
+    Args:
+        x: images [n, height, width, channels].
+        y: labels [n].
+        batch_size: samples of a batch; the last one may be smaller.
+        seed: of the order and of the changes.
+    """
+    images, labels = tf.constant(x), tf.constant(y)
+    order = tf.data.Dataset.range(len(x)).shuffle(len(x), seed).batch(batch_size)
+    batches = order.map(lambda i: (tf.gather(images, i), tf.gather(labels, i)))
+    return augmented(batches, seed).prefetch(tf.data.AUTOTUNE)

@@ -19,6 +19,7 @@ from absl import app, flags
 
 from . import common, quantize
 from .quantize import CONFIG, PROGRESS, SEED
+from .recipe import recipe
 
 VALIDATION = flags.DEFINE_string("validation", None, "Labelled data to score on, as --data; all of it is used.")
 EPOCHS = flags.DEFINE_integer("epochs", 10, "Passes over the training data.", 1)
@@ -43,31 +44,6 @@ AUGMENT = flags.DEFINE_enum("augment", "none", ["none", "flip_crop"], "Random ch
 BACKUP = flags.DEFINE_string("backup", None, "Folder for the state after each epoch, from which a new start goes on.")
 TENSORBOARD = flags.DEFINE_string("tensorboard", None, "Folder for TensorBoard: losses, metrics and grids by epoch.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "File (.keras) for the epoch that is best on --validation.")
-LEARNING_RATES = {"adam": 5e-4, "sgd": 5e-3}
-WARM_UP = 0.05  # of the steps
-
-
-def recipe(steps: int, optimizer: str = "adam", learning_rate: float | None = None) -> Any:
-    """The optimizer of a fine-tuning run: a linear warm-up over 5 % of the steps, then a cosine to zero.
-
-    Args:
-        steps: of the whole run.
-        optimizer: "adam" or "sgd" (Nesterov momentum 0.9).
-        learning_rate: the highest, by default 5e-4 for Adam and 5e-3 for SGD.
-    """
-    import keras
-
-    highest = LEARNING_RATES[optimizer] if learning_rate is None else learning_rate
-    warm_up = int(WARM_UP * steps)
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0 if warm_up else highest,
-        max(steps - warm_up, 1),
-        warmup_target=highest if warm_up else None,
-        warmup_steps=warm_up,
-    )
-    if optimizer == "adam":
-        return keras.optimizers.Adam(schedule)
-    return keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True)
 
 
 # --- data ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The tables of docs/results.md about training on CIFAR-10: against float, and the white paper's tables 7 to 10.
 
-Every network trains on all training images with the recipe of `tools.train_qat` (Adam, warm-up, cosine to zero), random
+Every network trains on all training images with the recipe of `tools.recipe` (Adam, warm-up, cosine to zero), random
 flips and shifts; what is scored is the exported file on all test images. 7 folding of batch normalization, 8 ranges to
 begin with, 9 equalization and bias correction to begin with, 10 bits and granularity (section 4, arXiv 2106.08295).
 """
@@ -19,10 +19,10 @@ import kquant
 from kquant.qat.distill import gives_probabilities
 
 from . import zoo
-from .augment import augmented
+from .augment import training_batches
 from .paper_tables import spread
+from .recipe import recipe
 from .tables import OFF, Options, Table
-from .train_qat import recipe
 
 BATCH_SIZE = 128
 REESTIMATED = 2560  # training images for the statistics of batch normalizations, after training
@@ -58,17 +58,13 @@ class Course:
 
     def train(self, model: keras.Model, seed: int, teacher: keras.Model | None = None) -> float:
         """Train a model in place; the seconds of an epoch."""
-        import tensorflow as tf
-
         keras.utils.set_random_seed(seed)
-        images, labels = tf.constant(self.x), tf.constant(self.y)
-        order = tf.data.Dataset.range(len(self.x)).shuffle(len(self.x), seed).batch(BATCH_SIZE)
-        data = order.map(lambda i: (tf.gather(images, i), tf.gather(labels, i)))
+        data = training_batches(self.x, self.y, BATCH_SIZE, seed)
         fitted = model if teacher is None else kquant.Distiller(model, teacher)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=not gives_probabilities(self.model))
         fitted.compile(recipe(self.epochs * -(-len(self.x) // BATCH_SIZE)), loss, jit_compile=False)
         started = time.perf_counter()
-        fitted.fit(augmented(data, seed).prefetch(2), epochs=self.epochs, shuffle=False, verbose=0)
+        fitted.fit(data, epochs=self.epochs, shuffle=False, verbose=0)
         return (time.perf_counter() - started) / self.epochs
 
     def fine_tuned(self, seed: int) -> tuple[keras.Model, float]:
