@@ -63,9 +63,6 @@ def fake_quant(
     A fused activation, a clamp of real values, is taken over by the clamp of integers: a bound b counts as
     round(b / scale), and where it is what clamps, dy/dscale is that less b / scale and dy/dzero_point is 0.
 
-    Written for few operations, which cost memory in a graph, and for few tensors that a layer keeps until its gradient
-    is due: what can be is computed in the forward pass.
-
     Args:
         x: float32 values.
         scale: positive, of a shape that broadcasts against x: () or e.g. [1, 1, 1, channels].
@@ -82,10 +79,11 @@ def fake_quant(
         at = [None if b is None else tf.round(b[0] / scale) for b in bounds]
         low = ends[0] if at[0] is None else tf.maximum(ends[0], at[0])
         high = ends[1] if at[1] is None else tf.minimum(ends[1], at[1])
-        ratio = x / scale
+        ratio = x / scale  # few operations in all: in a graph each costs memory
         y = tf.clip_by_value(tf.round(ratio), low, high) * scale
 
         def gradient(dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+            # all without dy can be computed in the forward pass, so that a layer keeps `inside` and one tensor of floats
             inside = tf.clip_by_value(ratio, low - 0.5, high + 0.5) == ratio
             # scale dy/dscale = y - rest; zero_point has a say where nothing follows x or a bound
             rest, follows = tf.where(inside, x, 0.0), inside

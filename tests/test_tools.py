@@ -429,6 +429,13 @@ def test_a_table_about_training(digits_zoo, key, variants, expected):
         assert parity.startswith("0, ") and parity.endswith(" %")
 
 
+def test_the_command_of_the_tables_starts():
+    """In a process of its own: its flags must not clash with those of what it imports."""
+    command = [sys.executable, "-m", "tools.reproduce", "--table=no_such_table"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "--table=no_such_table: value should be one of" in done.stderr
+
+
 def test_calibration_subsets_depend_on_the_seed_alone(digits_zoo):
     a, b, again = (paper_tables.subset("digits", seed) for seed in (0, 1, 0))
     np.testing.assert_array_equal(a, again)
