@@ -83,7 +83,7 @@ def fake_quant(
         y = tf.clip_by_value(tf.round(ratio), low, high) * scale
 
         def gradient(dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-            # all without dy can be computed in the forward pass, so that a layer keeps `inside` and one tensor of floats
+            # what lacks dy is computed in the forward pass: a layer keeps `inside` and one tensor of floats
             inside = tf.clip_by_value(ratio, low - 0.5, high + 0.5) == ratio
             # scale dy/dscale = y - rest; zero_point has a say where nothing follows x or a bound
             rest, follows = tf.where(inside, x, 0.0), inside
