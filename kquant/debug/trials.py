@@ -28,7 +28,8 @@ class Trial:
         of: what it cures, "weights" or "activations".
         applies: (config, which steps the pipeline took, the graph) -> whether it changes anything.
         change: config -> config.
-        always: tried even where the score is within noise of the float model's, since it costs nothing later.
+        always: a step of the pipeline, which costs nothing later: tried even where the score is within noise of the
+            float model's, and kept unless it costs more than noise. A few samples are no reason against it.
         elsewhere: it needs another target, so it is measured and advised, but not recommended.
     """
 

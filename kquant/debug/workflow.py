@@ -220,15 +220,24 @@ class Workflow:
 
     def _try(self, trial: Trial, best: Outcome) -> None:
         config = trial.change(self.case.config if trial.elsewhere else best.config)
-        outcome = self._attempt(trial.name, trial.question, config, keep=not trial.elsewhere)
+        outcome = self._attempt(trial.name, trial.question, config, keep=not trial.elsewhere, may_lose=trial.always)
         if trial.elsewhere and outcome is not None:
             text = f"One scale per channel (target {config.target}) scored {self._number(outcome.measured.score)}."
             self.results.advice.append(text)
 
     def _attempt(
-        self, name: str, question: str, config: QuantConfig, calibration: Samples | None = None, keep: bool = True
+        self,
+        name: str,
+        question: str,
+        config: QuantConfig,
+        calibration: Samples | None = None,
+        keep: bool = True,
+        may_lose: bool = False,
     ) -> Outcome | None:
-        """Run a config; the better of it and the best so far is kept, unless it had other calibration data."""
+        """Run a config; the better of it and the best so far is kept, unless it had other calibration data.
+
+        `may_lose`: it is kept unless it is worse by more than noise.
+        """
         found = self.results
         try:
             outcome = self.lab.run(config, calibration)
@@ -240,7 +249,7 @@ class Workflow:
         noise = best is not None and abs(gain) <= self.lab.threshold(best.measured, outcome.measured)
         text = f"It brings {self._amount(gain)}" if gain >= 0 else f"It costs {self._amount(-gain)}"
         self._note(name, question, outcome.measured.score, text + (", within noise." if noise else "."), gain > 0)
-        if keep and calibration is None and gain > 0:
+        if keep and calibration is None and (gain > 0 or (may_lose and noise)):
             found.best = outcome
         return outcome
 

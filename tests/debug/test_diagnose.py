@@ -62,6 +62,13 @@ def test_wide_channels_are_blamed_on_weights_and_cured() -> None:
     assert not any(name.startswith("ranges by") for name in stages)
 
 
+def test_a_step_of_the_pipeline_stays_where_it_costs_no_more_than_noise() -> None:
+    d = wide()
+    stage = next(s for s in d.stages if s.name == "bias correction")
+    assert stage.verdict.endswith("within noise.") and d.recommendation is not None
+    assert d.recommendation["correct_bias"] is True and d.recommendation["equalize"] is True
+
+
 def test_the_recommended_config_reaches_what_is_said() -> None:
     d = wide()
     assert d.recommendation is not None and d.recommendation["equalize"] is True
