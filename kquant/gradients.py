@@ -73,25 +73,26 @@ def fake_quant(
     """
 
     @tf.custom_gradient
-    def quantized(x: Tensor, scale: Tensor, zero_point: Tensor) -> Any:
+    def quantized(x: Tensor, scale: Tensor, zero_point: Tensor) -> Any:  # few operations: each costs memory in a graph
         ends = qmin - zero_point, qmax - zero_point
         bounds = [None if b is None else (tf.constant(b, tf.float32), b) for b in clip]
         at = [None if b is None else tf.round(b[0] / scale) for b in bounds]
         low = ends[0] if at[0] is None else tf.maximum(ends[0], at[0])
         high = ends[1] if at[1] is None else tf.minimum(ends[1], at[1])
-        ratio = x / scale  # few operations in all: in a graph each costs memory
-        y = tf.clip_by_value(tf.round(ratio), low, high) * scale
+        rounded = tf.round(x / scale)
+        clamped = tf.clip_by_value(rounded, low, high)
+        y = clamped * scale
 
         def gradient(dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
             # what lacks dy is computed in the forward pass: a layer keeps `inside` and one tensor of floats
-            inside = tf.clip_by_value(ratio, low - 0.5, high + 0.5) == ratio
+            inside = clamped == rounded
             # scale dy/dscale = y - rest; zero_point has a say where nothing follows x or a bound
             rest, follows = tf.where(inside, x, 0.0), inside
             for bound, level, end, is_low in zip(bounds, at, (low, high), (True, False), strict=True):
                 if bound is None or (fixed_zero_point and not np.any(bound[1])):
                     continue  # a bound of zero, as in ReLU, is no part of dy/dscale
-                beyond = ratio < low if is_low else ratio > high
-                by_bound = beyond & ~inside & (end == level)  # unless the grid ends before the bound
+                beyond = rounded < low if is_low else rounded > high
+                by_bound = beyond & (end == level)  # unless the grid ends before the bound
                 rest, follows = tf.where(by_bound, bound[0], rest), follows | by_bound
             by_scale = _reduced(dy * (y - rest), scale) / scale
             by_zero_point = None
