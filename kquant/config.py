@@ -39,6 +39,11 @@ from kquant.targets import get_target
 PRESETS = ("w8a8", "w8a8-per_tensor", "w4a8", "w4a8-per_tensor", "w8a16", "w4a16", "w4a4", "w8", "w4")
 
 
+def _activations(bits: int) -> QuantSpec:
+    """The spec of a preset's activations: what few levels cannot resolve, they had better clip (table 2)."""
+    return ACTIVATIONS.override({"bits": bits, "method": "mse" if bits < 8 else ACTIVATIONS.method})
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
     """The settings of a quantization.
@@ -157,8 +162,8 @@ class QuantConfig:
         """The configuration of a name `w<bits>[a<bits>][-per_tensor]` or `a<bits>`, bits 2 to 16.
 
         Weights are symmetric, narrow-range and per-channel (`-per_tensor`: one scale per tensor),
-        with MSE ranges. Activations are asymmetric with min-max ranges; above 8 bits they are
-        symmetric and the target is tflite_int16x8. Below 8 bits the first layer's
+        with MSE ranges. Activations are asymmetric with min-max ranges, below 8 bits with MSE ranges; above
+        8 bits they are symmetric and the target is tflite_int16x8. Below 8 bits the first layer's
         weights and the last layer's weights and output stay at 8 bits, and so do the model's
         inputs. Without `a<bits>` only the weights are quantized, without `w<bits>` only the activations, which
         no hardware runs (target "simulation").
@@ -167,7 +172,7 @@ class QuantConfig:
             ConfigError: not such a name.
         """
         if alone := re.fullmatch(r"a(\d+)", str(name)):
-            return cls(weights=None, activations=ACTIVATIONS.override({"bits": int(alone[1])}), target="simulation")
+            return cls(weights=None, activations=_activations(int(alone[1])), target="simulation")
         match = re.fullmatch(r"w(\d+)(?:a(\d+))?(-per_tensor)?", str(name))
         if match is None:
             hint = suggest(str(name), PRESETS)
@@ -179,8 +184,8 @@ class QuantConfig:
             return cls(weights=weights, activations=None, target=target)
         a_bits = int(match[2])
         if a_bits > 8:
-            return cls(weights=weights, activations=ACTIVATIONS.override({"bits": a_bits}), target="tflite_int16x8")
-        activations = replace(ACTIVATIONS, bits=a_bits)
+            return cls(weights=weights, activations=_activations(a_bits), target="tflite_int16x8")
+        activations = _activations(a_bits)
         keep = {"bits": 8}
         rules = (Rule(position="first", weights=keep), Rule(position="last", weights=keep, activations=keep))
         return cls(weights=weights, activations=activations, target=target, rules=rules if a_bits < 8 else ())

@@ -87,13 +87,13 @@ class FakeQuant(keras.layers.Layer):
         """How many bits an integer of the grid takes."""
         return (self.qmax - self.qmin).bit_length()
 
-    def parameters(self) -> tuple[Tensor, Tensor]:
+    def parameters(self, unit: Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """Scale and zero point as they stand now, with gradients to the variables that are learned.
 
         What is learned is computed in float64 and rounded once: in float32 the exponentials of XLA, eager and graph
         execution differ, and with them what is trained from what is exported.
         """
-        scale, zero_point = _PARAMETERS[self.gradient](self)
+        scale, zero_point = _PARAMETERS[self.gradient](self, unit)
         return tf.cast(scale, tf.float32), tf.cast(zero_point, tf.float32)
 
     @property
@@ -119,9 +119,17 @@ class FakeQuant(keras.layers.Layer):
     def call(self, x: Tensor) -> Tensor:
         return self.fake_quantize(x)[0]
 
-    def fake_quantize(self, x: Tensor, clip: tuple[Any, Any] = (None, None)) -> tuple[Tensor, Tensor]:
-        """`x` on the grid, and the grid; `clip` is a fused activation, see `gradients.fake_quant`."""
-        parameters = self.parameters()  # once: what is learned takes many small operations
+    def fake_quantize(
+        self, x: Tensor, clip: tuple[Any, Any] = (None, None), unit: Tensor = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """`x` on the grid, and the grid.
+
+        Args:
+            x: the values.
+            clip: a fused activation, see `gradients.fake_quant`.
+            unit: that of the variable behind `x`, in the shape of the scale; the grid learns as the one of x / unit.
+        """
+        parameters = self.parameters(unit)  # once: what is learned takes many small operations
         scale, zero_point = (self._along_axis(v, x.shape.rank) for v in parameters)
         fixed = self.gradient not in MOVES_ZERO_POINT
         y = fake_quant(tf.cast(x, tf.float32), scale, zero_point, self.qmin, self.qmax, clip, fixed)
@@ -159,7 +167,7 @@ class FakeQuant(keras.layers.Layer):
         return {"name": config["name"], "trainable": config["trainable"], **self.settings}
 
 
-def _fixed(q: FakeQuant) -> tuple[Tensor, Tensor]:
+def _fixed(q: FakeQuant, unit: Tensor) -> tuple[Tensor, Tensor]:
     return tf.convert_to_tensor(q.scale), tf.convert_to_tensor(q.zero_point)
 
 
@@ -172,22 +180,25 @@ def _base(q: FakeQuant) -> tuple[Tensor, Tensor]:
     return _wide(q.scale), _wide(q.zero_point)
 
 
-def _lsq(q: FakeQuant) -> tuple[Tensor, Tensor]:
+def _lsq(q: FakeQuant, unit: Tensor) -> tuple[Tensor, Tensor]:
     """LSQ: the gradient of the scale times g = min(1, 4 / Q_p) / sqrt(N Q_p).
 
     The paper's g is that without the minimum: it balances
     grids that start at 2 mean |w| / sqrt(Q_p). Those here start at the range of the values, where 8 bits and more
-    would run away.
+    would run away. The balance is one between steps of weights and of scales: it holds where both are in one unit,
+    and d/dlog_scale = g / scale is the only gradient here that depends on it.
     """
     zero_point = tf.convert_to_tensor(q.zero_point)
     top = tf.maximum(q.qmax - zero_point, 1.0)
     g = tf.minimum(4.0 / top, 1.0) * tf.math.rsqrt(q.elements * top)
-    return relative_scale(_wide(q.scale), _wide(q.learned["log_scale"]), q.rate, g, _LARGEST), zero_point
+    return relative_scale(
+        _wide(q.scale), _wide(q.learned["log_scale"]), q.rate, g * tf.square(unit), _LARGEST
+    ), zero_point
 
 
-def _lsq_plus(q: FakeQuant) -> tuple[Tensor, Tensor]:
+def _lsq_plus(q: FakeQuant, unit: Tensor) -> tuple[Tensor, Tensor]:
     """LSQ+: `shift` moves the zero point too, as a share of the grid's extent."""
-    scale, _ = _lsq(q)
+    scale, _ = _lsq(q, unit)
     extent = float(q.qmax - q.qmin)
     zero_point = round_ste(_wide(q.zero_point) + extent * q.rate * _wide(q.learned["shift"]))
     g = min(1.0, 4.0 / extent) / math.sqrt(q.elements * extent)
@@ -196,7 +207,7 @@ def _lsq_plus(q: FakeQuant) -> tuple[Tensor, Tensor]:
     return scale, tf.clip_by_value(zero_point, float(q.qmin), float(q.qmax))
 
 
-def _min_max(q: FakeQuant) -> tuple[Tensor, Tensor]:
+def _min_max(q: FakeQuant, unit: Tensor) -> tuple[Tensor, Tensor]:
     """Both edges of the range learn, each by a factor: an edge at zero stays there."""
     scale, zero_point = _base(q)
     low = scale * (q.qmin - zero_point) * _exp(q, "log_low")
@@ -204,13 +215,13 @@ def _min_max(q: FakeQuant) -> tuple[Tensor, Tensor]:
     return grid_of_range(low, high, q.qmin, q.qmax)
 
 
-def _symmetric(q: FakeQuant) -> tuple[Tensor, Tensor]:
+def _symmetric(q: FakeQuant, unit: Tensor) -> tuple[Tensor, Tensor]:
     """One edge for both sides: the same as a scale, with its gradient unscaled."""
     scale, zero_point = _base(q)
     return scale * _exp(q, "log_scale"), zero_point
 
 
-def _tqt(q: FakeQuant) -> tuple[Tensor, Tensor]:
+def _tqt(q: FakeQuant, unit: Tensor) -> tuple[Tensor, Tensor]:
     """TQT: the scale is the power of two at or above a learned threshold."""
     base, zero_point = _base(q)
     # half a step below the power of two: the grid leaves it for a smaller one as easily as for a larger one
@@ -228,7 +239,7 @@ def _limited(x: Tensor, largest: float) -> Tensor:
     return exact(x, tf.clip_by_value(x, -largest, largest))
 
 
-_PARAMETERS: Mapping[str, Callable[[FakeQuant], tuple[Tensor, Tensor]]] = MappingProxyType(
+_PARAMETERS: Mapping[str, Callable[[FakeQuant, Tensor], tuple[Tensor, Tensor]]] = MappingProxyType(
     {"ste": _fixed, "lsq": _lsq, "lsq+": _lsq_plus, "min_max": _min_max, "symmetric": _symmetric, "tqt": _tqt}
 )
 MOVES_ZERO_POINT = ("lsq+", "min_max")

@@ -20,7 +20,7 @@ from kquant.graph.float_call import FloatCall
 from kquant.graph.ir import Graph, Node
 from kquant.plan import is_final
 from kquant.qgraph import QuantizedGraph
-from kquant.quantizers import QuantizedLayer, grid_settings, node_from_dict, node_to_dict
+from kquant.quantizers import UNIT_AXES, QuantizedLayer, grid_settings, node_from_dict, node_to_dict
 from kquant.report import format_report
 from kquant.targets import Target, get_target
 
@@ -40,6 +40,7 @@ class Learning:
         tied_weights: groups of nodes that have one weight: calls of one layer.
         tied_grids: groups of nodes (and constants) that have one grid.
         layer: node -> what makes its layer, where it is not a plain `QuantizedLayer`.
+        relative_weights: weights are trained in units of their size (`quantizers.weight_unit`).
     """
 
     weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -47,6 +48,7 @@ class Learning:
     tied_weights: tuple[tuple[str, ...], ...] = ()
     tied_grids: tuple[tuple[str, ...], ...] = ()
     layer: Mapping[str, Callable[..., QuantizedLayer]] = field(default_factory=dict)
+    relative_weights: bool = False
 
 
 @keras.saving.register_keras_serializable("kquant")
@@ -188,6 +190,7 @@ def _layer(qgraph: QuantizedGraph, node: Node, target: Target, learning: Learnin
         activation_bits=8 if output is None else output.container,
         constants=constants,
         constant_grids=constant_grids,
+        relative_weight=learning.relative_weights and node.op in UNIT_AXES,
         rounds_in_training=node.op != "softmax" or not is_final(graph, node),
         name=_keras_name(node),
         training_dtype=dtype,

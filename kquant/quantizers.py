@@ -13,6 +13,7 @@ gradients reach the scale from both sides.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ from kquant.simulate import prelu, simulate
 
 Tensor = Any
 _AVERAGES = ("avg_pool2d", "resize")  # on the grid of their input, and rounded to it
+# the axes of the weight over which an output channel adds up
+UNIT_AXES = {"conv2d": (0, 1, 2), "depthwise_conv2d": (0, 1), "conv2d_transpose": (0, 1, 3), "dense": (0,)}
 _STRUCTURE = ("name", "op", "inputs", "shape", "dtype", "attrs", "origin", "origin_type")
 
 
@@ -53,6 +56,28 @@ def grid_settings(q: QParams | None, learning: Mapping[str, Any] | None = None) 
         return None
     channels = None if np.ndim(q.scale) == 0 else len(q.scale)
     return {"qmin": q.qmin, "qmax": q.qmax, "channels": channels, "axis": q.axis, **(learning or {})}
+
+
+def weight_unit(op: str, weight: np.ndarray) -> np.ndarray:
+    """Powers of two that divide a weight to the deviation of a fresh one, sqrt(2 / fan in), in each output channel.
+
+    Folding a batch normalization leaves each channel in a size of its own, and the input's range the first layer (small
+    for images of 0 to 255), while an optimizer such as Adam moves all values by one amount.
+
+    Args:
+        op: one of `UNIT_AXES`.
+        weight: of that operation, in its own shape.
+
+    Returns:
+        float32, broadcastable to `weight`; a channel of (nearly) zeros has 2^-6 of the largest unit.
+    """
+    axes = UNIT_AXES[op]
+    size = np.sqrt(np.mean(np.square(weight, dtype=np.float64), axes, keepdims=True))
+    if not (largest := size.max(initial=0.0)) > 0:
+        return np.ones(size.shape, np.float32)
+    fan_in = math.prod(weight.shape[axis] for axis in axes)
+    fresh = math.sqrt(2 / fan_in)
+    return np.exp2(np.rint(np.log2(np.maximum(size, largest * 2.0**-6) / fresh))).astype(np.float32)
 
 
 def _without_clip(node: Node) -> Node:
@@ -78,6 +103,7 @@ class QuantizedLayer(keras.layers.Layer):
         activation_bits: bits of the integer type of its input and output, 8 or 16.
         constants: inputs that are constants, by name (values, or shapes in a serialized config).
         constant_grids: their quantizers' settings, by the same names.
+        relative_weight: the variable of the weight of a linear operation holds it in units of its size (`weight_unit`).
         rounds_in_training: False for probabilities that a loss takes the logarithm of, which must not become 0.
         training_dtype: in what the operation itself computes in training, "float32" or "bfloat16" (of mixed
             precision); a dtype policy of the layer would round the variables too.
@@ -92,6 +118,7 @@ class QuantizedLayer(keras.layers.Layer):
         activation_bits: int = 8,
         constants: Mapping[str, Any] | None = None,
         constant_grids: Mapping[str, Any] | None = None,
+        relative_weight: bool = False,
         rounds_in_training: bool = True,
         training_dtype: str = "float32",
         **kwargs: Any,
@@ -103,6 +130,8 @@ class QuantizedLayer(keras.layers.Layer):
         self.shares_grid, self.activation_bits = shares_grid, activation_bits
         self.rounds_in_training, self.training_dtype = rounds_in_training, training_dtype
         self.variables_by_name = {k: self._own(k, v) for k, v in self.node.weights.items()}
+        key = QUANTIZED_WEIGHT[self.node.op][0] if relative_weight else ""
+        self.unit = self._own_unit(key, self.node.weights[key]) if relative_weight else None
         self.constants = {k: self._own(f"constant_{i}", v) for i, (k, v) in enumerate((constants or {}).items())}
         self.constant_quantizers = {
             k: FakeQuant(**v, name=f"constant_quantizer_{i}") for i, (k, v) in enumerate((constant_grids or {}).items())
@@ -121,12 +150,25 @@ class QuantizedLayer(keras.layers.Layer):
             variable.assign(value)
         return variable
 
+    def _own_unit(self, key: str, weight: Any) -> keras.Variable:
+        """The unit of a weight (an array or a shape), whose variable holds it in that unit from now on."""
+        known = isinstance(weight, np.ndarray)
+        value = weight_unit(self.node.op, weight if known else np.ones(tuple(weight), np.float32))
+        unit = self.add_weight(shape=value.shape, initializer="ones", trainable=False, name="unit")
+        if known:
+            unit.assign(value)
+            self.variables_by_name[key].assign(weight / value)
+        return unit
+
     def tie_weights(self, other: QuantizedLayer) -> None:
         """Have the weights of `other` and their grid from now on: a layer of the user's that is called twice."""
         for name, variable in self.variables_by_name.items():
             self._untrack_variable(variable)
             setattr(self, f"tied_{name}", other.variables_by_name[name])
         self.variables_by_name = dict(other.variables_by_name)
+        if self.unit is not None:
+            self._untrack_variable(self.unit)
+            self.unit = other.unit
         if self.weight_quantizer is not None and other.weight_quantizer is not None:
             self.weight_quantizer.tie(other.weight_quantizer)
 
@@ -197,7 +239,14 @@ class QuantizedLayer(keras.layers.Layer):
         """A weight on the grid of the weight quantizer, if there is one."""
         if self.weight_quantizer is None:
             return weight
-        return tf.reshape(self.weight_quantizer(weight_view(self.node, weight)), weight.shape)
+        unit: Tensor = 1.0
+        if self.unit is not None:
+            units = tf.convert_to_tensor(self.unit)
+            one = self.weight_quantizer.channels is None
+            unit = tf.sqrt(tf.reduce_mean(tf.square(units))) if one else tf.reshape(units, [-1])
+        return tf.reshape(
+            self.weight_quantizer.fake_quantize(weight_view(self.node, weight), unit=unit)[0], weight.shape
+        )
 
     def _compute(self, inputs: Sequence[Tensor], weights: Mapping[str, Tensor]) -> Tensor:
         """The operation without its fused activation, in the type of mixed precision, the result in float32."""
@@ -238,7 +287,14 @@ class QuantizedLayer(keras.layers.Layer):
 
     def float_weights(self) -> dict[str, Tensor]:
         """The weights of the operation as it is deployed, before quantization."""
-        return {k: tf.convert_to_tensor(v) for k, v in self.variables_by_name.items()}
+        return self.trained_weights()
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """The weights as they are trained."""
+        weights = {k: tf.convert_to_tensor(v) for k, v in self.variables_by_name.items()}
+        if self.unit is not None:
+            weights[QUANTIZED_WEIGHT[self.node.op][0]] *= self.unit
+        return weights
 
     def weight_scale(self) -> Tensor:
         """The scale of the quantized weight as it is deployed."""
@@ -303,6 +359,7 @@ class QuantizedLayer(keras.layers.Layer):
             "node": node_to_dict(self.node),
             "shares_grid": self.shares_grid,
             "activation_bits": self.activation_bits,
+            "relative_weight": self.unit is not None,
             "rounds_in_training": self.rounds_in_training,
             "training_dtype": self.training_dtype,
             **{k: q and q.settings for k, q in quantizers.items()},

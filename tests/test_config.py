@@ -62,7 +62,9 @@ def test_presets_say_what_their_name_says():
 
 def test_below_8_bits_inputs_and_ends_stay_at_8():
     config = QuantConfig.preset("w4a4")
-    assert config.input_spec.bits == 8
+    assert config.input_spec.bits == 8 and config.activations.method == "mse"
+    assert QuantConfig.preset("a4").activations.method == "mse"
+    assert {QuantConfig.preset(p).activations.method for p in ("w4a8", "w8a16", "a8")} == {"min_max"}
     first, middle, last = (config.resolve("x", "Conv2D", first=i == 0, last=i == 2) for i in range(3))
     assert [s.weights.bits for s in (first, middle, last)] == [8, 4, 8]
     assert [s.activations.bits for s in (first, middle, last)] == [4, 4, 8]
@@ -149,7 +151,7 @@ def test_weights_have_no_method_of_activations(values):
 
 def test_inputs_with_a_fixed_range_keep_the_other_settings():
     config = QuantConfig.from_dict({"preset": "w4a4", "inputs": {"range": [-1, 1]}})
-    assert config.input_spec == dataclasses.replace(ACTIVATIONS, range=(-1, 1))
+    assert config.input_spec == dataclasses.replace(config.activations, bits=8, range=(-1, 1))
     assert config.to_dict()["inputs"]["range"] == [-1, 1]
 
 

@@ -96,7 +96,7 @@ class BatchNormLayer(QuantizedLayer):
     def _quantized_weight(self) -> tuple[Tensor, Tensor]:
         if self.weight_quantizer is None or self.batch_norm != "keep":
             return super()._quantized_weight()
-        weight = tf.convert_to_tensor(self.variables_by_name[QUANTIZED_WEIGHT[self.node.op][0]])
+        weight = self.trained_weights()[QUANTIZED_WEIGHT[self.node.op][0]]
         integers = self.weight_quantizer.integers(weight_view(self.node, weight))
         integers *= tf.sign(self._along_weight(tf.convert_to_tensor(self.gamma), integers))
         real = integers * self._along_weight(self.weight_scale(), integers)
@@ -104,7 +104,8 @@ class BatchNormLayer(QuantizedLayer):
 
     def _forward(self, inputs: Sequence[Tensor]) -> Tensor:
         key, offset = QUANTIZED_WEIGHT[self.node.op][0], BIAS[self.node.op]
-        weight, beta = (tf.convert_to_tensor(self.variables_by_name[k]) for k in (key, offset))
+        weights = self.trained_weights()
+        weight, beta = weights[key], weights[offset]
 
         def output(w: Tensor) -> Tensor:
             return self._compute(inputs, {key: w, offset: tf.zeros_like(beta)})

@@ -77,7 +77,7 @@ def test_running_statistics_follow_the_batch(kind):
     first = normalized(model)[0]
     before, x = first.moving_mean.numpy(), images(16, 7)
     model(x, training=True)
-    kernel = tf.convert_to_tensor(first.variables_by_name["kernel"])
+    kernel = first.trained_weights()["kernel"]
     weight = first.fake_quantized(kernel) if kind == "keep" else kernel
     u = tf.nn.conv2d(model.layers[1]([x])[0], weight, 1, "SAME").numpy()
     np.testing.assert_allclose(
@@ -138,7 +138,7 @@ def test_reestimation_averages_over_the_data_and_changes_nothing_else():
     first, batches = normalized(model)[0], [(images(16, k) * 2.0, None) for k in range(3)]
     trained = [v.numpy() for v in model.trainable_variables]
     reestimate_batch_norm(model, batches, progress=False)
-    kernel = tf.convert_to_tensor(first.variables_by_name["kernel"])
+    kernel = first.trained_weights()["kernel"]
     means = [tf.nn.conv2d(model.layers[1]([x])[0], kernel, 1, "SAME").numpy().mean((0, 1, 2)) for x, _ in batches]
     np.testing.assert_allclose(first.moving_mean.numpy(), np.mean(means, 0), rtol=1e-4, atol=1e-6)
     assert float(first.momentum) == pytest.approx(0.99)

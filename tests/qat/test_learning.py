@@ -18,7 +18,7 @@ from kquant.insert import QuantizedModel, extract
 from kquant.qat.learning import learning_of, zero_ranges
 from kquant.qat.prepare import prepare_qat
 from kquant.qgraph import QuantizedGraph
-from kquant.quantizers import QuantizedLayer
+from kquant.quantizers import QuantizedLayer, weight_unit
 from kquant.specs import GRADIENTS, Training
 
 
@@ -214,6 +214,69 @@ def test_layers_that_are_equal_by_chance_stay_apart():
     b.set_weights(a.get_weights())
     table = layer_table(prepared(model))
     assert table["a"].variables_by_name["kernel"] is not table["b"].variables_by_name["kernel"]
+
+
+# --- units of weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "channels"),
+    [
+        ("conv2d", (3, 3, 4, 5), (1, 1, 1, 5)),
+        ("depthwise_conv2d", (3, 3, 4, 2), (1, 1, 4, 2)),
+        ("conv2d_transpose", (3, 3, 5, 4), (1, 1, 5, 1)),
+        ("dense", (36, 5), (1, 5)),
+    ],
+)
+def test_units_give_every_channel_the_deviation_of_a_fresh_one(op, shape, channels):
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=shape) * np.exp2(rng.uniform(-3, 3, channels))
+    unit = weight_unit(op, weight.astype(np.float32))
+    assert unit.shape == channels and (np.log2(unit) == np.rint(np.log2(unit))).all()
+    axes = tuple(k for k, n in enumerate(channels) if n == 1 and shape[k] > 1)
+    fan_in = np.prod([shape[k] for k in axes])
+    ratio = np.sqrt(np.square(weight / unit).mean(axes) / (2 / fan_in))
+    assert (np.abs(np.log2(ratio)) <= 0.5 + 1e-6).all()
+    np.testing.assert_array_equal(weight_unit(op, (8 * weight).astype(np.float32)), 8 * unit)
+
+
+def test_units_of_dead_channels_are_bounded():
+    weight = np.float32([[0.5, 1e-20, 0.0], [-0.5, 0.0, 0.0]])
+    unit = weight_unit("dense", weight)[0]
+    assert unit[1] == unit[2] == unit[0] * 2.0**-6
+    np.testing.assert_array_equal(weight_unit("dense", np.zeros((2, 3), np.float32)), np.ones((1, 3)))
+
+
+def test_weights_in_units_are_the_users_bit_for_bit(tmp_path):
+    user = many_ends()
+    user.get_layer("linear").kernel.assign(user.get_layer("linear").kernel * [1e-3, 1.0, 30.0, 0.0])
+    model = prepared(user, {"preset": "w8a8", "correct_bias": False})
+    model.save(tmp_path / "model.keras")
+    for one in (model, keras.saving.load_model(tmp_path / "model.keras")):
+        for name in ("rectified", "linear", "head"):
+            layer = one.get_layer(name)
+            assert layer.unit is not None and not layer.unit.trainable
+            np.testing.assert_array_equal(extract(one).graph[name].weights["kernel"], user.get_layer(name).kernel)
+            np.testing.assert_array_equal(
+                layer.variables_by_name["kernel"] * layer.unit, layer.trained_weights()["kernel"]
+            )
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_training_does_not_depend_on_the_range_of_the_input(optimizer):
+    """Images of 0 to 256 with a first layer of 1/256 its size: without units, Adam's first step ruins that layer."""
+    curves = []
+    for factor in (1.0, 256.0):
+        keras.utils.set_random_seed(5)
+        user, x = many_ends(), np.abs(data(64))
+        first = user.get_layer("rectified")
+        first.kernel.assign(first.kernel / factor)
+        model = prepare_qat(user, x * factor, "w8a8", progress=False)
+        model.compile(optimizer, "sparse_categorical_crossentropy", jit_compile=False)
+        model.optimizer.learning_rate = 0.01
+        curves.append([model.train_on_batch(x * factor, np.arange(64) % 3) for _ in range(10)])
+    assert curves[0][-1] < curves[0][0]
+    np.testing.assert_allclose(*curves, rtol=1e-5)
 
 
 # --- ranges of zero width --------------------------------------------------------------------------------------------
