@@ -245,3 +245,12 @@ def test_the_recipe_of_the_depthwise_network_learns(monkeypatch):
     scores = model(images, training=True)
     assert np.mean(np.argmax(scores, -1) == labels) > 0.9
     assert not model.compiled  # so the file is without the state of the optimizer
+
+
+@pytest.mark.slow
+def test_the_depthwise_network_that_comes_along_is_trained():
+    model = keras.saving.load_model(mobilenet_v2_cifar.PATH, compile=False)
+    built = mobilenet_v2_cifar.build()
+    assert [layer.name for layer in model.layers[1:]] == [layer.name for layer in built.layers[1:]]
+    assert [v.shape for v in model.variables] == [v.shape for v in built.variables]
+    assert mobilenet_v2_cifar.accuracy(model) == pytest.approx(86.70, abs=0.1)
