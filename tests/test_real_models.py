@@ -40,7 +40,8 @@ def test_parity(name, config):
     """Without the steps, which choose other integers and take time; `test_the_pipeline...` has them."""
     qmodel = quantized(name, {"preset": config, **OFF})
     content = kquant.export_tflite(qmodel, allow_float=False).content
-    count = 12 if config == "w8a16" else 50  # int16 kernels are not vectorized
+    # int16 kernels are not vectorized; one image of 224 pixels has as many elements as 50 of 32
+    count = 12 if config == "w8a16" else 20 if name.startswith("mobilenet") else 50
     report = kquant.verify_tflite(qmodel, content, samples(name, count), samples=count, tensor_samples=1)
     assert report.ok, f"{report}"
     end = report.end_to_end[0]

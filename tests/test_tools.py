@@ -413,7 +413,6 @@ def test_a_table_has_the_wanted_variants_and_sane_cells(digits_zoo, key, variant
     [
         ("training", "^w4a4, d", ["float", "w4a4, distilled"]),
         ("7", "^kept", ["kept, per channel"]),
-        ("10", "^w8a8, per t", ["w8a8, per tensor"]),
     ],
 )
 def test_a_table_about_training(digits_zoo, key, variants, expected):

@@ -153,24 +153,29 @@ WIDTHS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
 
 def _table(variants: Mapping[str, tuple[Any, Mapping[str, Any]]]) -> Table:
     """Rows of the file's accuracy before and after training, for each (config, training)."""
+    with_statistics = any("batch_norm" in training for _, training in variants.values())
 
     def rows(name: str, options: Options) -> Iterator[Sequence[Any]]:
         course = Course.of(name, options)
         for variant, (config, training) in variants.items():
             if not options.wants(variant):
                 continue
-            begun, ended = [], []
+            begun, trained, ended = [], [], []
             for seed in range(options.seeds):
                 model = course.prepared(config, seed, **training)
                 begun.append(course.score(model))
                 course.train(model, seed)
-                if training.get("batch_norm", "fold") != "fold":
+                ended.append(course.score(model))
+                if "batch_norm" in training:
+                    trained.append(ended.pop())
                     batches = [course.x[k : k + BATCH_SIZE] for k in range(0, REESTIMATED, BATCH_SIZE)]
                     kquant.reestimate_batch_norm(model, [b for b in batches if len(b)], progress=False)
-                ended.append(course.score(model))
-            yield name, variant, course.epochs, spread(begun), spread(ended)
+                    ended.append(course.score(model))
+            row = name, variant, course.epochs, spread(begun), spread(ended)
+            yield (*row, spread(trained) if trained else "-") if with_statistics else row
 
-    return Table(rows, ("model", "variant", "epochs", "before", "trained .tflite"))
+    columns = ("model", "variant", "epochs", "before", "trained .tflite")
+    return Table(rows, (*columns, "without re-estimation") if with_statistics else columns)
 
 
 TABLES = {
