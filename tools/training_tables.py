@@ -78,6 +78,11 @@ class Course:
         options: dict[str, Any] = {"training": kquant.Training(**training), "seed": seed, "progress": False}
         return kquant.prepare_qat(self.model, zoo.calibration(self.name), config, **options)
 
+    def reestimate(self, model: kquant.QuantizedModel) -> None:
+        """Statistics of batch normalizations that trained along, from training images."""
+        batches = [self.x[k : k + BATCH_SIZE] for k in range(0, min(REESTIMATED, len(self.x)), BATCH_SIZE)]
+        kquant.reestimate_batch_norm(model, batches, progress=False)
+
     def score(self, model: kquant.QuantizedModel) -> float:
         """Top-1 of the exported file."""
         return zoo.top1(kquant.export_tflite(model, allow_float=False).content, self.batches)[0]
@@ -91,7 +96,16 @@ class Course:
         return numbers if report.ok else f"FAILS: {numbers}"
 
 
-AGAINST_FLOAT = ("w8a8", "w4a8", "w4a4", "w4a4, distilled")
+# variant -> preset, batch normalization, whether the float model teaches
+AGAINST_FLOAT: Mapping[str, tuple[str, str, bool]] = {
+    "w8a8": ("w8a8", "fold", False),
+    "w4a8": ("w4a8", "fold", False),
+    "w4a4": ("w4a4", "fold", False),
+    "w4a4, distilled": ("w4a4", "fold", True),
+    "w8a8, batch norm kept": ("w8a8", "keep", False),
+    "w4a8, batch norm kept": ("w4a8", "keep", False),
+    "w4a4, batch norm kept": ("w4a4", "keep", False),
+}
 
 
 def against_float(name: str, options: Options) -> Iterator[Sequence[Any]]:
@@ -102,12 +116,14 @@ def against_float(name: str, options: Options) -> Iterator[Sequence[Any]]:
     before = zoo.float_top1(course.model, course.batches)
     yield name, "float", course.epochs, before, spread(tops), 0.0, "-", f"{floats[0][1]:.0f}"
     for variant in filter(options.wants, AGAINST_FLOAT):
-        preset, _, distilled = variant.partition(", ")
+        preset, batch_norm, distilled = AGAINST_FLOAT[variant]
         begun, ended, seconds, model = [], [], 0.0, None
         for seed, (teacher, _) in enumerate(floats):
-            model = course.prepared(preset, seed)
+            model = course.prepared(preset, seed, batch_norm=batch_norm)
             begun.append(course.score(model))
             seconds = course.train(model, seed, teacher if distilled else None)
+            if batch_norm != "fold":
+                course.reestimate(model)
             ended.append(course.score(model))
         difference = float(np.mean(ended) - np.mean(tops))
         parity = course.parity(model) if model is not None else "-"
@@ -168,8 +184,7 @@ def _table(variants: Mapping[str, tuple[Any, Mapping[str, Any]]]) -> Table:
                 ended.append(course.score(model))
                 if "batch_norm" in training:
                     trained.append(ended.pop())
-                    batches = [course.x[k : k + BATCH_SIZE] for k in range(0, REESTIMATED, BATCH_SIZE)]
-                    kquant.reestimate_batch_norm(model, [b for b in batches if len(b)], progress=False)
+                    course.reestimate(model)
                     ended.append(course.score(model))
             row = name, variant, course.epochs, spread(begun), spread(ended)
             yield (*row, spread(trained) if trained else "-") if with_statistics else row
