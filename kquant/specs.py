@@ -285,6 +285,9 @@ class Training:
         batch_norm: what becomes of batch normalizations (section 4.2 of the white paper): "fold" folds them before
             training; "keep" trains with them and folds them into the scales of the weights; "double_forward" and
             "batch_statistics" fold in every step, with running or with the batch's statistics.
+        relative_weights: weights train in units of their size, so that an optimizer moves all layers alike, whatever
+            folding and the range of the input made of them (`quantizers.weight_unit`). False trains them as they are:
+            a network without batch normalization then trains step by step like its float model.
 
     Raises:
         ConfigError: a value is out of bounds.
@@ -293,8 +296,11 @@ class Training:
     gradient: str = "lsq"
     rate: float = 1.0
     batch_norm: str = "fold"
+    relative_weights: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.relative_weights, bool):
+            raise ConfigError(f"relative_weights must be true or false, found {self.relative_weights!r}.")
         for name, known in (("gradient", GRADIENTS), ("batch_norm", BATCH_NORMS)):
             if (value := getattr(self, name)) not in known:
                 raise ConfigError(f"Unknown {name} {value!r}{suggest(str(value), known)}; use one of {known}.")

@@ -32,6 +32,7 @@ RATE = flags.DEFINE_float("rate", 1.0, "How fast grids learn, as a factor of the
 BATCH_NORM = flags.DEFINE_string(
     "batch_norm", "fold", "What becomes of batch normalizations: fold, keep, double_forward or batch_statistics."
 )
+RELATIVE = flags.DEFINE_bool("relative_weights", True, "Train weights in units of their size.")
 FREEZE_EPOCH = flags.DEFINE_integer("freeze_epoch", None, "The first epoch (from 0) in which grids stay.", 0)
 DISTILL = flags.DEFINE_boolean("distill", False, "Learn from the float model too: --teacher, or else --model.")
 TEACHER = flags.DEFINE_string("teacher", None, "The float model to learn from (.keras); implies --distill.")
@@ -116,14 +117,19 @@ def student_of(model: Any) -> Any:
 
     quantized = isinstance(model, QuantizedModel)
     prepared = quantized and "training" in model.quantization
-    fixed = [CONFIG] * quantized + [GRADIENT, RATE, BATCH_NORM] * prepared
+    fixed = [CONFIG] * quantized + [GRADIENT, RATE, BATCH_NORM, RELATIVE] * prepared
     given = [f"--{flag.name}" for flag in fixed if flags.FLAGS[flag.name].present]
     if given:
         raise ConfigError(
             f"{common.MODEL.value!r} has settings of its own for {', '.join(given)}: leave them out, or start from "
             "the float model."
         )
-    training = Training(gradient=GRADIENT.value, rate=RATE.value, batch_norm=BATCH_NORM.value)
+    training = Training(
+        gradient=GRADIENT.value,
+        rate=RATE.value,
+        batch_norm=BATCH_NORM.value,
+        relative_weights=RELATIVE.value,
+    )
     if prepared:
         return model
     if quantized:

@@ -52,7 +52,7 @@ def learning_of(qgraph: QuantizedGraph, config: QuantConfig, training: Training)
         tied_weights=_shared_weights(graph),
         layer=batch_norm_layers(qgraph, training),
         tied_grids=tuple(names for names in owners if len(names) > 1),
-        relative_weights=True,
+        relative_weights=training.relative_weights,
     )
 
 

@@ -262,6 +262,15 @@ def test_weights_in_units_are_the_users_bit_for_bit(tmp_path):
             )
 
 
+def test_weights_may_train_as_they_are():
+    user = many_ends()
+    model = prepared(user, relative_weights=False)
+    assert all(layer.unit is None for layer in layer_table(model).values())
+    np.testing.assert_array_equal(
+        model.get_layer("linear").variables_by_name["kernel"], user.get_layer("linear").kernel
+    )
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_training_does_not_depend_on_the_range_of_the_input(optimizer):
     """Images of 0 to 256 with a first layer of 1/256 its size: without units, Adam's first step ruins that layer."""

@@ -192,7 +192,10 @@ def test_what_the_target_cannot_run_is_refused(config):
         prepare(small(), data(), config)
 
 
-@pytest.mark.parametrize("settings", [{"gradient": "lqs"}, {"rate": 0}, {"rate": float("nan")}, {"batch_norm": "no"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"gradient": "lqs"}, {"rate": 0}, {"rate": float("nan")}, {"batch_norm": "no"}, {"relative_weights": 1}],
+)
 def test_unknown_settings_are_refused(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
         Training(**settings)

@@ -267,7 +267,8 @@ def with_16_bits(model: QuantizedModel) -> QuantizedModel:
         most = np.abs(view).max(tuple(k for k in range(view.ndim) if k != q.axis))
         grids[name] = qparams_from_range(-most, most, QuantSpec(bits=16, symmetric=True, narrow_range=True), q.axis)
     qgraph = QuantizedGraph(qgraph.graph, qgraph.activations, grids)
-    return insert(qgraph, {"target": config.target}, learning_of(qgraph, config, Training()))
+    learning = learning_of(qgraph, config, Training(relative_weights=False))
+    return insert(qgraph, {"target": config.target}, learning)
 
 
 def test_with_all_bits_at_16_it_trains_like_the_float_model():
