@@ -1,4 +1,4 @@
-"""Removing operations that only move data without need."""
+"""Removing operations that only move data without need, and choosing the simpler of two."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def simplify(graph: Graph) -> Graph:
     * consecutive reshapes, transposes and clips become one;
     * a reshape in front of an elementwise operation is moved behind it, so that a one-dimensional
       convolution (a convolution between two reshapes) meets its batch normalization and activation,
-      and the reshapes between two such convolutions cancel.
+      and the reshapes between two such convolutions cancel;
+    * an average pooling of whole images becomes a mean.
     """
     changed = True
     while changed:
@@ -105,7 +106,21 @@ def _sink_reshape(graph: Graph, node: Node) -> Graph | None:
     )
 
 
-RULES: tuple[Callable[[Graph, Node], Graph | None], ...] = (_drop, _merge, _sink_reshape)
+def _average_of_all(graph: Graph, node: Node) -> Graph | None:
+    """Make an average pooling of whole images a mean: its output is on a grid of its own, not on that of the input.
+
+    An average needs smaller steps than what it averages, most of all where the input has few bits.
+    """
+    if node.op != "avg_pool2d" or node.attrs["padding"] != "valid":
+        return None
+    source = graph[node.inputs[0]]
+    if tuple(node.attrs["pool_size"]) != source.shape[1:3]:
+        return None
+    mean = node.with_(op="mean", attrs={"axes": (1, 2), "keepdims": True})
+    return graph.rebuild([mean if n.name == node.name else n for n in graph])
+
+
+RULES: tuple[Callable[[Graph, Node], Graph | None], ...] = (_drop, _merge, _sink_reshape, _average_of_all)
 
 
 def absorb_padding(graph: Graph) -> Graph:

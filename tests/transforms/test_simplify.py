@@ -40,6 +40,11 @@ def simplified(function: Callable[..., Any], *shapes: tuple[int, ...]) -> Graph:
         (lambda x: k.reshape(x, (-1, 48, 4)) * np.arange(4.0), ["affine", "reshape"]),
         (lambda x: k.reshape(x, (-1, 4, 48)) * np.arange(48.0), ["reshape", "affine"]),
         (lambda x: L.Cropping2D(0)(x), []),
+        (lambda x: L.AveragePooling2D((6, 8))(x), ["mean"]),
+        (lambda x: L.Flatten()(L.AveragePooling2D((6, 8), strides=1)(x)), ["mean", "reshape"]),
+        (lambda x: L.AveragePooling2D((6, 8), padding="same")(x), ["avg_pool2d"]),
+        (lambda x: L.AveragePooling2D((6, 4))(x), ["avg_pool2d"]),
+        (lambda x: L.MaxPooling2D((6, 8))(x), ["max_pool2d"]),
     ],
 )
 def test_rules(function: Callable[[Any], Any], expected: list[str]) -> None:
