@@ -110,16 +110,20 @@ class BatchNormLayer(QuantizedLayer):
         def output(w: Tensor) -> Tensor:
             return self._compute(inputs, {key: w, offset: tf.zeros_like(beta)})
 
-        return _TRAIN[self.batch_norm](self, weight, output) + beta
+        return _TRAIN[self.batch_norm](self, weight, beta, output)
 
     def moments(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of a batch of outputs, which the running statistics follow."""
         mean, variance = tf.nn.moments(u, list(range(u.shape.rank - 1)))
+        self.follow(mean, variance)
+        return mean, variance
+
+    def follow(self, mean: Tensor, variance: Tensor) -> None:
+        """Move the running statistics towards those of a batch."""
         momentum = tf.convert_to_tensor(self.momentum)
         for running, seen in ((self.moving_mean, mean), (self.moving_variance, variance)):
             moved = momentum * running + (1.0 - momentum) * tf.stop_gradient(seen)
             running.assign(tf.where(tf.math.is_finite(moved), moved, running))  # a bad batch leaves no trace
-        return mean, variance
 
     def _ratio(self, variance: Tensor) -> Tensor:
         """gamma / sigma."""
@@ -138,26 +142,34 @@ class BatchNormLayer(QuantizedLayer):
         return {**super().get_config(), "batch_norm": self.batch_norm}
 
 
-def _keep(layer: BatchNormLayer, weight: Tensor, output: Callable[[Tensor], Tensor]) -> Tensor:
+def _keep(layer: BatchNormLayer, weight: Tensor, beta: Tensor, output: Callable[[Tensor], Tensor]) -> Tensor:
     u = output(layer.fake_quantized(weight))
-    mean, variance = layer.moments(u)
-    return (u - mean) * layer._ratio(variance)
+    if u.shape.rank != 4:
+        mean, variance = layer.moments(u)
+        return (u - mean) * layer._ratio(variance) + beta
+    # one kernel, which passes over the tensor less often; its variance is the unbiased one
+    y, mean, variance = tf.compat.v1.nn.fused_batch_norm(u, layer.gamma, beta, epsilon=_EPSILON)
+    count = tf.cast(tf.size(u) // u.shape[-1], tf.float32)
+    layer.follow(mean, variance * ((count - 1.0) / count))
+    return y
 
 
-def _double_forward(layer: BatchNormLayer, weight: Tensor, output: Callable[[Tensor], Tensor]) -> Tensor:
+def _double_forward(layer: BatchNormLayer, weight: Tensor, beta: Tensor, output: Callable[[Tensor], Tensor]) -> Tensor:
     running = tf.stop_gradient(tf.convert_to_tensor(layer.moving_variance))
     mean, variance = layer.moments(output(weight))
     y = output(layer.fake_quantized(layer._scaled(weight, layer._ratio(running))))
-    return y * tf.sqrt((running + _EPSILON) / (variance + _EPSILON)) - mean * layer._ratio(variance)
+    return y * tf.sqrt((running + _EPSILON) / (variance + _EPSILON)) - mean * layer._ratio(variance) + beta
 
 
-def _batch_statistics(layer: BatchNormLayer, weight: Tensor, output: Callable[[Tensor], Tensor]) -> Tensor:
+def _batch_statistics(
+    layer: BatchNormLayer, weight: Tensor, beta: Tensor, output: Callable[[Tensor], Tensor]
+) -> Tensor:
     mean, variance = layer.moments(output(weight))
     ratio = layer._ratio(variance)
-    return output(layer.fake_quantized(layer._scaled(weight, ratio))) - mean * ratio
+    return output(layer.fake_quantized(layer._scaled(weight, ratio))) - mean * ratio + beta
 
 
-_TRAIN: Mapping[str, Callable[[BatchNormLayer, Tensor, Callable[[Tensor], Tensor]], Tensor]] = MappingProxyType(
+_TRAIN: Mapping[str, Callable[[BatchNormLayer, Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]] = MappingProxyType(
     {"keep": _keep, "double_forward": _double_forward, "batch_statistics": _batch_statistics}
 )
 

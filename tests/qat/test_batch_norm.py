@@ -75,7 +75,7 @@ def test_in_training_the_statistics_are_those_of_the_batch(kind):
 def test_running_statistics_follow_the_batch(kind):
     model = prepared(kind)
     first = normalized(model)[0]
-    before, x = first.moving_mean.numpy(), images(16, 7)
+    before, variance, x = first.moving_mean.numpy(), first.moving_variance.numpy(), images(16, 7)
     model(x, training=True)
     kernel = first.trained_weights()["kernel"]
     weight = first.fake_quantized(kernel) if kind == "keep" else kernel
@@ -83,6 +83,7 @@ def test_running_statistics_follow_the_batch(kind):
     np.testing.assert_allclose(
         first.moving_mean.numpy(), 0.99 * before + 0.01 * u.mean((0, 1, 2)), rtol=1e-4, atol=1e-6
     )
+    np.testing.assert_allclose(first.moving_variance.numpy(), 0.99 * variance + 0.01 * u.var((0, 1, 2)), rtol=1e-4)
     model(x, training=False)
     np.testing.assert_allclose(
         first.moving_mean.numpy(), 0.99 * before + 0.01 * u.mean((0, 1, 2)), rtol=1e-4, atol=1e-6
