@@ -46,6 +46,7 @@ class FakeQuant(keras.layers.Layer):
         gradient: how the grid learns, one of `specs.GRADIENTS`; "ste" keeps it as it is.
         rate: how fast, relative to the optimizer's learning rate.
         elements: number of values of a sample that one scale quantizes (N of LSQ).
+        levels: the largest integer, less the zero point, of the grid that training begins with (Q_P of LSQ).
     """
 
     def __init__(
@@ -57,11 +58,12 @@ class FakeQuant(keras.layers.Layer):
         gradient: str = "ste",
         rate: float = 1.0,
         elements: int = 1,
+        levels: int = 1,
         **kwargs: Any,
     ):
         super().__init__(dtype="float32", **kwargs)
         self.qmin, self.qmax, self.channels, self.axis = int(qmin), int(qmax), channels, axis
-        self.gradient, self.rate, self.elements = gradient, float(rate), int(elements)
+        self.gradient, self.rate, self.elements, self.levels = gradient, float(rate), int(elements), int(levels)
         shape = () if channels is None else (channels,)
         self.scale = self.add_weight(shape=shape, initializer="ones", trainable=False, name="scale")
         self.zero_point = self.add_weight(shape=shape, initializer="zeros", trainable=False, name="zero_point")
@@ -159,7 +161,7 @@ class FakeQuant(keras.layers.Layer):
     def settings(self) -> dict[str, Any]:
         """The arguments that make a quantizer with the same limits, granularity and learning."""
         fixed = {"qmin": self.qmin, "qmax": self.qmax, "channels": self.channels, "axis": self.axis}
-        learns = {"gradient": self.gradient, "rate": self.rate, "elements": self.elements}
+        learns = {"gradient": self.gradient, "rate": self.rate, "elements": self.elements, "levels": self.levels}
         return fixed if self.gradient == "ste" else {**fixed, **learns}
 
     def get_config(self) -> dict[str, Any]:
@@ -181,30 +183,32 @@ def _base(q: FakeQuant) -> tuple[Tensor, Tensor]:
 
 
 def _lsq(q: FakeQuant, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """LSQ: the gradient of the scale times g = min(1, 4 / Q_p) / sqrt(N Q_p).
+    """LSQ: the gradient of the scale times `_gradient_scale`.
 
-    The paper's g is that without the minimum: it balances
-    grids that start at 2 mean |w| / sqrt(Q_p). Those here start at the range of the values, where 8 bits and more
-    would run away. The balance is one between steps of weights and of scales: it holds where both are in one unit,
-    and d/dlog_scale = g / scale is the only gradient here that depends on it.
+    The balance is one between steps of weights and of scales: it holds where both are in one unit, and
+    d/dlog_scale = g / scale is the only gradient here that depends on it.
     """
-    zero_point = tf.convert_to_tensor(q.zero_point)
-    top = tf.maximum(q.qmax - zero_point, 1.0)
-    g = tf.minimum(4.0 / top, 1.0) * tf.math.rsqrt(q.elements * top)
-    return relative_scale(
-        _wide(q.scale), _wide(q.learned["log_scale"]), q.rate, g * tf.square(unit), _LARGEST
-    ), zero_point
+    g = _gradient_scale(q.elements, q.levels) * unit * unit
+    return relative_scale(q.scale, q.learned["log_scale"], q.rate, g, _LARGEST), tf.convert_to_tensor(q.zero_point)
 
 
 def _lsq_plus(q: FakeQuant, unit: Tensor) -> tuple[Tensor, Tensor]:
     """LSQ+: `shift` moves the zero point too, as a share of the grid's extent."""
     scale, _ = _lsq(q, unit)
-    extent = float(q.qmax - q.qmin)
+    extent = q.qmax - q.qmin
     zero_point = round_ste(_wide(q.zero_point) + extent * q.rate * _wide(q.learned["shift"]))
-    g = min(1.0, 4.0 / extent) / math.sqrt(q.elements * extent)
-    factor = g / (extent**2 * q.rate * tf.stop_gradient(scale) ** 2)
+    factor = _gradient_scale(q.elements, extent) / (extent**2 * q.rate * tf.stop_gradient(_wide(scale)) ** 2)
     zero_point = scaled_gradient(zero_point, factor)
     return scale, tf.clip_by_value(zero_point, float(q.qmin), float(q.qmax))
+
+
+def _gradient_scale(elements: int, levels: int) -> float:
+    """g = min(1, 4 / Q_P) / sqrt(N Q_P).
+
+    The paper's g is that without the minimum: it balances grids that start at 2 mean |w| / sqrt(Q_P). Those here start
+    at the range of the values, where 8 bits and more would run away.
+    """
+    return min(1.0, 4.0 / levels) / math.sqrt(elements * levels)
 
 
 def _min_max(q: FakeQuant, unit: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,8 +75,8 @@ def fake_quant(
     @tf.custom_gradient
     def quantized(x: Tensor, scale: Tensor, zero_point: Tensor) -> Any:  # few operations: each costs memory in a graph
         ends = qmin - zero_point, qmax - zero_point
-        bounds = [None if b is None else (tf.constant(b, tf.float32), b) for b in clip]
-        at = [None if b is None else tf.round(b[0] / scale) for b in bounds]
+        bounds = [b if b is None or np.any(b) else 0.0 for b in clip]
+        at = [None if b is None else tf.round(tf.constant(b, tf.float32) / scale) if np.any(b) else 0.0 for b in bounds]
         low = ends[0] if at[0] is None else tf.maximum(ends[0], at[0])
         high = ends[1] if at[1] is None else tf.minimum(ends[1], at[1])
         rounded = tf.round(x / scale)
@@ -89,11 +89,11 @@ def fake_quant(
             # scale dy/dscale = y - rest; zero_point has a say where nothing follows x or a bound
             rest, follows = tf.where(inside, x, 0.0), inside
             for bound, level, end, is_low in zip(bounds, at, (low, high), (True, False), strict=True):
-                if bound is None or (fixed_zero_point and not np.any(bound[1])):
+                if bound is None or (fixed_zero_point and not np.any(bound)):
                     continue  # a bound of zero, as in ReLU, is no part of dy/dscale
                 beyond = rounded < low if is_low else rounded > high
                 by_bound = beyond & (end == level)  # unless the grid ends before the bound
-                rest, follows = tf.where(by_bound, bound[0], rest), follows | by_bound
+                rest, follows = tf.where(by_bound, bound, rest), follows | by_bound
             by_scale = _reduced(dy * (y - rest), scale) / scale
             by_zero_point = None
             if not fixed_zero_point:
@@ -104,7 +104,7 @@ def fake_quant(
 
         return y, gradient
 
-    return quantized(x, scale, tf.stop_gradient(zero_point) if fixed_zero_point else zero_point)
+    return quantized(x, scale, zero_point)
 
 
 def _reduced(dy: Tensor, parameter: Tensor) -> Tensor:
@@ -121,15 +121,17 @@ def relative_scale(base: Tensor, log_scale: Tensor, rate: float, g: Tensor, larg
     """base * exp(rate * log_scale), the exponent within +-largest; d/dlog_scale = g / scale, also beyond.
 
     A step of plain gradient descent changes log_scale so that the scale moves as far as it does by a step on the
-    scale itself whose gradient is scaled by g (LSQ, section 2.2), to first order, times `rate`.
+    scale itself whose gradient is scaled by g (LSQ, section 2.2), to first order, times `rate`. Computed in float64
+    and rounded once, to float32.
     """
 
     @tf.custom_gradient
     def scale(log_scale: Tensor) -> Any:
-        value = base * tf.exp(tf.clip_by_value(rate * log_scale, -largest, largest))
-        return value, lambda dy: dy * tf.cast(g, value.dtype) / value
+        exponent = tf.clip_by_value(rate * tf.cast(log_scale, tf.float64), -largest, largest)
+        value = tf.cast(tf.cast(base, tf.float64) * tf.exp(exponent), tf.float32)
+        return value, lambda dy: dy * (g / value)
 
-    return scale(log_scale)
+    return scale(tf.convert_to_tensor(log_scale))
 
 
 def scaled_gradient(x: Tensor, factor: float | Tensor) -> Tensor:

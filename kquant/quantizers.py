@@ -244,9 +244,8 @@ class QuantizedLayer(keras.layers.Layer):
             units = tf.convert_to_tensor(self.unit)
             one = self.weight_quantizer.channels is None
             unit = tf.sqrt(tf.reduce_mean(tf.square(units))) if one else tf.reshape(units, [-1])
-        return tf.reshape(
-            self.weight_quantizer.fake_quantize(weight_view(self.node, weight), unit=unit)[0], weight.shape
-        )
+        y, _ = self.weight_quantizer.fake_quantize(weight_view(self.node, weight), unit=unit)
+        return y if y.shape == weight.shape else tf.reshape(y, weight.shape)
 
     def _compute(self, inputs: Sequence[Tensor], weights: Mapping[str, Tensor]) -> Tensor:
         """The operation without its fused activation, in the type of mixed precision, the result in float32."""

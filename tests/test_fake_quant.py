@@ -27,7 +27,8 @@ def grid(bits: int = 4, per_channel: bool = False, low: float = -0.7, high: floa
 
 def layer_of(q: QParams, gradient: str = "ste", **settings: Any) -> FakeQuant:
     channels = None if q.axis is None else len(q.scale)
-    layer = FakeQuant(q.qmin, q.qmax, channels, q.axis, gradient, **settings)
+    levels = q.qmax - int(np.max(q.zero_point))
+    layer = FakeQuant(q.qmin, q.qmax, channels, q.axis, gradient, **{"levels": levels, **settings})
     layer.assign(q)
     return layer
 
@@ -234,8 +235,8 @@ def test_any_value_of_what_is_learned_is_a_grid(gradient, value):
 
 
 def test_tied_quantizers_have_one_grid_and_add_their_gradients():
-    a, b = layer_of(grid(), "lsq+", elements=3), layer_of(grid(low=-3.0), "lsq+", elements=3)
-    apart = [slopes(layer_of(grid(), "lsq+", elements=3), samples(s), np.float32(1)) for s in (0, 1)]
+    a, b = (layer_of(g, "lsq+", elements=3, levels=10) for g in (grid(), grid(low=-3.0)))
+    apart = [slopes(layer_of(grid(), "lsq+", elements=3, levels=10), samples(s), np.float32(1)) for s in (0, 1)]
     b.tie(a)
     assert_same_grid(b.to_qparams(), grid())
     assert {id(v) for v in a.variables} == {id(v) for v in b.variables}

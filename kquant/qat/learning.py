@@ -35,15 +35,15 @@ def learning_of(qgraph: QuantizedGraph, config: QuantConfig, training: Training)
     for name, q in qgraph.weights.items():
         if q is not None and graph[name].op != "embedding":
             elements = np.size(graph[name].weights[QUANTIZED_WEIGHT[graph[name].op][0]]) // np.size(q.scale)
-            weights[name] = _settings(_symmetric(training.gradient, specs[name].weights), training, elements)
+            weights[name] = _settings(_symmetric(training.gradient, specs[name].weights), training, elements, q)
     groups = _groups(qgraph, target)
     grids = {}
     for members in groups:
-        settings = _settings("ste", training, 1)
-        if not any(_is_given(graph[name], qgraph.activations[name], target) for name in members):
-            node, q = graph[members[0]], qgraph.activations[members[0]]
+        settings: Mapping[str, Any] = {}
+        node, q = graph[members[0]], qgraph.activations[members[0]]
+        if q is not None and not any(_is_given(graph[name], qgraph.activations[name], target) for name in members):
             gradient = _asymmetric(training.gradient, node, q, specs[node.name].activations)
-            settings = _settings(gradient, training, int(np.prod([d or 1 for d in node.shape])))
+            settings = _settings(gradient, training, int(np.prod([d or 1 for d in node.shape])), q)
         grids.update(dict.fromkeys(members, settings))
     owners = [tuple(n for n in members if not _shares(graph[n], target)) for members in groups]
     return Learning(
@@ -74,8 +74,11 @@ def zero_ranges(qgraph: QuantizedGraph, config: QuantConfig) -> list[str]:
     return sorted({graph[name].origin or name for name in dead})
 
 
-def _settings(gradient: str, training: Training, elements: int) -> Mapping[str, Any]:
-    return {} if gradient == "ste" else {"gradient": gradient, "rate": training.rate, "elements": elements}
+def _settings(gradient: str, training: Training, elements: int, q: QParams) -> Mapping[str, Any]:
+    if gradient == "ste":
+        return {}
+    levels = max(q.qmax - int(np.max(q.zero_point)), 1)
+    return {"gradient": gradient, "rate": training.rate, "elements": elements, "levels": levels}
 
 
 def _symmetric(gradient: str, spec: QuantSpec | None) -> str:

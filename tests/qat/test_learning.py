@@ -125,6 +125,14 @@ def test_the_elements_of_lsq_are_the_values_of_a_sample_that_one_scale_quantizes
     assert weights(per_tensor)["linear"].elements == 3 * 3 * 4 * 4
 
 
+def test_the_levels_of_lsq_are_those_above_zero_when_training_begins():
+    model = prepared(many_ends(), "w4a8")
+    assert {q.levels for q in weights(model).values()} == {7}
+    for q in outputs(model).values():
+        if q.gradient == "lsq":
+            assert q.levels == q.qmax - int(q.to_qparams().zero_point)
+
+
 def test_the_rate_reaches_every_grid_that_learns():
     model = prepared(many_ends(), rate=0.25)
     assert {q.rate for q in [*weights(model).values(), *outputs(model).values()] if q.gradient != "ste"} == {0.25}
@@ -325,7 +333,7 @@ def test_ranges_of_zero_width_are_found(qgraph, changes, found):
 
 def test_learning_of_a_graph_names_nodes():
     learning = learning_of(one_layer(0.5, 0.1, 3), QuantConfig.load("w8a8"), Training(gradient="lsq+"))
-    assert dict(learning.weights["y"]) == {"gradient": "lsq", "rate": 1.0, "elements": 4}
-    assert dict(learning.grids["y"]) == {"gradient": "lsq+", "rate": 1.0, "elements": 3}
+    assert dict(learning.weights["y"]) == {"gradient": "lsq", "rate": 1.0, "elements": 4, "levels": 127}
+    assert dict(learning.grids["y"]) == {"gradient": "lsq+", "rate": 1.0, "elements": 3, "levels": 124}
     assert dict(learning.grids["x"]) == {}
     assert learning.tied_weights == learning.tied_grids == ()
