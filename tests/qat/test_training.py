@@ -15,7 +15,7 @@ import kquant
 from kquant.affine import qparams_from_range
 from kquant.config import QuantConfig
 from kquant.graph.ops import QUANTIZED_WEIGHT, weight_view
-from kquant.insert import QuantizedModel, extract, insert
+from kquant.insert import Learning, QuantizedModel, extract, insert
 from kquant.qat.learning import learning_of
 from kquant.qat.prepare import prepare_qat
 from kquant.qgraph import QuantizedGraph
@@ -257,7 +257,7 @@ def reloaded(model: keras.Model, tmp_path: Any) -> keras.Model:
 # --- learning is real -------------------------------------------------------------------------------------------------
 
 
-def with_16_bits(model: QuantizedModel) -> QuantizedModel:
+def with_16_bits(model: QuantizedModel, training: Training) -> QuantizedModel:
     """A model prepared with 16-bit weights, which no target has: its grids put in by hand."""
     config = QuantConfig.load("w8a16")
     qgraph = extract(model)
@@ -267,18 +267,28 @@ def with_16_bits(model: QuantizedModel) -> QuantizedModel:
         most = np.abs(view).max(tuple(k for k in range(view.ndim) if k != q.axis))
         grids[name] = qparams_from_range(-most, most, QuantSpec(bits=16, symmetric=True, narrow_range=True), q.axis)
     qgraph = QuantizedGraph(qgraph.graph, qgraph.activations, grids)
-    learning = learning_of(qgraph, config, Training(relative_weights=False))
-    return insert(qgraph, {"target": config.target}, learning)
+    return insert(qgraph, {"target": config.target}, learning_of(qgraph, config, training))
 
 
-def test_with_all_bits_at_16_it_trains_like_the_float_model():
+def without_grids(model: QuantizedModel, training: Training) -> QuantizedModel:
+    """The same network and the same variables of weights, in float."""
+    graph, none = extract(model).graph, dict.fromkeys(extract(model).graph.nodes)
+    learning = Learning(relative_weights=training.relative_weights)
+    return insert(QuantizedGraph(graph, none, none), {"target": model.target.name}, learning)
+
+
+@pytest.mark.parametrize("relative", [False, True], ids=["weights as they are", "weights in units"])
+def test_with_all_bits_at_16_it_trains_like_the_float_model(relative):
+    """As the user's model with weights as they are; in units, as it does in these units."""
     user, (x, y) = small_model(), data(64)
     y = np.where(np.arange(64) % 4, y, 0)  # some are wrong, so that the loss has some way to go
     steps(user, keras.optimizers.Adam(0.01), 30, x, y)
-    model = with_16_bits(kquant.quantize_model(user, x, "w8a16", progress=False))
+    quantized, training = kquant.quantize_model(user, x, "w8a16", progress=False), Training(relative_weights=relative)
+    model = with_16_bits(quantized, training)
     assert {q.bits for q in (*weights(model).values(), *outputs(model).values())} == {16}
+    reference = without_grids(quantized, training) if relative else user
     optimizers = [keras.optimizers.Adam(5e-4) for _ in range(2)]
-    expected, found = (steps(m, o, 40, x, y) for m, o in zip((user, model), optimizers, strict=True))
+    expected, found = (steps(m, o, 40, x, y) for m, o in zip((reference, model), optimizers, strict=True))
     assert expected[-1] < 0.9 * expected[0]
     np.testing.assert_allclose(found, expected, rtol=0.01)
 
