@@ -3,9 +3,9 @@ r"""Cost of a step of quantization-aware training, against the same step of the 
     python -m tools.benchmark_training
 
 Steps of all variants are timed in turn, in one process; the ratio is that of medians. Peak memory is that of a process
-which trains one variant, less what it had after its imports (Linux only); there malloc gives back at once what is
-freed, so that the peak is that of what is held. Both run without XLA. The batches are random: nothing here speaks of
-accuracy.
+which trains one variant, less what it had after its imports (Linux only), the median of three; there malloc gives back
+at once what is freed, so that the peak is that of what is held. Both run without XLA. The batches are random: nothing
+here speaks of accuracy.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ flags.DEFINE_list("nets", ["resnet8", "mobilenet_v2_0.35_96"], "What is trained.
 flags.DEFINE_string("worker", None, "Internal: NET/VARIANT whose memory this process measures.")
 
 CLASSES = 10
+PROCESSES = 3  # whose peak memory is measured
 
 
 def resnet8() -> Any:
@@ -96,13 +97,12 @@ def _kilobytes(field: str) -> int:
 
 
 def peak_memory(net: str, variant: str) -> int:
-    """Bytes, of a process of its own."""
+    """Bytes, the median of processes of their own: in which order operations run differs."""
     flags_of_worker = [f"--worker={net}/{variant}", f"--batch={FLAGS.batch}", f"--config={FLAGS.config}"]
     command = [sys.executable, "-m", "tools.benchmark_training", *flags_of_worker]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
-    )
-    return int(json.loads(done.stdout.strip().splitlines()[-1]))
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True, env=env) for _ in range(PROCESSES)]
+    return int(statistics.median(json.loads(run.stdout.strip().splitlines()[-1]) for run in runs))
 
 
 def step_times(net: str, variants: list[str]) -> dict[str, float]:
