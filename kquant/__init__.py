@@ -7,13 +7,14 @@ kquant.export_tflite(qmodel, "model.tflite")
 print(kquant.verify_tflite(qmodel, "model.tflite", data))
 """
 
-from kquant.backend import check_backend
+from kquant.keras.backend import check_backend
 
 check_backend()
 
-from kquant.config import QuantConfig  # noqa: E402
-from kquant.debug.diagnose import diagnose  # noqa: E402
-from kquant.debug.diagnosis import Diagnosis  # noqa: E402
+from kquant.config.quant_config import QuantConfig  # noqa: E402
+from kquant.config.specs import AdaRound, QuantSpec, Rule, Training  # noqa: E402
+from kquant.diagnosis.diagnose import diagnose  # noqa: E402
+from kquant.diagnosis.records import Diagnosis  # noqa: E402
 from kquant.errors import (  # noqa: E402
     BackendError,
     CalibrationError,
@@ -24,19 +25,18 @@ from kquant.errors import (  # noqa: E402
     MissingPackageError,
     ModelError,
 )
-from kquant.export import ExportReport, export_tflite  # noqa: E402
-from kquant.graph.registry import register_layer  # noqa: E402
-from kquant.insert import QuantizedModel  # noqa: E402
+from kquant.graph.tracing.registry import register_layer  # noqa: E402
 from kquant.interop import from_tfmot  # noqa: E402
+from kquant.keras.export import ExportReport, export_tflite  # noqa: E402
+from kquant.keras.model import QuantizedModel  # noqa: E402
+from kquant.keras.quantize_model import quantize_model  # noqa: E402
 from kquant.qat.batch_norm import reestimate_batch_norm  # noqa: E402
 from kquant.qat.callbacks import FreezeQuantizers, LogQuantizers  # noqa: E402
 from kquant.qat.distill import Distiller  # noqa: E402
 from kquant.qat.prepare import prepare_qat  # noqa: E402
-from kquant.quantize import quantize_model  # noqa: E402
-from kquant.specs import AdaRound, QuantSpec, Rule, Training  # noqa: E402
-from kquant.targets import Target, get_target  # noqa: E402
-from kquant.tflite.parity import ParityReport, verify_tflite  # noqa: E402
-from kquant.tflite.runtime import TFLiteModel  # noqa: E402
+from kquant.targets.litert.runtime import TFLiteModel  # noqa: E402
+from kquant.targets.target import Target, get_target  # noqa: E402
+from kquant.verify.parity import ParityReport, verify_tflite  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -11,9 +11,9 @@ from absl import flags
 from absl.testing import flagsaver
 
 import kquant
-from kquant.debug.diagnosis import Diagnosis
-from tests.debug.chain import DIGITS, TEST, wide_depthwise
-from tests.debug.test_diagnose import PER_TENSOR
+from kquant.diagnosis.records import Diagnosis
+from tests.diagnosis.chain import DIGITS, TEST, wide_depthwise
+from tests.diagnosis.test_diagnose import PER_TENSOR
 from tests.test_tools import run_app
 from tools import diagnose
 

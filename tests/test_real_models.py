@@ -5,10 +5,10 @@ import pytest
 
 import kquant
 from kquant.graph.ops import evaluate
-from kquant.tflite.flatbuffer import only_integer_ops
-from kquant.transforms import prepare_graph
-from kquant.transforms.absorb_bias import absorb_bias
-from kquant.transforms.equalize import equalize
+from kquant.graph.transforms import prepare_graph
+from kquant.graph.transforms.absorb_bias import absorb_bias
+from kquant.graph.transforms.equalize import equalize
+from kquant.targets.litert.flatbuffer import only_integer_ops
 from tools import zoo
 from tools.tables import OFF
 

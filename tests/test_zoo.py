@@ -11,7 +11,7 @@ import pytest
 from keras import layers
 
 import kquant
-from kquant.tflite.runtime import TFLiteModel
+from kquant.targets.litert.runtime import TFLiteModel
 from tests import zoo
 
 FLOAT_ISLANDS = {  # layers without an integer form: model -> how many of its nodes stay float

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from kquant.config import QuantConfig
-from kquant.data import CalibrationData
+from kquant.config.quant_config import QuantConfig
 from kquant.graph.ir import Graph, Node
+from kquant.quantize.data import CalibrationData
 
 SPATIAL = {"strides": [1, 1], "padding": "same", "dilation": [1, 1]}
 

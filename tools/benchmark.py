@@ -77,12 +77,12 @@ CONVERTERS = {"kquant": with_kquant, "converter": with_converter}
 
 def _planned(model: Any, images: Any, config: str, before: Any) -> tuple[Any, Any, Any]:
     """(graph, grids of the linear operations, data) after the step `before` on the graph."""
-    from kquant.calibrate import weight_grids
-    from kquant.config import QuantConfig
-    from kquant.data import CalibrationData
-    from kquant.plan import make_plan
-    from kquant.ptq.gram import MATRIX_OPS
-    from kquant.transforms import prepare_graph
+    from kquant.config.quant_config import QuantConfig
+    from kquant.graph.transforms import prepare_graph
+    from kquant.quantize.calibrate import weight_grids
+    from kquant.quantize.data import CalibrationData
+    from kquant.quantize.gram import MATRIX_OPS
+    from kquant.quantize.plan import make_plan
 
     plan = make_plan(before(prepare_graph(model)), QuantConfig.load(config))
     grids = {n: q for n, q in weight_grids(plan).items() if plan.graph[n].op in MATRIX_OPS}
@@ -92,7 +92,7 @@ def _planned(model: Any, images: Any, config: str, before: Any) -> tuple[Any, An
 
 def with_adaround(model: Any, data: Any) -> bytes:
     """AdaRound of all layers, 4 bits per channel."""
-    from kquant.ptq.adaround import adaround
+    from kquant.quantize.adaround import adaround
 
     adaround(*_planned(model, data, "w4a8", lambda graph: graph), progress=False)
     return b""
@@ -100,8 +100,8 @@ def with_adaround(model: Any, data: Any) -> bytes:
 
 def with_equalization(model: Any, data: Any) -> bytes:
     """Cross-layer equalization and bias correction, 8 bits per tensor."""
-    from kquant.ptq.bias_correction import correct_biases
-    from kquant.transforms.equalize import equalize
+    from kquant.graph.transforms.equalize import equalize
+    from kquant.quantize.bias_correction import correct_biases
 
     correct_biases(*_planned(model, data, "w8a8-per_tensor", lambda graph: equalize(graph)[0]), progress=False)
     return b""
@@ -159,11 +159,11 @@ def layer_work(name: str) -> None:
     import numpy as np
     import tensorflow as tf
 
-    from kquant.affine import fake_quantize, qparams_from_range
+    from kquant.config.specs import QuantSpec
     from kquant.graph.ops import QUANTIZED_WEIGHT, compute, weight_view
-    from kquant.ptq.adaround import AdaRound, round_layer
-    from kquant.ranges import weight_range
-    from kquant.specs import QuantSpec
+    from kquant.grids.grid import fake_quantize, qparams_from_range
+    from kquant.grids.ranges import weight_range
+    from kquant.quantize.adaround import AdaRound, round_layer
 
     tf.config.threading.set_intra_op_parallelism_threads(FLAGS.threads)
     problem = layer_problem(name)
@@ -222,7 +222,7 @@ def work() -> None:
     model = keras.saving.load_model(FLAGS.model, compile=False)
     data = batches(model, FLAGS.worker_images)
     if FLAGS.worker != "converter":
-        import kquant.ptq.pipeline  # noqa: F401  (imports are not timed)
+        import kquant.quantize.pipeline  # noqa: F401  (imports are not timed)
     start = time.perf_counter()
     content = WORKERS[FLAGS.worker](model, data)
     seconds = time.perf_counter() - start

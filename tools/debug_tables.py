@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 import kquant
-from kquant.debug.metrics import make_metric, predict, read_samples
-from kquant.debug.sensitivity import sensitivity
-from kquant.debug.switches import SwitchedModel
+from kquant.diagnosis.metrics import make_metric, predict, read_samples
+from kquant.diagnosis.sensitivity import sensitivity
+from kquant.diagnosis.switches import SwitchedModel
 
 from . import zoo
 from .tables import OFF, Options, Table

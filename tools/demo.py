@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     import keras
 
     import kquant
-    from kquant.report import table
+    from kquant.config.text import table
     from models import digits_cnn
 
     model, digits = keras.saving.load_model(digits_cnn.PATH), digits_cnn.load_split()

@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     html, json = common.writable(HTML.value, ".html"), common.writable(JSON.value, ".json")
     recommended = common.writable(RECOMMENDED.value, ".yaml")
     import kquant
-    from kquant.debug.diagnose import diagnose
+    from kquant.diagnosis.diagnose import diagnose
 
     config = config_of_flags()
     model = common.load_model(common.MODEL.value)

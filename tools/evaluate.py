@@ -56,7 +56,7 @@ def evaluate(models: Mapping[str, Predict], batches: Iterable[Any]) -> dict[str,
     Returns:
         The counts of every model.
     """
-    from kquant.tflite.parity import same_decision
+    from kquant.verify.parity import same_decision
 
     names = list(models)
     scores = {name: Scores(dict.fromkeys(names[:k], 0.0)) for k, name in enumerate(names)}
@@ -110,7 +110,7 @@ def format_scores(scores: Mapping[str, Scores], sizes: Mapping[str, int]) -> str
         scores: from `evaluate`.
         sizes: name -> bytes of its file.
     """
-    from kquant.report import table
+    from kquant.config.text import table
 
     earlier = list(scores)[:-1]
     header = ("model", "top-1 %", "samples", "file bytes", *(f"same class as {name} %" for name in earlier))

@@ -19,19 +19,19 @@ import keras
 import numpy as np
 
 import kquant
-from kquant.calibrate import smallest_outputs
-from kquant.config import QuantConfig
-from kquant.data import CalibrationData
+from kquant.config.quant_config import QuantConfig
+from kquant.config.specs import WEIGHT_METHODS, AdaRound
 from kquant.graph.ir import Graph
 from kquant.graph.ops import LINEAR
-from kquant.insert import extract, insert
-from kquant.ptq.bias_correction import round_kernel
-from kquant.ptq.pipeline import quantize_after_training
-from kquant.specs import WEIGHT_METHODS, AdaRound
-from kquant.tflite.writer import write_tflite
-from kquant.transforms import prepare_graph
-from kquant.transforms.absorb_bias import absorb_bias
-from kquant.transforms.equalize import equalize
+from kquant.graph.transforms import prepare_graph
+from kquant.graph.transforms.absorb_bias import absorb_bias
+from kquant.graph.transforms.equalize import equalize
+from kquant.keras.model import extract, insert
+from kquant.quantize.bias_correction import round_kernel
+from kquant.quantize.calibrate import smallest_outputs
+from kquant.quantize.data import CalibrationData
+from kquant.quantize.pipeline import quantize_after_training
+from kquant.targets.litert.writer import write_tflite
 
 from . import zoo
 from .tables import OFF, Options, Table

@@ -110,10 +110,10 @@ def student_of(model: Any) -> Any:
         ConfigError: flags that a model has its own settings for.
         KQuantError: see `prepare_qat`.
     """
+    from kquant.config.specs import Training
     from kquant.errors import ConfigError
-    from kquant.insert import QuantizedModel
+    from kquant.keras.model import QuantizedModel
     from kquant.qat.prepare import prepare_qat
-    from kquant.specs import Training
 
     quantized = isinstance(model, QuantizedModel)
     prepared = quantized and "training" in model.quantization
@@ -146,7 +146,7 @@ def teacher_of(model: Any) -> Any:
         ConfigError: `model` is quantized and no other one is named.
     """
     from kquant.errors import ConfigError
-    from kquant.insert import QuantizedModel
+    from kquant.keras.model import QuantizedModel
 
     if TEACHER.value is not None:
         return common.load_model(TEACHER.value)
@@ -307,7 +307,7 @@ def main(argv: list[str]) -> None:
     import keras
 
     import kquant
-    from kquant.report import table
+    from kquant.config.text import table
 
     from .evaluate import keras_predict
 

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 
 import kquant
-from kquant.tflite.flatbuffer import only_integer_ops
+from kquant.targets.litert.flatbuffer import only_integer_ops
 
 from .data import PREPROCESS, Batches, jpeg_samples, load_data, spread
 

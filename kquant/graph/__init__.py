@@ -1,1 +1,1 @@
-"""Tracing a Keras model into an immutable graph of primitive operations."""
+"""Networks as immutable graphs of primitive operations."""

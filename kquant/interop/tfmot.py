@@ -10,26 +10,26 @@ from typing import Any
 
 import numpy as np
 
-from kquant.affine import Array, QParams, dequantize, fit_bias, quantize
-from kquant.backend import check_backend
-from kquant.calibrate import weight_grids
-from kquant.config import QuantConfig
+from kquant.config.quant_config import QuantConfig
+from kquant.config.specs import WEIGHTS, Rule
 from kquant.errors import MissingPackageError, ModelError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import BIAS, QUANTIZED_WEIGHT, weight_view
-from kquant.graph.trace import trace_model
-from kquant.insert import QuantizedModel, insert
+from kquant.graph.quantized import QuantizedGraph
+from kquant.graph.tracing.trace import trace_model
+from kquant.graph.transforms.fold_batch_norm import fold_batch_norm
+from kquant.graph.transforms.fuse_activations import fuse_activations
+from kquant.graph.transforms.simplify import absorb_padding, simplify
+from kquant.grids.grid import Array, QParams, dequantize, fit_bias, quantize
 from kquant.interop.tfmot_model import Range, read_model
 from kquant.interop.tfmot_ranges import Grids, activation_grids, float_layers, place_ranges
-from kquant.plan import Plan, make_plan
-from kquant.ptq.pipeline import Step
-from kquant.qgraph import QuantizedGraph
-from kquant.quantize import facts_of
-from kquant.specs import WEIGHTS, Rule
-from kquant.targets import get_target
-from kquant.transforms.fold_batch_norm import fold_batch_norm
-from kquant.transforms.fuse_activations import fuse_activations
-from kquant.transforms.simplify import absorb_padding, simplify
+from kquant.keras.backend import check_backend
+from kquant.keras.model import QuantizedModel, insert
+from kquant.keras.quantize_model import facts_of
+from kquant.quantize.calibrate import weight_grids
+from kquant.quantize.pipeline import Step
+from kquant.quantize.plan import Plan, make_plan
+from kquant.targets.target import get_target
 
 _SCHEME = QuantConfig(
     weights=replace(WEIGHTS, method="min_max"),

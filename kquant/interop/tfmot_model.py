@@ -16,8 +16,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from kquant.affine import QParams
 from kquant.errors import ModelError
+from kquant.grids.grid import QParams
 
 _WRAPPERS = {"QuantizeWrapper", "QuantizeWrapperV2"}
 # Keras 3 has them under the same name, with the same arguments but for `_RENAMED`.

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from kquant.affine import QParams
 from kquant.graph.ir import Graph, Node
+from kquant.grids.grid import QParams
 from kquant.interop.tfmot_model import Marker
-from kquant.plan import Plan
-from kquant.targets import Target
+from kquant.quantize.plan import Plan
+from kquant.targets.target import Target
 
 Grids = dict[str, QParams | None]
 

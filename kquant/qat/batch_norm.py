@@ -24,14 +24,14 @@ import numpy as np
 import tensorflow as tf
 from tqdm.auto import tqdm
 
-from kquant.affine import QParams
+from kquant.config.specs import Training
 from kquant.errors import ConfigError, ModelError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import BIAS, LINEAR, QUANTIZED_WEIGHT, weight_view
-from kquant.insert import QuantizedModel
-from kquant.qgraph import QuantizedGraph
-from kquant.quantizers import QuantizedLayer
-from kquant.specs import Training
+from kquant.graph.quantized import QuantizedGraph
+from kquant.grids.grid import QParams
+from kquant.keras.layer import QuantizedLayer
+from kquant.keras.model import QuantizedModel
 
 Tensor = Any
 _EPSILON = 1e-3

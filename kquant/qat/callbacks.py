@@ -11,10 +11,10 @@ import numpy as np
 import tensorflow as tf
 
 from kquant.errors import ConfigError, ModelError
-from kquant.fake_quant import FakeQuant
-from kquant.insert import QuantizedModel
+from kquant.keras.fake_quant import FakeQuant
+from kquant.keras.layer import QuantizedLayer
+from kquant.keras.model import QuantizedModel
 from kquant.qat.distill import Distiller
-from kquant.quantizers import QuantizedLayer
 
 
 class FreezeQuantizers(keras.callbacks.Callback):

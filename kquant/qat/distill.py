@@ -10,13 +10,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from kquant.config.text import suggest
 from kquant.errors import ConfigError, ModelError
-from kquant.gradients import checked_loss
 from kquant.graph.ir import Graph
-from kquant.insert import QuantizedModel, extract
-from kquant.quantizers import QuantizedLayer
-from kquant.specs import suggest
-from kquant.transforms import prepare_graph
+from kquant.graph.transforms import prepare_graph
+from kquant.grids.gradients import checked_loss
+from kquant.keras.layer import QuantizedLayer
+from kquant.keras.model import QuantizedModel, extract
 
 Tensor = Any
 _SMALLEST = 1e-30  # of the probabilities whose logarithm is taken

@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from kquant.affine import QParams
-from kquant.config import QuantConfig
+from kquant.config.quant_config import QuantConfig
+from kquant.config.specs import QuantSpec, Training
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import QUANTIZED_WEIGHT, weight_view
-from kquant.insert import Learning
-from kquant.plan import resolve, share_grids
+from kquant.graph.quantized import QuantizedGraph
+from kquant.grids.grid import QParams
+from kquant.keras.model import Learning
 from kquant.qat.batch_norm import batch_norm_layers
-from kquant.qgraph import QuantizedGraph
-from kquant.specs import QuantSpec, Training
-from kquant.targets import Target, get_target
+from kquant.quantize.plan import resolve, share_grids
+from kquant.targets.target import Target, get_target
 
 _GIVEN = ("input", "const", "embedding")  # what has the range of given values
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import keras
 
-from kquant.backend import check_backend
-from kquant.config import QuantConfig
+from kquant.config.quant_config import QuantConfig
+from kquant.config.specs import Training
 from kquant.errors import ConfigError, ModelError
-from kquant.insert import QuantizedModel, extract, insert
+from kquant.keras.backend import check_backend
+from kquant.keras.model import QuantizedModel, extract, insert
+from kquant.keras.quantize_model import quantize_to_graph
 from kquant.qat.learning import learning_of, zero_ranges
-from kquant.quantize import quantize_to_graph
-from kquant.specs import Training
-from kquant.targets import get_target
+from kquant.targets.target import get_target
 
 
 def prepare_qat(

@@ -13,13 +13,13 @@ import pytest
 import tensorflow as tf
 
 import kquant
-from kquant.affine import Array, QParams, fake_quantize, quantize
 from kquant.graph.ops import weight_view
-from kquant.insert import extract
+from kquant.grids.grid import Array, QParams, fake_quantize, quantize
 from kquant.interop import from_tfmot
 from kquant.interop.tfmot_model import Range
-from kquant.tflite.parity import same_decision
-from kquant.tflite.reference_file import Operator, read
+from kquant.keras.model import extract
+from kquant.targets.litert.reader import Operator, read
+from kquant.verify.parity import same_decision
 
 CLASSES = 5
 

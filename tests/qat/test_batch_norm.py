@@ -6,11 +6,11 @@ import pytest
 import tensorflow as tf
 
 import kquant
+from kquant.config.specs import Training
 from kquant.errors import ConfigError, ModelError
-from kquant.insert import extract
+from kquant.keras.model import extract
 from kquant.qat.batch_norm import BatchNormLayer, reestimate_batch_norm
 from kquant.qat.prepare import prepare_qat
-from kquant.specs import Training
 
 KINDS = ("keep", "double_forward", "batch_statistics")
 

@@ -42,8 +42,8 @@ def train(kind: str, path: str) -> None:
     assert strategy.num_replicas_in_sync == (1 if kind == SINGLE else 2)
 
     import kquant
+    from kquant.config.specs import Training
     from kquant.qat.prepare import prepare_qat
-    from kquant.specs import Training
 
     keras.utils.set_random_seed(0)
     inputs = keras.Input((6, 6, 2))

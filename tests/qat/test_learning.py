@@ -10,16 +10,16 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from kquant.affine import QParams
-from kquant.config import QuantConfig
-from kquant.fake_quant import FakeQuant
+from kquant.config.quant_config import QuantConfig
+from kquant.config.specs import GRADIENTS, Training
 from kquant.graph.ir import Graph, Node
-from kquant.insert import QuantizedModel, extract
+from kquant.graph.quantized import QuantizedGraph
+from kquant.grids.grid import QParams
+from kquant.keras.fake_quant import FakeQuant
+from kquant.keras.layer import QuantizedLayer, weight_unit
+from kquant.keras.model import QuantizedModel, extract
 from kquant.qat.learning import learning_of, zero_ranges
 from kquant.qat.prepare import prepare_qat
-from kquant.qgraph import QuantizedGraph
-from kquant.quantizers import QuantizedLayer, weight_unit
-from kquant.specs import GRADIENTS, Training
 
 
 def prepared(model: keras.Model, config: Any = "w8a8", gradient: str = "lsq", **settings: Any) -> QuantizedModel:

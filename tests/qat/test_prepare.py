@@ -11,12 +11,12 @@ import tensorflow as tf
 from keras import layers
 
 import kquant
+from kquant.config.specs import Training
 from kquant.errors import CalibrationError, ConfigError, ModelError
-from kquant.insert import QuantizedModel, extract
+from kquant.keras.model import QuantizedModel, extract
 from kquant.qat.prepare import prepare_qat
-from kquant.specs import Training
 from tests import zoo
-from tests.test_insert import assert_same
+from tests.keras.test_model import assert_same
 
 OTHERS = ("w8a8-per_tensor", "w8a16")
 

@@ -12,14 +12,14 @@ import tensorflow as tf
 from keras import layers
 
 import kquant
-from kquant.affine import qparams_from_range
-from kquant.config import QuantConfig
+from kquant.config.quant_config import QuantConfig
+from kquant.config.specs import QuantSpec, Training
 from kquant.graph.ops import QUANTIZED_WEIGHT, weight_view
-from kquant.insert import Learning, QuantizedModel, extract, insert
+from kquant.graph.quantized import QuantizedGraph
+from kquant.grids.grid import qparams_from_range
+from kquant.keras.model import Learning, QuantizedModel, extract, insert
 from kquant.qat.learning import learning_of
 from kquant.qat.prepare import prepare_qat
-from kquant.qgraph import QuantizedGraph
-from kquant.specs import QuantSpec, Training
 from tests.qat.test_learning import TQT, layer_table, outputs, weights
 
 CLASSES = 3

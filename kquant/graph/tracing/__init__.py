@@ -1,0 +1,1 @@
+"""Tracing a Keras model into a graph of primitive operations."""

@@ -1,0 +1,92 @@
+"""How Keras stores the graph of a functional model: the only module that knows.
+
+Keras has no public interface to the recorded calls of a model, so this reads `_nodes_by_depth`,
+`_inbound_nodes` and their like, and nothing else does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+from keras.src.models import Functional, Sequential
+
+from kquant.graph.ir import Node, Shape
+from kquant.graph.tracing.builder import without_batch
+
+
+def recorded_calls(function: Any) -> Iterator[tuple[Any, Any, Any, list[Any]]]:
+    """(operation, args, kwargs, output tensors) of a function's calls in topological order."""
+    for depth in sorted(function._nodes_by_depth, reverse=True):
+        for node in function._nodes_by_depth[depth]:
+            if node.operation is not None and not node.is_input:
+                yield node.operation, node.arguments.args, node.arguments.kwargs, node.outputs
+
+
+def functional_form(operation: Any) -> Any:
+    """The functional model that an operation stands for, or None."""
+    if isinstance(operation, Sequential) and type(operation).call is Sequential.call:
+        return operation._functional
+    if isinstance(operation, Functional) and type(operation).call is Functional.call:
+        return operation
+    return None
+
+
+def output_shapes(operation: Any, args: Any, kwargs: Any, outputs: Sequence[Any]) -> tuple[Shape, ...]:
+    """Shapes of a call's outputs: as Keras declares them, or computed anew where it has lost a dimension.
+
+    (An EinsumDense whose output_shape has a None loses it for everything behind it.)
+    """
+    declared = tuple(without_batch(t.shape) for t in outputs)
+    if not any(None in s[1:] for s in declared) or functional_form(operation) is not None:
+        return declared
+    args, kwargs = keras.tree.map_structure(
+        lambda a: keras.KerasTensor(a.shape, a.dtype) if isinstance(a, Node) else a, (args, kwargs)
+    )
+    try:
+        spec = operation.compute_output_spec(*args, **kwargs)
+    except Exception:
+        return declared
+    return tuple(without_batch(t.shape) for t in keras.tree.flatten(spec))
+
+
+def fixed_batch(operation: Any) -> int | None:
+    """The batch size that the model was built with, where it was."""
+    tensors = operation._inbound_nodes[-1].input_tensors if operation._inbound_nodes else []
+    return next((t.shape[0] for t in tensors if len(t.shape) and t.shape[0] is not None), None)
+
+
+def match_inputs(function: Any, value: Any) -> list[Node]:
+    """The nodes passed to a nested model, in the order of its inputs."""
+    if isinstance(value, dict) and not isinstance(function._inputs_struct, dict):
+        return [value[t.name] for t in function.inputs]
+    return keras.tree.flatten(value)
+
+
+def names_of(structure: Any, tensors: Sequence[Any]) -> tuple[str, ...]:
+    """Names of inputs or outputs: keys of a dict, else the names of the operations that make them."""
+    names = {id(t): k for k, t in structure.items()} if isinstance(structure, dict) else {}
+    unique: list[str] = []
+    for tensor in tensors:
+        base = name = str(names.get(id(tensor), tensor._keras_history.operation.name))
+        k = 0
+        while name in unique:
+            k += 1
+            name = f"{base}_{k}"
+        unique.append(name)
+    return tuple(unique)
+
+
+@contextmanager
+def untouched(owner: Any) -> Iterator[None]:
+    """Forget the symbolic calls of a layer and its sublayers that are made in the block."""
+    layers = owner._flatten_layers() if isinstance(owner, keras.layers.Layer) else []
+    before = [(layer, len(layer._inbound_nodes), len(layer._outbound_nodes)) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, inbound, outbound in before:
+            del layer._inbound_nodes[inbound:]
+            del layer._outbound_nodes[outbound:]

@@ -1,0 +1,286 @@
+"""Lowering of operations that are not layers: `x + y`, slicing, and `keras.ops`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kquant.graph.ir import Node
+from kquant.graph.tracing.builder import (
+    Builder,
+    NotLowered,
+    as_array,
+    lowers_op,
+    pad,
+    reshape,
+    sample_constant,
+    scale_offset,
+    transpose,
+)
+from kquant.graph.tracing.linear import from_2d, output_shape, pair, to_2d
+
+
+def two_inputs(b: Builder, op: str, x: Any, y: Any, suffix: str = "") -> Node:
+    """A binary operation of two tensors, or of a tensor and a constant."""
+    if isinstance(x, Node) and isinstance(y, Node):
+        if len(x.shape) != len(y.shape):
+            raise NotLowered(f"ranks {len(x.shape)} and {len(y.shape)} broadcast against the batch")
+        return b.emit(op, x, y, suffix=suffix)
+    if not isinstance(x, Node):
+        if op == "sub":
+            return scale_offset(b, y, -1.0, x, suffix)
+        x, y = y, x
+    if op in ("add", "sub"):
+        return scale_offset(b, x, 1.0, y if op == "add" else -as_array(y), suffix)
+    if op == "mul":
+        return scale_offset(b, x, y, 0.0, suffix)
+    value = sample_constant(x, y)
+    if value.size == 1:
+        bound = float(value.reshape(()))
+        lo, hi = (bound, None) if op == "maximum" else (None, bound)
+        return b.emit("clip", x, lo=lo, hi=hi, suffix=suffix)
+    return b.emit(op, x, b.const(value), suffix=suffix)
+
+
+def _binary(op: str) -> Any:
+    return lambda b, operation, x1, x2: two_inputs(b, op, x1, x2)
+
+
+for _name, _op in {
+    "Add": "add",
+    "Subtract": "sub",
+    "Multiply": "mul",
+    "Maximum": "maximum",
+    "Minimum": "minimum",
+}.items():
+    lowers_op(_name)(_binary(_op))
+
+
+@lowers_op("Divide", "TrueDivide")
+def divide(b: Builder, op: Any, x1: Any, x2: Any) -> Node:
+    if isinstance(x2, Node):
+        raise NotLowered("it divides by a computed tensor")
+    return scale_offset(b, x1, 1.0 / as_array(x2).astype(np.float64), 0.0)
+
+
+@lowers_op("Negative")
+def negative(b: Builder, op: Any, x: Node) -> Node:
+    return scale_offset(b, x, -1.0, 0.0)
+
+
+@lowers_op("Square")
+def square(b: Builder, op: Any, x: Node) -> Node:
+    return b.emit("mul", x, x)
+
+
+@lowers_op("StopGradient")
+def stop_gradient(b: Builder, op: Any, variable: Node) -> Node:
+    return variable
+
+
+@lowers_op("Cast")
+def cast(b: Builder, op: Any, x: Node) -> Node:
+    """Between float types only: everything is float32 here."""
+    if "float" not in str(op.dtype):
+        raise NotLowered(f"a cast to {op.dtype}")
+    return x
+
+
+def concat(b: Builder, tensors: Sequence[Any], axis: int, suffix: str = "") -> Node:
+    """Concatenation of computed tensors along an axis other than the batch."""
+    if any(not isinstance(t, Node) for t in tensors):
+        raise NotLowered("a concatenation with a constant")
+    axis %= len(tensors[0].shape)
+    if axis == 0:
+        raise NotLowered("it concatenates along the batch")
+    return tensors[0] if len(tensors) == 1 else b.emit("concat", *tensors, axis=axis, suffix=suffix)
+
+
+@lowers_op("Concatenate")
+def concatenate(b: Builder, op: Any, xs: Sequence[Any]) -> Node:
+    return concat(b, xs, op.axis)
+
+
+@lowers_op("Stack")
+def stack(b: Builder, op: Any, x: Sequence[Any]) -> Node:
+    if any(not isinstance(t, Node) for t in x):
+        raise NotLowered("a stack with a constant")
+    rank = len(x[0].shape) + 1
+    axis = op.axis % rank
+    shape = (*x[0].shape[:axis], 1, *x[0].shape[axis:])
+    return concat(b, [reshape(b, t, shape, "expand") for t in x], axis if axis else rank)
+
+
+def slice_axis(b: Builder, x: Node, axis: int, begin: int, end: int, suffix: str = "slice") -> Node:
+    """x[begin:end] along one axis."""
+    begins, ends = [0] * len(x.shape), list(x.shape)
+    begins[axis], ends[axis], ends[0] = begin, end, None
+    return b.emit("slice", x, begin=tuple(begins), end=tuple(ends), strides=(1,) * len(begins), suffix=suffix)
+
+
+@lowers_op("Split")
+def split(b: Builder, op: Any, x: Node) -> list[Node]:
+    axis = op.axis % len(x.shape)
+    size = x.shape[axis]
+    if axis == 0 or size is None:
+        raise NotLowered("it splits the batch")
+    sections = op.indices_or_sections
+    cuts = range(size // sections, size, size // sections) if isinstance(sections, int) else sections
+    edges = [0, *(int(c) for c in cuts), size]
+    return [slice_axis(b, x, axis, lo, hi) for lo, hi in itertools.pairwise(edges)]
+
+
+@lowers_op("Unstack")
+def unstack(b: Builder, op: Any, x: Node) -> list[Node]:
+    axis = op.axis % len(x.shape)
+    size = x.shape[axis]
+    if axis == 0 or size is None:
+        raise NotLowered("it splits the batch")
+    shape = (*x.shape[:axis], *x.shape[axis + 1 :])
+    return [reshape(b, slice_axis(b, x, axis, k, k + 1), shape) for k in range(size)]
+
+
+@lowers_op("GetItem")
+def get_item(b: Builder, op: Any, x: Node, key: Any) -> Node:
+    """Basic indexing: slices with positive steps, integers, newaxis and Ellipsis; the batch stays whole."""
+    keys = list(key) if isinstance(key, (tuple, list)) else [key]
+    if any(not (k is None or k is Ellipsis or isinstance(k, (slice, int, np.integer))) for k in keys):
+        raise NotLowered("indexing with tensors or lists")
+    indexed = sum(k is not None and k is not Ellipsis for k in keys)
+    at = next((i for i, k in enumerate(keys) if k is Ellipsis), len(keys))
+    keys[at : at + 1] = [slice(None)] * (len(x.shape) - indexed)
+    if keys[0] != slice(None):
+        raise NotLowered("it indexes the batch")
+    begin: list[int] = []
+    end: list[int | None] = []
+    strides: list[int] = []
+    shape: list[int | None] = []
+    for k in keys:
+        if k is None:
+            shape.append(1)
+            continue
+        axis = len(begin)
+        size = x.shape[axis]
+        if isinstance(k, slice):
+            lo, hi, step = (0, 0, 1) if size is None else k.indices(size)
+            if step < 0:
+                raise NotLowered("a negative step")
+            shape.append(size if size is None else len(range(lo, hi, step)))
+        else:
+            lo = int(k) % int(size or 1)
+            hi, step = lo + 1, 1
+        begin.append(lo)
+        end.append(None if axis == 0 else hi)
+        strides.append(step)
+    sliced = x
+    whole = all(
+        axis == 0 or (lo, hi, step) == (0, d, 1)
+        for axis, (lo, hi, step, d) in enumerate(zip(begin, end, strides, x.shape, strict=True))
+    )
+    if not whole:
+        sliced = b.emit("slice", x, begin=tuple(begin), end=tuple(end), strides=tuple(strides))
+    return reshape(b, sliced, shape)
+
+
+@lowers_op("Slice")
+def slice_op(b: Builder, op: Any, inputs: Node, start_indices: Any) -> Node:
+    if isinstance(start_indices, Node) or any(isinstance(s, Node) for s in start_indices):
+        raise NotLowered("it slices at computed indices")
+    begin = tuple(int(s) for s in start_indices)
+    if begin[0] != 0:
+        raise NotLowered("it slices the batch")
+    sizes = zip(begin[1:], op.shape[1:], inputs.shape[1:], strict=True)
+    end = (None, *(int(d or 0) if s == -1 else lo + int(s) for lo, s, d in sizes))
+    return b.emit("slice", inputs, begin=begin, end=end, strides=(1,) * len(begin))
+
+
+@lowers_op("Pad")
+def pad_op(b: Builder, op: Any, x: Node, constant_values: Any = None) -> Node:
+    pairs = list(op.pad_width) if len(op.pad_width) > 1 else list(op.pad_width) * len(x.shape)
+    return pad(b, x, pairs, op.mode, 0.0 if constant_values is None else float(constant_values))
+
+
+@lowers_op("Reshape", "Squeeze", "ExpandDims")
+def reshape_op(b: Builder, op: Any, x: Node) -> Node:
+    return reshape(b, x, output_shape(b), "")
+
+
+@lowers_op("Transpose")
+def transpose_op(b: Builder, op: Any, x: Node) -> Node:
+    return transpose(b, x, op.axes if op.axes is not None else range(len(x.shape))[::-1], "")
+
+
+@lowers_op("Swapaxes")
+def swap_axes(b: Builder, op: Any, x: Node) -> Node:
+    perm = list(range(len(x.shape)))
+    perm[op.axis1], perm[op.axis2] = perm[op.axis2], perm[op.axis1]
+    return transpose(b, x, perm, "")
+
+
+@lowers_op("Moveaxis")
+def move_axis(b: Builder, op: Any, x: Node) -> Node:
+    # the axes of an array whose sizes are its axis numbers, moved, are the permutation
+    perm = np.moveaxis(np.empty(range(len(x.shape))), op.source, op.destination).shape
+    return transpose(b, x, perm, "")
+
+
+def _reduce(b: Builder, op: Any, x: Node, kind: str, suffix: str = "") -> Node:
+    axes = op.axis if isinstance(op.axis, (list, tuple)) else [op.axis]
+    if None in axes or 0 in [a % len(x.shape) for a in axes]:
+        raise NotLowered("it reduces over the batch")
+    positive = tuple(sorted(int(a) % len(x.shape) for a in axes))
+    return b.emit(kind, x, axes=positive, keepdims=bool(op.keepdims), suffix=suffix)
+
+
+@lowers_op("Mean")
+def mean(b: Builder, op: Any, x: Node) -> Node:
+    return _reduce(b, op, x, "mean")
+
+
+@lowers_op("Max", "Amax")
+def reduce_max(b: Builder, op: Any, x: Node, **_: Any) -> Node:
+    if getattr(op, "initial", None) is not None:
+        raise NotLowered("a maximum with an initial value")
+    return _reduce(b, op, x, "reduce_max")
+
+
+@lowers_op("Sum")
+def reduce_sum(b: Builder, op: Any, x: Node) -> Node:
+    """The mean times the number of elements."""
+    y = _reduce(b, op, x, "mean", suffix="mean")
+    axes = [a % len(x.shape) for a in (op.axis if isinstance(op.axis, (list, tuple)) else [op.axis])]
+    return scale_offset(b, y, float(np.prod([x.shape[a] for a in axes])), 0.0)
+
+
+def pool(b: Builder, op: str, x: Node, pool_size: Any, strides: Any, padding: str) -> Node:
+    """Pooling of a sequence or an image."""
+    rank = len(x.shape) - 2
+    if rank not in (1, 2):
+        raise NotLowered("pooling of volumes has no integer kernel")
+    size = pair(pool_size, rank)
+    steps = size if strides is None else pair(strides, rank)
+    y = b.emit(op, to_2d(b, x), pool_size=size, strides=steps, padding=padding)
+    return from_2d(b, y, rank + 2)
+
+
+@lowers_op("MaxPool", "AveragePool")
+def pool_op(b: Builder, op: Any, inputs: Node) -> Node:
+    kind = "max_pool2d" if type(op).__name__ == "MaxPool" else "avg_pool2d"
+    return pool(b, kind, inputs, op.pool_size, op.strides, op.padding)
+
+
+def resize(b: Builder, x: Node, size: Sequence[int], method: str) -> Node:
+    """Resize an image the way tf.image.resize does: sample points at pixel centres."""
+    if method not in ("nearest", "bilinear") or len(x.shape) != 4:
+        raise NotLowered(f"resizing with {method!r}")
+    return b.emit("resize", x, size=tuple(int(s) for s in size), method=method, half_pixel_centers=True)
+
+
+@lowers_op("Resize")
+def resize_op(b: Builder, op: Any, images: Node) -> Node:
+    if op.crop_to_aspect_ratio or op.pad_to_aspect_ratio or op.antialias:
+        raise NotLowered("resizing that keeps the aspect ratio, or with antialiasing")
+    return resize(b, images, op.size, op.interpolation)

@@ -1,0 +1,323 @@
+"""Tracing a Keras model of any shape into a `Graph`.
+
+The calls recorded in a functional model are visited in topological order and each is lowered to
+primitive nodes by the tables of `graph.lower`. Nested models are inlined, a shared layer is lowered
+once per call, and what is not in the tables is handled in this order: a custom layer is traced by
+calling its `call` on symbolic tensors; whatever cannot be traced or has no primitive becomes one
+"float" node, whose attribute `reason` says why. The user's model is left as it was.
+
+Half- and double-precision models are traced as float32 (their weights are cast).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from kquant.errors import ModelError
+from kquant.graph.ir import Graph, Node
+from kquant.graph.tracing import activations, layers, linear, operations  # noqa: F401  they fill the tables
+from kquant.graph.tracing.builder import Builder, NotLowered, Scope, find_lowering, is_builtin, without_batch
+from kquant.graph.tracing.float_call import FloatCall, Slot
+from kquant.graph.tracing.keras_graph import (
+    fixed_batch,
+    functional_form,
+    match_inputs,
+    names_of,
+    output_shapes,
+    recorded_calls,
+    untouched,
+)
+from kquant.graph.tracing.registry import registered_lowering
+from kquant.keras.backend import check_backend
+
+# They read integers: ids, or pixels that they turn into numbers
+_READS_INTEGERS = {"Embedding", "Rescaling", "Normalization", "Cast"}
+
+
+def trace_model(model: keras.Model) -> Graph:
+    """The float graph of a Keras model in inference mode.
+
+    Args:
+        model: Functional, Sequential, or subclassed (built) Keras model; it is not modified.
+
+    Returns:
+        A graph with `evaluate(graph, inputs) == model(inputs)`. An integer input that is only read as
+        numbers (by a Rescaling layer, say) is a float32 input of the graph, and a float input that is
+        only read as ids (by an Embedding) is an int32 input.
+
+    Raises:
+        BackendError: Keras does not run on TensorFlow.
+        ModelError: the model is not built, cannot be traced, has dynamic dimensions besides the batch,
+            uses channels_first, or has weights that are not finite.
+    """
+    check_backend()
+    if not isinstance(model, keras.Model):
+        raise ModelError(f"expected a keras.Model, got {type(model).__name__}")
+    function, generated = _as_function(model)
+    tracer = _Tracer()
+    inputs = [tracer.input(t) for t in function.inputs]
+    outputs = tracer.walk(function, inputs, "", "", generated)
+    graph = Graph(
+        nodes=tracer.builder.nodes,
+        inputs=tuple(i.name for i in inputs),
+        outputs=tuple(o.name for o in outputs),
+        input_names=names_of(function._inputs_struct, function.inputs),
+        output_names=names_of(function._outputs_struct, function.outputs),
+        name=model.name,
+    )
+    return _settle_input_types(graph.rebuild(graph))
+
+
+class _Tracer:
+    """Walks functions and lowers their calls into one builder."""
+
+    def __init__(self) -> None:
+        self.builder = Builder(self.trace_function)
+
+    def input(self, tensor: Any) -> Node:
+        """The "input" node of a model input."""
+        if None in tensor.shape[1:]:
+            raise ModelError(
+                f"Input {tensor.name!r} has shape {tuple(tensor.shape)}: only the batch may be unknown. Rebuild the "
+                "model with a fixed input shape (keras.models.clone_model with input_tensors, then set_weights)."
+            )
+        name = tensor._keras_history.operation.name
+        self.builder.scope = Scope(self.builder.unique(name), name, "InputLayer", ())
+        return self.builder.emit("input", shape=without_batch(tensor.shape), dtype=_dtype(tensor))
+
+    def walk(self, function: Any, inputs: Sequence[Node], name: str, origin: str, generated: bool) -> list[Node]:
+        """Lower every call of a function.
+
+        Args:
+            function: keras.Function or functional model.
+            inputs: one node per input of the function.
+            name: prefix of node names.
+            origin: prefix of origins (as `name`, without the numbers of repeated calls).
+            generated: the function was made here, so its operations have meaningless automatic names.
+        """
+        values = {id(t): node for t, node in zip(function.inputs, inputs, strict=True)}
+        for operation, args, kwargs, outputs in recorded_calls(function):
+            if all(id(t) in values for t in outputs):
+                continue
+            args, kwargs = keras.tree.map_structure(
+                lambda a: values[id(a)] if isinstance(a, keras.KerasTensor) else a, (args, kwargs)
+            )
+            is_layer = isinstance(operation, keras.layers.Layer)
+            own = operation.name if is_layer or not generated else _snake(type(operation).__name__)
+            unique = self.builder.unique(name + own)
+            shapes = output_shapes(operation, args, kwargs, outputs)
+            self.builder.scope = Scope(unique, origin + own, type(operation).__name__, shapes)
+            nodes = self._call(operation, args, kwargs, outputs)
+            values.update(zip(map(id, outputs), nodes, strict=True))
+        return [values[id(t)] for t in function.outputs]
+
+    def _call(self, operation: Any, args: Any, kwargs: Any, outputs: Sequence[Any]) -> list[Node]:
+        """Nodes of one call's outputs, lowered or kept in float."""
+        scope, nodes = self.builder.scope, self.builder.nodes
+        _check_operation(operation, scope)
+        args, kwargs = _bind(operation, args, kwargs)
+        before = len(nodes)
+        try:
+            result = keras.tree.flatten(self._lower(operation, args, kwargs))
+        except NotLowered as reason:
+            for name in list(nodes)[before:]:
+                del nodes[name]
+            self.builder.scope = scope
+            return [self._float(operation, args, kwargs, outputs, str(reason))]
+        for node, tensor in zip(result, outputs, strict=True):
+            if node.shape[1:] != tuple(tensor.shape[1:]) and None not in tensor.shape[1:]:
+                raise AssertionError(f"{scope.origin!r} was lowered to shape {node.shape}, not {tensor.shape}")
+        return result
+
+    def _lower(self, operation: Any, args: Any, kwargs: Any) -> Any:
+        scope = self.builder.scope
+        is_layer = isinstance(operation, keras.layers.Layer)
+        registered = registered_lowering(operation) if is_layer else None
+        if registered is not None:
+            return self.trace_function(self.builder, registered, [operation, *args], owner=operation, **kwargs)
+        function = functional_form(operation)
+        if function is not None:
+            inputs = match_inputs(function, args[0] if len(args) == 1 else list(args))
+            return self.walk(function, inputs, f"{scope.name}/", f"{scope.origin}/", False)
+        lowering = find_lowering(operation)
+        if lowering is None:
+            if is_layer and (not is_builtin(operation) or isinstance(operation, (keras.layers.Lambda, keras.Model))):
+                return self._trace_call(operation, args, kwargs)
+            raise NotLowered(f"{type(operation).__name__} has no integer form here")
+        tensors = [a for a in keras.tree.flatten((args, kwargs)) if isinstance(a, Node)]
+        if any(t.dtype != "float32" for t in tensors) and type(operation).__name__ not in _READS_INTEGERS:
+            raise NotLowered("it computes with integers")
+        return lowering(self.builder, operation, *args, **kwargs)
+
+    def _trace_call(self, layer: Any, args: Any, kwargs: Any) -> list[Node]:
+        """Lower what a custom layer's `call` does.
+
+        A layer without sublayers is lowered as a whole or not at all: half of a normalization in
+        integers, say, costs accuracy and conversions and gains nothing.
+        """
+        before = len(self.builder.nodes)
+        result = self.trace_function(self.builder, layer.call, args, owner=layer, **kwargs)
+        left = [n for n in list(self.builder.nodes.values())[before:] if n.op == "float"]
+        if left and len(layer._flatten_layers()) == 1:
+            raise NotLowered(f"it computes {left[0].origin_type}: {left[0].attrs['reason']}")
+        return result
+
+    def trace_function(
+        self, builder: Builder, function: Callable[..., Any], args: Sequence[Any], owner: Any = None, **kwargs: Any
+    ) -> list[Node]:
+        """Call a Python function on symbolic tensors and lower what it does.
+
+        Args:
+            builder: this tracer's builder.
+            function: takes tensors and returns tensors.
+            args: its arguments, with nodes in place of tensors.
+            owner: the layer that it belongs to.
+            kwargs: more arguments.
+
+        Raises:
+            NotLowered: it cannot be called on symbolic tensors.
+        """
+        scope = builder.scope
+        nodes = [a for a in keras.tree.flatten((list(args), kwargs)) if isinstance(a, Node)]
+        inputs = {n.name: keras.Input(batch_shape=n.shape, dtype=n.dtype) for n in nodes}
+        symbolic_args, symbolic_kwargs = keras.tree.map_structure(
+            lambda a: inputs[a.name] if isinstance(a, Node) else a, (list(args), kwargs)
+        )
+        with untouched(owner if owner is not None else function):
+            try:
+                result = function(*symbolic_args, **symbolic_kwargs)
+                traced = keras.Function(list(inputs.values()), keras.tree.flatten(result))
+            except Exception as error:
+                raise NotLowered(f"its computation cannot be traced: {_first_line(error)}") from error
+        by_name = {n.name: n for n in nodes}
+        return self.walk(traced, [by_name[k] for k in inputs], f"{scope.name}/", f"{scope.origin}/", True)
+
+    def _float(self, operation: Any, args: Any, kwargs: Any, outputs: Sequence[Any], reason: str) -> Node:
+        """One node that runs the user's own operation."""
+        scope = self.builder.scope
+        if len(outputs) != 1:
+            raise ModelError(
+                f"Layer {scope.origin!r} ({scope.origin_type}) has {len(outputs)} outputs and no integer form "
+                f"({reason}). Split it into layers with one output each, or register it with kquant.register_layer."
+            )
+        inputs: list[Node] = []
+
+        def slot(value: Any) -> Any:
+            if isinstance(value, Node):
+                inputs.append(value)
+                return Slot(len(inputs) - 1, value.shape, value.dtype)
+            if isinstance(value, keras.Variable) or hasattr(value, "numpy"):
+                return np.asarray(keras.ops.convert_to_numpy(value))
+            return value
+
+        args, kwargs = keras.tree.map_structure(slot, (tuple(args), dict(kwargs)))
+        declared, shape = tuple(outputs[0].shape), scope.shapes[0]
+        if not declared or None in shape[1:] or declared[0] not in (None, fixed_batch(operation)):
+            raise ModelError(
+                f"Layer {scope.origin!r} ({scope.origin_type}) returns shape {declared}: every tensor must start with "
+                f"the batch and have known dimensions behind it ({reason})"
+            )
+        call = FloatCall(operation, args, kwargs)
+        return self.builder.emit("float", *inputs, shape=shape, dtype=_dtype(outputs[0]), call=call, reason=reason)
+
+
+def _as_function(model: keras.Model) -> tuple[Any, bool]:
+    """A functional form of the model, and whether it had to be made by tracing its `call`."""
+    function = functional_form(model)
+    if function is not None:
+        return function, False
+    shapes = model._build_shapes_dict
+    if not model.built or not shapes:
+        raise ModelError(
+            f"Model {model.name!r} ({type(model).__name__}) is not built: call it once on a batch of data, or give "
+            "it a keras.Input"
+        )
+
+    def is_shape(value: Any) -> bool:
+        return isinstance(value, (tuple, list)) and all(d is None or isinstance(d, int) for d in value)
+
+    def symbolic(shape: Any) -> Any:
+        if is_shape(shape):
+            return keras.Input(batch_shape=without_batch(shape))
+        if isinstance(shape, dict):
+            return {k: symbolic(v) for k, v in shape.items()}
+        return [symbolic(v) for v in shape]
+
+    arguments = {k.removesuffix("_shape"): symbolic(v) for k, v in shapes.items()}
+    if len(arguments) == 1:
+        arguments = {next(iter(inspect.signature(model.call).parameters)): next(iter(arguments.values()))}
+    inputs: Any = next(iter(arguments.values())) if len(arguments) == 1 else arguments
+    with untouched(model):
+        try:
+            return keras.Function(inputs, model.call(**arguments)), True
+        except Exception as error:
+            raise ModelError(
+                f"Model {model.name!r} ({type(model).__name__}) cannot be traced: its call() fails on symbolic "
+                f"tensors: {_first_line(error)}. Write it with Keras layers and keras.ops only, or move what cannot "
+                "be traced into a Layer of its own, which is then kept in float."
+            ) from error
+
+
+def _bind(operation: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call's arguments in the order of the signature, without `training` and empty masks."""
+    bound = inspect.signature(operation.call).bind(*args, **kwargs)
+    bound.arguments.pop("training", None)
+    if bound.arguments.get("mask", 0) is None:
+        del bound.arguments["mask"]
+    return bound.args, bound.kwargs
+
+
+def _check_operation(operation: Any, scope: Scope) -> None:
+    """Refuse what would be silently wrong, with the layer's name."""
+    where = f"Layer {scope.origin!r} ({scope.origin_type})"
+    if getattr(operation, "data_format", None) == "channels_first":
+        raise ModelError(
+            f"{where} uses data_format='channels_first', which the targets do not have: rebuild the model with "
+            "channels_last"
+        )
+    if getattr(operation, "quantization_mode", None) is not None:
+        raise ModelError(f"{where} has been quantized by Keras already: start from the float model")
+    for weight in [] if functional_form(operation) is not None else getattr(operation, "weights", []):
+        value = np.asarray(keras.ops.convert_to_numpy(weight))
+        if value.dtype.kind in "fV" and not np.isfinite(value.astype(np.float32)).all():
+            raise ModelError(
+                f"{where}: its weight {weight.name!r} has NaN or infinite values, which no integer grid can hold. "
+                "Repair or retrain the layer."
+            )
+
+
+def _settle_input_types(graph: Graph) -> Graph:
+    """Type each input by how it is read: ids are int32, numbers float32."""
+    nodes = dict(graph.nodes)
+    for name in graph.inputs:
+        readers = graph.consumers(name)
+        # a mask compares the ids with zero, in any type
+        ids = [n for n in readers if n.op == "embedding" or n.origin_type == "NotEqual"]
+        numbers = [n for n in readers if n not in ids and n.op != "float"]
+        if name in graph.outputs or not ids + numbers:
+            continue
+        if graph[name].dtype == "float32" and len(ids) == len(readers):
+            nodes[name] = graph[name].with_(dtype="int32")
+        elif graph[name].dtype == "int32" and numbers:
+            if len(numbers) != len(readers):
+                raise ModelError(f"Input {name!r} is read both as integers and as numbers: give the model two inputs")
+            nodes[name] = graph[name].with_(dtype="float32")
+    return graph.rebuild(nodes.values())
+
+
+def _dtype(tensor: Any) -> str:
+    kind = str(tensor.dtype)
+    return "float32" if "float" in kind else "bool" if kind == "bool" else "int32"
+
+
+def _snake(name: str) -> str:
+    return "".join("_" + c.lower() if c.isupper() and i else c.lower() for i, c in enumerate(name))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,27 @@
+"""From a Keras model to the graph that is quantized."""
+
+from __future__ import annotations
+
+import keras
+
+from kquant.graph.ir import Graph
+from kquant.graph.tracing.trace import trace_model
+from kquant.graph.transforms.fold_batch_norm import fold_batch_norm
+from kquant.graph.transforms.fuse_activations import fuse_activations
+from kquant.graph.transforms.simplify import absorb_padding, simplify
+
+
+def prepare_graph(model: keras.Model) -> Graph:
+    """Trace a model, fold its batch normalizations and fuse its activations.
+
+    Args:
+        model: see `trace_model`; it is not modified.
+
+    Returns:
+        A float graph with `evaluate(graph, inputs) == model(inputs)` up to float rounding.
+
+    Raises:
+        ModelError: see `trace_model`.
+    """
+    graph = fold_batch_norm(simplify(trace_model(model)))
+    return fuse_activations(absorb_padding(simplify(graph)))

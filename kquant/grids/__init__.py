@@ -1,0 +1,1 @@
+"""Grids: sets of allowed integers on a scale, and how they are chosen and trained."""

@@ -1,0 +1,1 @@
+"""Quantized graphs as Keras models, which simulate the target."""

@@ -1,0 +1,259 @@
+"""`FakeQuant`: a grid as variables, fixed or learned.
+
+Training moves a grid by relative amounts, which start at zero: scale = base * exp(rate * log_scale). So a step of an
+optimizer that normalizes gradients (Adam) changes every scale by the same factor, however large it is, a scale stays
+positive whatever the step, and weight decay pulls towards the grid that training began with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from kquant.grids.gradients import (
+    exact,
+    fake_quant,
+    grid_of_range,
+    power_of_two,
+    relative_scale,
+    round_ste,
+    scaled_gradient,
+)
+from kquant.grids.grid import QParams
+
+Tensor = Any
+# how far a scale may move: no step of an optimizer leads to one that is zero or infinite
+_LARGEST = 8.0  # of the exponents of e
+_OCTAVES = 32.0
+
+
+@keras.saving.register_keras_serializable("kquant")
+class FakeQuant(keras.layers.Layer):
+    """Quantize to a grid and back: scale * (clamp(round(x / scale) + z, qmin, qmax) - z).
+
+    Eq. 4-7 of the white paper, round half to even, float32; gradients as `gradients.fake_quant` has them.
+
+    Args:
+        qmin, qmax: the smallest and largest integer of the grid, as stored on the target.
+        channels: number of scales, None for one per tensor.
+        axis: the axis of the channels.
+        gradient: how the grid learns, one of `specs.GRADIENTS`; "ste" keeps it as it is.
+        rate: how fast, relative to the optimizer's learning rate.
+        elements: number of values of a sample that one scale quantizes (N of LSQ).
+        levels: the largest integer, less the zero point, of the grid that training begins with (Q_P of LSQ).
+    """
+
+    def __init__(
+        self,
+        qmin: int,
+        qmax: int,
+        channels: int | None = None,
+        axis: int | None = None,
+        gradient: str = "ste",
+        rate: float = 1.0,
+        elements: int = 1,
+        levels: int = 1,
+        **kwargs: Any,
+    ):
+        super().__init__(dtype="float32", **kwargs)
+        self.qmin, self.qmax, self.channels, self.axis = int(qmin), int(qmax), channels, axis
+        self.gradient, self.rate, self.elements, self.levels = gradient, float(rate), int(elements), int(levels)
+        shape = () if channels is None else (channels,)
+        self.scale = self.add_weight(shape=shape, initializer="ones", trainable=False, name="scale")
+        self.zero_point = self.add_weight(shape=shape, initializer="zeros", trainable=False, name="zero_point")
+        self.learned = {
+            name: self.add_weight(shape=shape, initializer="zeros", name=name) for name in LEARNED_VARIABLES[gradient]
+        }
+        self.built = True
+
+    def assign(self, q: QParams) -> None:
+        """Move to the grid `q` (same limits and granularity)."""
+        self.scale.assign(q.scale)
+        self.zero_point.assign(np.asarray(q.zero_point, np.float32))
+        for variable in self.learned.values():
+            variable.assign(np.zeros(variable.shape, np.float32))
+
+    def to_qparams(self) -> QParams:
+        """The grid as it stands now."""
+        scale, zero_point = (np.asarray(v) for v in self.parameters())
+        return QParams(scale.astype(np.float32), np.rint(zero_point).astype(np.int32), self.qmin, self.qmax, self.axis)
+
+    @property
+    def bits(self) -> int:
+        """How many bits an integer of the grid takes."""
+        return (self.qmax - self.qmin).bit_length()
+
+    def parameters(self, unit: Tensor = 1.0) -> tuple[Tensor, Tensor]:
+        """Scale and zero point as they stand now, with gradients to the variables that are learned.
+
+        What is learned is computed in float64 and rounded once: in float32 the exponentials of XLA, eager and graph
+        execution differ, and with them what is trained from what is exported.
+        """
+        scale, zero_point = _PARAMETERS[self.gradient](self, unit)
+        return tf.cast(scale, tf.float32), tf.cast(zero_point, tf.float32)
+
+    @property
+    def grid(self) -> Tensor:
+        """[scale, zero_point] of a per-tensor quantizer."""
+        return tf.stack(self.parameters())
+
+    def integers(self, x: Tensor) -> Tensor:
+        """Integer-valued float32 q - zero_point of real values `x`."""
+        scale, zero_point = (self._along_axis(v, x.shape.rank) for v in self.parameters())
+        centered = round_ste(tf.cast(x, tf.float32) / scale)
+        return tf.clip_by_value(centered, self.qmin - zero_point, self.qmax - zero_point)
+
+    def real(self, centered: Tensor) -> Tensor:
+        """The real values of integers q - zero_point."""
+        return centered * self._along_axis(self.parameters()[0], centered.shape.rank)
+
+    def clamp(self, centered: Tensor) -> Tensor:
+        """Clamp integers q - zero_point to the grid."""
+        z = self._along_axis(self.parameters()[1], centered.shape.rank)
+        return tf.clip_by_value(centered, self.qmin - z, self.qmax - z)
+
+    def call(self, x: Tensor) -> Tensor:
+        return self.fake_quantize(x)[0]
+
+    def fake_quantize(
+        self, x: Tensor, clip: tuple[Any, Any] = (None, None), unit: Tensor = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """`x` on the grid, and the grid.
+
+        Args:
+            x: the values.
+            clip: a fused activation, see `gradients.fake_quant`.
+            unit: that of the variable behind `x`, in the shape of the scale; the grid learns as the one of x / unit.
+        """
+        parameters = self.parameters(unit)  # once: what is learned takes many small operations
+        scale, zero_point = (self._along_axis(v, x.shape.rank) for v in parameters)
+        fixed = self.gradient not in MOVES_ZERO_POINT
+        y = fake_quant(tf.cast(x, tf.float32), scale, zero_point, self.qmin, self.qmax, clip, fixed)
+        return y, tf.stack(parameters)
+
+    def _along_axis(self, v: Tensor, rank: int) -> Tensor:
+        if self.axis in (None, rank - 1):
+            return v  # broadcasts as it is
+        return tf.reshape(v, [-1 if k == self.axis else 1 for k in range(rank)])
+
+    def tie(self, other: FakeQuant) -> None:
+        """Have the variables of `other` from now on: one grid for two tensors.
+
+        Raises:
+            ValueError: the grids differ in limits or granularity, or learn differently.
+        """
+        if self.settings != other.settings:
+            raise ValueError(f"{self.name!r} and {other.name!r} cannot share a grid: {self.settings}, {other.settings}")
+        for variable in (self.scale, self.zero_point, *self.learned.values()):
+            self._untrack_variable(variable)
+        self.scale, self.zero_point, self.learned = other.scale, other.zero_point, other.learned
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return input_shape
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make a quantizer with the same limits, granularity and learning."""
+        fixed = {"qmin": self.qmin, "qmax": self.qmax, "channels": self.channels, "axis": self.axis}
+        learns = {"gradient": self.gradient, "rate": self.rate, "elements": self.elements, "levels": self.levels}
+        return fixed if self.gradient == "ste" else {**fixed, **learns}
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        return {"name": config["name"], "trainable": config["trainable"], **self.settings}
+
+
+def _fixed(q: FakeQuant, unit: Tensor) -> tuple[Tensor, Tensor]:
+    return tf.convert_to_tensor(q.scale), tf.convert_to_tensor(q.zero_point)
+
+
+def _wide(variable: Any) -> Tensor:
+    return tf.cast(tf.convert_to_tensor(variable), tf.float64)
+
+
+def _base(q: FakeQuant) -> tuple[Tensor, Tensor]:
+    """The grid that training began with, in float64."""
+    return _wide(q.scale), _wide(q.zero_point)
+
+
+def _lsq(q: FakeQuant, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """LSQ: the gradient of the scale times `_gradient_scale`.
+
+    The balance is one between steps of weights and of scales: it holds where both are in one unit, and
+    d/dlog_scale = g / scale is the only gradient here that depends on it.
+    """
+    g = _gradient_scale(q.elements, q.levels) * unit * unit
+    return relative_scale(q.scale, q.learned["log_scale"], q.rate, g, _LARGEST), tf.convert_to_tensor(q.zero_point)
+
+
+def _lsq_plus(q: FakeQuant, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """LSQ+: `shift` moves the zero point too, as a share of the grid's extent."""
+    scale, _ = _lsq(q, unit)
+    extent = q.qmax - q.qmin
+    zero_point = round_ste(_wide(q.zero_point) + extent * q.rate * _wide(q.learned["shift"]))
+    factor = _gradient_scale(q.elements, extent) / (extent**2 * q.rate * tf.stop_gradient(_wide(scale)) ** 2)
+    zero_point = scaled_gradient(zero_point, factor)
+    return scale, tf.clip_by_value(zero_point, float(q.qmin), float(q.qmax))
+
+
+def _gradient_scale(elements: int, levels: int) -> float:
+    """g = min(1, 4 / Q_P) / sqrt(N Q_P).
+
+    The paper's g is that without the minimum: it balances grids that start at 2 mean |w| / sqrt(Q_P). Those here start
+    at the range of the values, where 8 bits and more would run away.
+    """
+    return min(1.0, 4.0 / levels) / math.sqrt(elements * levels)
+
+
+def _min_max(q: FakeQuant, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Both edges of the range learn, each by a factor: an edge at zero stays there."""
+    scale, zero_point = _base(q)
+    low = scale * (q.qmin - zero_point) * _exp(q, "log_low")
+    high = scale * (q.qmax - zero_point) * _exp(q, "log_high")
+    return grid_of_range(low, high, q.qmin, q.qmax)
+
+
+def _symmetric(q: FakeQuant, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """One edge for both sides: the same as a scale, with its gradient unscaled."""
+    scale, zero_point = _base(q)
+    return scale * _exp(q, "log_scale"), zero_point
+
+
+def _tqt(q: FakeQuant, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """TQT: the scale is the power of two at or above a learned threshold."""
+    base, zero_point = _base(q)
+    # half a step below the power of two: the grid leaves it for a smaller one as easily as for a larger one
+    exponent = tf.math.log(base) / math.log(2.0) - 0.5
+    moved = _limited(q.rate * _wide(q.learned["log2_scale"]), _OCTAVES)
+    return power_of_two(exponent + moved), zero_point
+
+
+def _exp(q: FakeQuant, name: str) -> Tensor:
+    return tf.exp(_limited(q.rate * _wide(q.learned[name]), _LARGEST))
+
+
+def _limited(x: Tensor, largest: float) -> Tensor:
+    """x within +-largest, with the gradient of x, which leads back from beyond."""
+    return exact(x, tf.clip_by_value(x, -largest, largest))
+
+
+_PARAMETERS: Mapping[str, Callable[[FakeQuant, Tensor], tuple[Tensor, Tensor]]] = MappingProxyType(
+    {"ste": _fixed, "lsq": _lsq, "lsq+": _lsq_plus, "min_max": _min_max, "symmetric": _symmetric, "tqt": _tqt}
+)
+MOVES_ZERO_POINT = ("lsq+", "min_max")
+LEARNED_VARIABLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "ste": (),
+        "lsq": ("log_scale",),
+        "lsq+": ("log_scale", "shift"),
+        "min_max": ("log_low", "log_high"),
+        "symmetric": ("log_scale",),
+        "tqt": ("log2_scale",),
+    }
+)

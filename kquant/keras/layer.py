@@ -1,0 +1,367 @@
+"""The layers of a quantized model; with `fake_quant.FakeQuant` the only classes that own variables.
+
+`QuantizedLayer` wraps one operation of the network with the quantizers of its weights and of its output.
+At inference it computes on integer-valued float32 tensors, which is exact below 2^24: convolutions
+accumulate the very integers that the target accumulates. In training it computes the real-valued
+function of quantized weights and inputs, and quantizes its output: the same up to a rounding, at the
+price of the float operation and little more.
+
+A quantized tensor travels through the model as a pair: its values, scale * (q - zero_point), and its
+grid, the vector [scale, zero_point]. So a layer can recover the integers of its input exactly, and
+gradients reach the scale from both sides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from kquant.graph.ir import Node
+from kquant.graph.ops import BIAS, LINEAR, QUANTIZED_WEIGHT, compute, weight_view
+from kquant.grids.gradients import round_ste
+from kquant.grids.grid import QParams
+from kquant.keras.fake_quant import FakeQuant
+from kquant.targets.litert.fixed_point import requantization
+from kquant.targets.litert.simulate import prelu, simulate
+from kquant.targets.operand import Operand
+
+Tensor = Any
+_AVERAGES = ("avg_pool2d", "resize")  # on the grid of their input, and rounded to it
+# the axes of the weight over which an output channel adds up
+UNIT_AXES = {"conv2d": (0, 1, 2), "depthwise_conv2d": (0, 1), "conv2d_transpose": (0, 1, 3), "dense": (0,)}
+_STRUCTURE = ("name", "op", "inputs", "shape", "dtype", "attrs", "origin", "origin_type")
+
+
+def node_to_dict(node: Node) -> dict[str, Any]:
+    """The node as JSON, with the shapes of its weights in place of their values."""
+    structure = {k: getattr(node, k) for k in _STRUCTURE}
+    shapes = {k: list(getattr(v, "shape", v)) for k, v in node.weights.items()}
+    return {**structure, "attrs": dict(node.attrs), "weights": shapes}
+
+
+def node_from_dict(config: Mapping[str, Any]) -> Node:
+    """The inverse of `node_to_dict`."""
+    tuples = {k: tuple(config[k]) for k in ("inputs", "shape")}
+    return Node(**{**config, **tuples})
+
+
+def grid_settings(q: QParams | None, learning: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """The settings of a `FakeQuant` that can hold `q`, with those by which it learns."""
+    if q is None:
+        return None
+    channels = None if np.ndim(q.scale) == 0 else len(q.scale)
+    return {"qmin": q.qmin, "qmax": q.qmax, "channels": channels, "axis": q.axis, **(learning or {})}
+
+
+def weight_unit(op: str, weight: np.ndarray) -> np.ndarray:
+    """Powers of two that divide a weight to the deviation of a fresh one, sqrt(2 / fan in), in each output channel.
+
+    Folding a batch normalization leaves each channel in a size of its own, and the input's range the first layer (small
+    for images of 0 to 255), while an optimizer such as Adam moves all values by one amount.
+
+    Args:
+        op: one of `UNIT_AXES`.
+        weight: of that operation, in its own shape.
+
+    Returns:
+        float32, broadcastable to `weight`; a channel of (nearly) zeros has 2^-6 of the largest unit.
+    """
+    axes = UNIT_AXES[op]
+    size = np.sqrt(np.mean(np.square(weight, dtype=np.float64), axes, keepdims=True))
+    if not (largest := size.max(initial=0.0)) > 0:
+        return np.ones(size.shape, np.float32)
+    fan_in = math.prod(weight.shape[axis] for axis in axes)
+    fresh = math.sqrt(2 / fan_in)
+    return np.exp2(np.rint(np.log2(np.maximum(size, largest * 2.0**-6) / fresh))).astype(np.float32)
+
+
+def _without_clip(node: Node) -> Node:
+    return node.with_(attrs={k: v for k, v in node.attrs.items() if k != "clip"})
+
+
+@keras.saving.register_keras_serializable("kquant")
+class QuantizedLayer(keras.layers.Layer):
+    """One operation of the network, with the quantizers of its weights and of its output.
+
+    Call it on the list of its input values and the list of their grids, `layer(values, grids)`;
+    `grids` is empty where it reads float tensors. It returns `(values, grid)`, or the values alone
+    where its output stays float. An integer linear operation computes
+
+        acc = op(x_int, round(W / s_w)) + round(b / (s_x s_w));   q = clamp(round(acc s_x s_w / s_y) + z_y)
+
+    (eq. 3 of the white paper, then requantization), the fused activation being part of the clamp.
+
+    Args:
+        node: the operation; its weights give initial values, or only shapes in a serialized config.
+        weight_grid, output_grid: settings of a `FakeQuant`, or None where there is no quantizer.
+        shares_grid: the output is on the grid of the input (pooling, reshaping, concatenation ...).
+        activation_bits: bits of the integer type of its input and output, 8 or 16.
+        constants: inputs that are constants, by name (values, or shapes in a serialized config).
+        constant_grids: their quantizers' settings, by the same names.
+        relative_weight: the variable of the weight of a linear operation holds it in units of its size (`weight_unit`).
+        rounds_in_training: False for probabilities that a loss takes the logarithm of, which must not become 0.
+        training_dtype: in what the operation itself computes in training, "float32" or "bfloat16" (of mixed
+            precision); a dtype policy of the layer would round the variables too.
+    """
+
+    def __init__(
+        self,
+        node: Node | Mapping[str, Any],
+        weight_grid: Mapping[str, Any] | None = None,
+        output_grid: Mapping[str, Any] | None = None,
+        shares_grid: bool = False,
+        activation_bits: int = 8,
+        constants: Mapping[str, Any] | None = None,
+        constant_grids: Mapping[str, Any] | None = None,
+        relative_weight: bool = False,
+        rounds_in_training: bool = True,
+        training_dtype: str = "float32",
+        **kwargs: Any,
+    ):
+        super().__init__(**{"dtype": "float32", **kwargs}, autocast=False)
+        self.node = node if isinstance(node, Node) else node_from_dict(node)
+        self.weight_quantizer = FakeQuant(**weight_grid, name="weight_quantizer") if weight_grid else None
+        self.output_quantizer = FakeQuant(**output_grid, name="output_quantizer") if output_grid else None
+        self.shares_grid, self.activation_bits = shares_grid, activation_bits
+        self.rounds_in_training, self.training_dtype = rounds_in_training, training_dtype
+        self.variables_by_name = {k: self._own(k, v) for k, v in self.node.weights.items()}
+        key = QUANTIZED_WEIGHT[self.node.op][0] if relative_weight else ""
+        self.unit = self._own_unit(key, self.node.weights[key]) if relative_weight else None
+        self.constants = {k: self._own(f"constant_{i}", v) for i, (k, v) in enumerate((constants or {}).items())}
+        self.constant_quantizers = {
+            k: FakeQuant(**v, name=f"constant_quantizer_{i}") for i, (k, v) in enumerate((constant_grids or {}).items())
+        }
+        self.node = self.node.with_(weights={k: tuple(v.shape) for k, v in self.variables_by_name.items()}, stats={})
+        self.built = True
+
+    def _own(self, name: str, value: Any) -> keras.Variable:
+        """A variable of the shape of `value`, an array or a shape."""
+        known = isinstance(value, np.ndarray)
+        initializer = keras.initializers.Constant(0.0)
+        variable = self.add_weight(
+            shape=value.shape if known else tuple(value), initializer=initializer, trainable=True, name=name
+        )
+        if known:
+            variable.assign(value)
+        return variable
+
+    def _own_unit(self, key: str, weight: Any) -> keras.Variable:
+        """The unit of a weight (an array or a shape), whose variable holds it in that unit from now on."""
+        known = isinstance(weight, np.ndarray)
+        value = weight_unit(self.node.op, weight if known else np.ones(tuple(weight), np.float32))
+        unit = self.add_weight(shape=value.shape, initializer="ones", trainable=False, name="unit")
+        if known:
+            unit.assign(value)
+            self.variables_by_name[key].assign(weight / value)
+        return unit
+
+    def tie_weights(self, other: QuantizedLayer) -> None:
+        """Have the weights of `other` and their grid from now on: a layer of the user's that is called twice."""
+        for name, variable in self.variables_by_name.items():
+            self._untrack_variable(variable)
+            setattr(self, f"tied_{name}", other.variables_by_name[name])
+        self.variables_by_name = dict(other.variables_by_name)
+        if self.unit is not None:
+            self._untrack_variable(self.unit)
+            self.unit = other.unit
+        if self.weight_quantizer is not None and other.weight_quantizer is not None:
+            self.weight_quantizer.tie(other.weight_quantizer)
+
+    @property
+    def quantizers(self) -> dict[str, FakeQuant]:
+        """The quantizers of the output and of the constants, by the names of the tensors."""
+        output = {} if self.output_quantizer is None else {self.node.name: self.output_quantizer}
+        return output | self.constant_quantizers
+
+    @property
+    def runs_in_integers(self) -> bool:
+        """Whether the output is an integer tensor."""
+        return self.output_quantizer is not None or self.shares_grid
+
+    def call(self, values: Sequence[Tensor], grids: Sequence[Tensor] = (), training: bool | None = False) -> Any:
+        node, values, grids = self.node, list(values), list(grids)
+        if not self.runs_in_integers:
+            return compute(node, self._with_constants(values), self._real_weights())
+        if training:
+            return self._train(values, grids)
+        if self.output_quantizer is None:
+            return self._shared_grid(values, grids)
+        if node.op == "embedding":
+            table, grid = self.output_quantizer.fake_quantize(self.variables_by_name["table"])
+            return compute(node, values, {"table": table}), grid
+        if not grids and node.op in ("input", "requantize"):
+            return self.output_quantizer.fake_quantize(values[0])
+        out = self._operand(None, self.output_quantizer.grid)
+        operands = self._operands(values, grids)
+        if node.op in LINEAR:
+            centered = self._linear(operands[0], out)
+        elif node.op == "prelu" and self.weight_quantizer is not None:
+            alpha = self._operand(self._quantized_weight()[0], self.weight_quantizer.grid)
+            centered = prelu(operands[0], alpha, out)
+        else:
+            centered = simulate(_without_clip(node), operands, out, self._real_weights())
+        lo, hi = node.attrs.get("clip", (None, None))
+        if node.op == "clip":
+            lo, hi = node.attrs["lo"], node.attrs["hi"]
+        if lo is not None:
+            centered = tf.maximum(centered, tf.round(lo / out.scale))
+        if hi is not None:
+            centered = tf.minimum(centered, tf.round(tf.constant(hi, tf.float32) / out.scale))
+        return self.output_quantizer.clamp(centered) * out.scale, self.output_quantizer.grid
+
+    def _train(self, values: list[Tensor], grids: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The real-valued function of what is quantized already, quantized."""
+        node = self.node
+        if self.output_quantizer is None:
+            y = compute(node, self._with_constants(values))
+            return (round_ste(y / grids[0][0]) * grids[0][0] if node.op in _AVERAGES else y), grids[0]
+        if node.op in ("input", "requantize"):
+            return self.output_quantizer.fake_quantize(values[0])
+        y = self._forward(self._with_constants(values))
+        if not self.rounds_in_training:
+            return y, self.output_quantizer.grid
+        return self.output_quantizer.fake_quantize(y, node.attrs.get("clip", (None, None)))
+
+    def _forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The output in training, before its quantizer."""
+        weights = self.float_weights()
+        if self.weight_quantizer is not None:
+            key = QUANTIZED_WEIGHT[self.node.op][0]
+            weights[key] = self.fake_quantized(weights[key])
+        return self._compute(inputs, weights)
+
+    def fake_quantized(self, weight: Tensor) -> Tensor:
+        """A weight on the grid of the weight quantizer, if there is one."""
+        if self.weight_quantizer is None:
+            return weight
+        unit: Tensor = 1.0
+        if self.unit is not None:
+            units = tf.convert_to_tensor(self.unit)
+            one = self.weight_quantizer.channels is None
+            unit = tf.sqrt(tf.reduce_mean(tf.square(units))) if one else tf.reshape(units, [-1])
+        y, _ = self.weight_quantizer.fake_quantize(weight_view(self.node, weight), unit=unit)
+        return y if y.shape == weight.shape else tf.reshape(y, weight.shape)
+
+    def _compute(self, inputs: Sequence[Tensor], weights: Mapping[str, Tensor]) -> Tensor:
+        """The operation without its fused activation, in the type of mixed precision, the result in float32."""
+
+        def cast(t: Tensor) -> Tensor:
+            return tf.cast(t, self.training_dtype) if t.dtype.is_floating else t
+
+        y = compute(_without_clip(self.node), [cast(t) for t in inputs], {k: cast(w) for k, w in weights.items()})
+        return tf.cast(y, tf.float32)
+
+    def _linear(self, x: Operand, out: Operand) -> Tensor:
+        key, _ = QUANTIZED_WEIGHT[self.node.op]
+        weights = self.float_weights()
+        weight, bias = weights[key], weights[BIAS[self.node.op]]
+        if self.weight_quantizer is None:  # weights in float, activations in integers: simulation only
+            return round_ste(self._compute_linear(x.value, weight, bias) / out.scale)
+        w_scale = self.weight_scale()
+        w_int, _ = self._quantized_weight()
+        b_int = round_ste(bias / (x.scale * w_scale))
+        # an int16 input overflows the 24 bits in which float32 is exact
+        wide = tf.float64 if out.bits > 8 else tf.float32
+        acc = self._compute_linear(*(tf.cast(t, wide) for t in (x.centered, w_int, b_int)))
+        return requantization(self.node, self.weight_quantizer.bits, out.bits)(acc, x.scale, w_scale, out.scale)
+
+    def _compute_linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        node, key = self.node, QUANTIZED_WEIGHT[self.node.op][0]
+        weights = {key: weight, BIAS[node.op]: bias}
+        return compute(_without_clip(node), [x], weights)
+
+    def _quantized_weight(self) -> tuple[Tensor, Tensor]:
+        """The integers of the weight and their real values, in the weight's own shape."""
+        if self.weight_quantizer is None:
+            raise AssertionError(f"{self.node.name!r} has no weight quantizer")
+        weight = self.float_weights()[QUANTIZED_WEIGHT[self.node.op][0]]
+        integers = self.weight_quantizer.integers(weight_view(self.node, weight))
+        real = self.weight_quantizer.real(integers)
+        return tf.reshape(integers, weight.shape), tf.reshape(real, weight.shape)
+
+    def float_weights(self) -> dict[str, Tensor]:
+        """The weights of the operation as it is deployed, before quantization."""
+        return self.trained_weights()
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """The weights as they are trained."""
+        weights = {k: tf.convert_to_tensor(v) for k, v in self.variables_by_name.items()}
+        if self.unit is not None:
+            weights[QUANTIZED_WEIGHT[self.node.op][0]] *= self.unit
+        return weights
+
+    def weight_scale(self) -> Tensor:
+        """The scale of the quantized weight as it is deployed."""
+        if self.weight_quantizer is None:
+            raise AssertionError(f"{self.node.name!r} has no weight quantizer")
+        return self.weight_quantizer.parameters()[0]
+
+    def deployed(self) -> tuple[dict[str, np.ndarray], QParams | None]:
+        """The weights of the operation as it is deployed, and the grid of the quantized one."""
+        weights = {k: np.asarray(v.numpy(), np.float32) for k, v in self.float_weights().items()}
+        return weights, None if self.weight_quantizer is None else self.weight_quantizer.to_qparams()
+
+    def _real_weights(self) -> dict[str, Tensor]:
+        """The weights as real numbers, on their grid where they have one."""
+        weights = self.float_weights()
+        if self.weight_quantizer is not None:
+            weights[QUANTIZED_WEIGHT[self.node.op][0]] = self._quantized_weight()[1]
+        return weights
+
+    def _with_constants(self, values: list[Tensor]) -> list[Tensor]:
+        """All inputs in order, constants in their places, on their grid where they have one."""
+        rest = iter(values)
+        return [self._constant(i) if i in self.constants else next(rest) for i in self.node.inputs]
+
+    def _constant(self, name: str) -> Tensor:
+        value = tf.convert_to_tensor(self.constants[name])
+        return self.constant_quantizers[name](value) if name in self.constant_quantizers else value
+
+    def _operands(self, values: list[Tensor], grids: list[Tensor]) -> list[Operand]:
+        rest = iter(zip(values, grids, strict=True))
+        operands = []
+        for name in self.node.inputs:
+            if name in self.constants:
+                quantizer = self.constant_quantizers[name]
+                grid, centered = quantizer.grid, quantizer.integers(tf.convert_to_tensor(self.constants[name]))
+            else:
+                value, grid = next(rest)
+                centered = round_ste(value / grid[0])
+            operands.append(self._operand(centered, grid))
+        return operands
+
+    def _operand(self, centered: Tensor | None, grid: Tensor) -> Operand:
+        return Operand(centered, grid[0], grid[1], self.activation_bits)
+
+    def _shared_grid(self, values: list[Tensor], grids: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Operations that move or select values, on the grid of their input."""
+        if self.node.op in _AVERAGES or self.node.op == "pad":
+            x = self._operands(values, grids)[0]
+            return simulate(self.node, [x], x, {}) * x.scale, grids[0]
+        return compute(self.node, self._with_constants(values)), grids[0]
+
+    def compute_output_spec(self, values: Any, grids: Any = (), training: bool | None = False) -> Any:
+        output = keras.KerasTensor(self.node.shape, dtype=self.node.dtype)
+        return (output, keras.KerasTensor((2,), dtype="float32")) if self.runs_in_integers else output
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config.pop("dtype", None)
+        quantizers = {"weight_grid": self.weight_quantizer, "output_grid": self.output_quantizer}
+        return {
+            **config,
+            "node": node_to_dict(self.node),
+            "shares_grid": self.shares_grid,
+            "activation_bits": self.activation_bits,
+            "relative_weight": self.unit is not None,
+            "rounds_in_training": self.rounds_in_training,
+            "training_dtype": self.training_dtype,
+            **{k: q and q.settings for k, q in quantizers.items()},
+            "constants": {k: list(v.shape) for k, v in self.constants.items()},
+            "constant_grids": {k: q.settings for k, q in self.constant_quantizers.items()},
+        }

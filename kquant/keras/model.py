@@ -1,0 +1,263 @@
+"""Quantized graph <-> quantized Keras model.
+
+`insert` builds the simulation, an ordinary functional Keras model of `QuantizedLayer`s; `extract`
+reads the quantized graph back from such a model, as it stands after training or loading, for export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+
+from kquant.errors import ModelError
+from kquant.graph.ir import Graph, Node
+from kquant.graph.quantized import QuantizedGraph
+from kquant.graph.tracing.float_call import FloatCall
+from kquant.grids.gradients import checked_loss
+from kquant.grids.grid import QParams
+from kquant.keras.layer import UNIT_AXES, QuantizedLayer, grid_settings, node_from_dict, node_to_dict
+from kquant.keras.report import format_report
+from kquant.quantize.plan import is_final
+from kquant.targets.target import Target, get_target
+
+_NOT_FINITE = (
+    "The loss is NaN or infinite, and this step changed no weight. Look for NaN or huge values in the batch; if there "
+    "are none, lower the learning rate. Loss"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """How the grids of a model learn, and which variables are one (`qat.learning`).
+
+    Attributes:
+        weights: node -> settings by which the grid of its weights learns (see `FakeQuant`).
+        grids: node -> the same of its output, or of a constant.
+        tied_weights: groups of nodes that have one weight: calls of one layer.
+        tied_grids: groups of nodes (and constants) that have one grid.
+        layer: node -> what makes its layer, where it is not a plain `QuantizedLayer`.
+        relative_weights: weights are trained in units of their size (`quantizers.weight_unit`).
+    """
+
+    weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    grids: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tied_weights: tuple[tuple[str, ...], ...] = ()
+    tied_grids: tuple[tuple[str, ...], ...] = ()
+    layer: Mapping[str, Callable[..., QuantizedLayer]] = field(default_factory=dict)
+    relative_weights: bool = False
+
+
+@keras.saving.register_keras_serializable("kquant")
+class QuantizedModel(keras.Model):
+    """A functional model of `QuantizedLayer`s that remembers how it was quantized.
+
+    Attributes:
+        quantization: JSON-able facts: graph inputs and outputs, float nodes, target, config, report.
+    """
+
+    quantization: Mapping[str, Any]
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "quantization": self.quantization}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> QuantizedModel:
+        config = dict(config)
+        quantization = config.pop("quantization")
+        model = super().from_config(config, custom_objects=custom_objects)
+        model.quantization = quantization
+        model.tie()
+        return model
+
+    def tie(self) -> None:
+        """Make one variable of those that the training keeps equal; serialization makes them several."""
+        tied = self.quantization.get("tied", {})
+        layers = {layer.node.name: layer for layer in self.layers if isinstance(layer, QuantizedLayer)}
+        quantizers = {name: q for layer in layers.values() for name, q in layer.quantizers.items()}
+        for first, *rest in tied.get("weights", ()):
+            for name in rest:
+                layers[name].tie_weights(layers[first])
+        for first, *rest in tied.get("grids", ()):
+            for name in rest:
+                quantizers[name].tie(quantizers[first])
+
+    def compute_loss(self, *args: Any, training: bool = True, **kwargs: Any) -> Any:
+        """The loss that `compile` was given; a training step whose loss is not finite fails and changes no weight."""
+        loss = super().compute_loss(*args, training=training, **kwargs)
+        return checked_loss(loss, _NOT_FINITE) if training and loss is not None else loss
+
+    @property
+    def target(self) -> Target:
+        """The hardware that the model simulates."""
+        return get_target(self.quantization["target"])
+
+    @property
+    def report(self) -> str:
+        """What was done, layer by layer, and what stayed float and why."""
+        return format_report(self.quantization)
+
+
+def insert(
+    qgraph: QuantizedGraph,
+    facts: Mapping[str, Any],
+    learning: Learning = Learning(),  # noqa: B008 (frozen)
+    training_dtype: str = "float32",
+) -> QuantizedModel:
+    """The Keras model that simulates `qgraph`.
+
+    Args:
+        qgraph: float weights and the grids of all integer tensors.
+        facts: what to remember in `QuantizedModel.quantization`: "target" at least.
+        learning: how grids learn when the model is trained; by default they do not.
+        training_dtype: in what operations compute when the model is trained (see `QuantizedLayer`).
+    """
+    graph, target = qgraph.graph, get_target(facts["target"])
+    values: dict[str, Any] = {}
+    grids: dict[str, Any] = {}
+    inputs, float_nodes = [], {}
+    for node in graph:
+        if node.op == "const":
+            continue
+        if node.op == "input":
+            name = graph.input_names[graph.inputs.index(node.name)]
+            tensor = keras.Input(batch_shape=node.shape, dtype=node.dtype, name=name)
+            inputs.append(tensor)
+            sources: tuple[str, ...] = ()
+            arguments = [tensor]
+            if qgraph.activations.get(node.name) is None:
+                values[node.name] = tensor
+                continue
+        else:
+            sources = tuple(i for i in node.inputs if graph[i].op != "const")
+            arguments = [values[i] for i in sources]
+        if node.op == "float":
+            call = node.call.clone(name=_keras_name(node))
+            values[node.name] = call(arguments)
+            float_nodes[node.name] = {**node_to_dict(node), "operation": call.operation.name}
+            continue
+        layer = _layer(qgraph, node, target, learning, training_dtype)
+        if layer.runs_in_integers:
+            read = [grids[i] for i in sources if i in grids]
+            values[node.name], grids[node.name] = layer(arguments, read) if read else layer(arguments)
+        else:
+            values[node.name] = layer(arguments)
+    outputs = [values[o] for o in graph.outputs]
+    model = QuantizedModel(_alone(inputs), _alone(outputs), name=graph.name)
+    structure = {
+        "inputs": list(graph.inputs),
+        "outputs": list(graph.outputs),
+        "input_names": list(graph.input_names),
+        "output_names": list(graph.output_names),
+        "order": list(graph.nodes),
+        "float_nodes": float_nodes,
+        "plain_inputs": {i: node_to_dict(graph[i]) for i in graph.inputs if qgraph.activations.get(i) is None},
+    }
+    groups = {"weights": learning.tied_weights, "grids": learning.tied_grids}
+    tied = {kind: [list(names) for names in found] for kind, found in groups.items()}
+    model.quantization = {**facts, "structure": structure, "tied": tied}
+    model.tie()
+    return model
+
+
+def _keras_name(node: Node) -> str:
+    """A legal layer name; the quantizer of an input must not take the input's own name."""
+    name = node.name.replace("/", ".")
+    return f"{name}.quantize" if node.op == "input" else name
+
+
+def _alone(tensors: list[Any]) -> Any:
+    """One tensor as itself, several as a list: the structure of the user's model."""
+    return tensors[0] if len(tensors) == 1 else tensors
+
+
+def _layer(qgraph: QuantizedGraph, node: Node, target: Target, learning: Learning, dtype: str) -> QuantizedLayer:
+    """The layer of one node, with its variables set."""
+    graph = qgraph.graph
+    output, weight = qgraph.activations.get(node.name), qgraph.weights.get(node.name)
+    constants = {i: graph[i].weights["value"] for i in node.inputs if graph[i].op == "const"}
+    shares = output is not None and node.op in target.same_scale | target.inputs_share_output
+    grids = learning.grids
+    constant_grids = {i: grid_settings(qgraph.activations[i], grids.get(i)) for i in constants if output is not None}
+    layer = learning.layer.get(node.name, QuantizedLayer)(
+        node,
+        weight_grid=grid_settings(weight, learning.weights.get(node.name)) if node.op != "embedding" else None,
+        output_grid=None if shares else grid_settings(output, grids.get(node.name)),
+        shares_grid=shares,
+        activation_bits=8 if output is None else output.container,
+        constants=constants,
+        constant_grids=constant_grids,
+        relative_weight=learning.relative_weights and node.op in UNIT_AXES,
+        rounds_in_training=node.op != "softmax" or not is_final(graph, node),
+        name=_keras_name(node),
+        training_dtype=dtype,
+    )
+    constant_pairs = ((q, qgraph.activations[name]) for name, q in layer.constant_quantizers.items())
+    for quantizer, q in ((layer.weight_quantizer, weight), (layer.output_quantizer, output), *constant_pairs):
+        if quantizer is not None and q is not None:
+            quantizer.assign(q)
+    return layer
+
+
+def extract(model: keras.Model) -> QuantizedGraph:
+    """The quantized graph of a model made by `insert`, with its variables as they stand now.
+
+    Raises:
+        ModelError: `model` is not a quantized model.
+    """
+    if not isinstance(model, QuantizedModel):
+        raise ModelError(
+            f"{getattr(model, 'name', model)!r} is not a quantized model: pass the result of kquant.quantize_model"
+        )
+    structure = model.quantization["structure"]
+    layers = {layer.node.name: layer for layer in model.layers if isinstance(layer, QuantizedLayer)}
+    operations = {op.name: op for op in model.operations}
+    nodes: dict[str, Node] = {}
+    activations: dict[str, QParams | None] = {}
+    weights: dict[str, QParams | None] = {}
+    for name in structure["order"]:
+        if name in structure["float_nodes"]:
+            config = dict(structure["float_nodes"][name])
+            call = FloatCall.of(operations[config.pop("operation")])
+            nodes[name], activations[name] = node_from_dict(config).with_(weights={}, call=call), None
+        elif name in structure["plain_inputs"]:
+            nodes[name], activations[name] = node_from_dict(structure["plain_inputs"][name]), None
+        elif name in layers:
+            _extract_layer(layers[name], nodes, activations, weights)
+    order = {name: k for k, name in enumerate(structure["order"])}
+    graph = Graph(
+        nodes={k: nodes[k] for k in sorted(nodes, key=lambda k: order[k])},
+        inputs=tuple(structure["inputs"]),
+        outputs=tuple(structure["outputs"]),
+        input_names=tuple(structure["input_names"]),
+        output_names=tuple(structure["output_names"]),
+        name=model.name,
+    )
+    return QuantizedGraph(graph, activations, weights)
+
+
+def _extract_layer(
+    layer: QuantizedLayer,
+    nodes: dict[str, Node],
+    activations: dict[str, QParams | None],
+    weights: dict[str, QParams | None],
+) -> None:
+    node = layer.node
+    values, weight_grid = layer.deployed()
+    for name, constant in layer.constants.items():
+        value = np.asarray(constant.numpy(), np.float32)
+        nodes[name] = Node(name=name, op="const", shape=value.shape, weights={"value": value}, origin=node.origin)
+        quantizer = layer.constant_quantizers.get(name)
+        activations[name] = quantizer.to_qparams() if quantizer is not None else None
+    nodes[node.name] = node.with_(weights=values)
+    if layer.shares_grid:
+        activations[node.name] = activations[node.inputs[0]]
+    else:
+        activations[node.name] = layer.output_quantizer.to_qparams() if layer.output_quantizer else None
+    if weight_grid is not None:
+        weights[node.name] = weight_grid
+    elif node.op == "embedding" and activations[node.name] is not None:
+        weights[node.name] = activations[node.name]

@@ -1,0 +1,95 @@
+"""`quantize_model`: a float Keras model in, a Keras model that simulates the integer model out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import keras
+
+from kquant.config.quant_config import QuantConfig
+from kquant.errors import ModelError
+from kquant.graph.ir import Graph
+from kquant.graph.quantized import QuantizedGraph
+from kquant.graph.transforms import prepare_graph
+from kquant.keras.backend import check_backend
+from kquant.keras.model import QuantizedModel, insert
+from kquant.keras.report import layer_rows
+from kquant.quantize.data import CalibrationData
+from kquant.quantize.pipeline import Step, quantize_after_training
+from kquant.quantize.plan import Plan
+
+
+def quantize_model(
+    model: keras.Model,
+    calibration_data: Any = None,
+    config: QuantConfig | str | os.PathLike[str] | Mapping[str, Any] = "w8a8",
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    batch_size: int = 32,
+) -> QuantizedModel:
+    """Quantize a trained float model after training (section 3 of the white paper).
+
+    The model is traced into a graph, batch normalization folded and activations fused; then come the steps of
+    figure 8 (`ptq.pipeline`), each where the config wants it, or where it helps: equalize channels across layers,
+    absorb high biases, weight ranges, AdaRound or bias correction, activation ranges. At last the quantizers
+    are inserted. The model itself is not modified; what was done and why is in the `report` of the result.
+
+    Args:
+        model: a built Keras model: Sequential, Functional (nested, shared layers, several inputs
+            and outputs) or subclassed with a `call` that traces to a graph.
+        calibration_data: representative inputs, preprocessed as for the model: arrays, a dict of
+            arrays, a tf.data.Dataset, a keras PyDataset or an iterable of batches, with or without
+            labels. A few hundred samples are enough. None quantizes without data: activation ranges then come
+            from the statistics of batch normalizations; where there are none, an error names the tensors.
+        config: preset name ("w8a8", "w4a8-per_tensor", ...), QuantConfig, dict, or a YAML or JSON file.
+        seed: of what draws at random (the positions that AdaRound looks at); the same model, data, config and seed
+            give the same result.
+        progress: show progress bars.
+        batch_size: batch size for calibration data given as arrays.
+
+    Returns:
+        A functional Keras model with the same inputs and outputs, whose values are on the grids of
+        the target. It saves and loads as a `.keras` file; `kquant.export_tflite` writes it.
+
+    Raises:
+        BackendError: Keras does not run on TensorFlow.
+        ConfigError: the config is wrong or impossible for its target.
+        ModelError: the model cannot be traced or has weights that are not finite.
+        CalibrationError: the data is missing, empty, of the wrong shape, or not finite.
+    """
+    if isinstance(model, QuantizedModel):
+        raise ModelError(f"{model.name!r} is already quantized: pass the float model that it was made from.")
+    return insert(*quantize_to_graph(model, calibration_data, QuantConfig.load(config), seed, progress, batch_size))
+
+
+def quantize_to_graph(
+    model: keras.Model, calibration_data: Any, config: QuantConfig, seed: int, progress: bool, batch_size: int
+) -> tuple[QuantizedGraph, dict[str, Any]]:
+    """The quantized graph of a float model, and the facts that a `QuantizedModel` remembers; see `quantize_model`."""
+    check_backend()
+    graph = prepare_graph(model)
+    data = None if calibration_data is None else _checked(graph, calibration_data, batch_size)
+    plan, qgraph, steps = quantize_after_training(graph, config, data, seed=seed, progress=progress)
+    return qgraph, facts_of(plan, qgraph, steps, config, seed)
+
+
+def _checked(graph: Graph, source: Any, batch_size: int) -> CalibrationData:
+    names = zip(graph.inputs, graph.input_names, strict=True)
+    specs = [(name, graph[node].shape, graph[node].dtype) for node, name in names]
+    return CalibrationData(source, specs, batch_size=batch_size)
+
+
+def facts_of(plan: Plan, qgraph: QuantizedGraph, steps: list[Step], config: QuantConfig, seed: int) -> dict[str, Any]:
+    """What a `QuantizedModel` remembers of how it was made, JSON-able."""
+    return {
+        "target": plan.target.name,
+        "config": config.to_dict(),
+        "seed": seed,
+        "steps": [asdict(step) for step in steps],
+        "layers": layer_rows(plan, qgraph),
+        "float": [{"node": s.node, "layer": s.layer, "reason": s.reason} for s in plan.skipped],
+    }

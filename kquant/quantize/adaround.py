@@ -1,0 +1,202 @@
+"""AdaRound: round each layer's weights so that its output changes least (white paper, section 3.4).
+
+Layer by layer in topological order, minimize over the integers of the grid, and over the bias, which stays at 32 bits,
+
+    E || f(W x + b) - f(W^ x^ + b^) ||^2                                                     (eq. 35)
+
+with x the input in the float network and x^ that in the network quantized so far. Without f the expectation is a
+quadratic form in W^ (`gram.Moments`), each output channel is a problem of its own, and all integers may be compared,
+not only the two neighbours of a weight. `SOLVERS` says how it is minimized:
+
+    "descent"     sequential rounding (GPTQ) and coordinate descent on the quadratic form: fastest and best
+    "gram"        AdaRound's relaxation on the quadratic form
+    "stochastic"  AdaRound as published: minibatches, activation in the loss
+
+The quadratic form is centred on W* = Cov(y, x^) Cov(x^, x^)^-1, the float weights that repair the errors of earlier
+layers best, damped towards W. The bias that belongs to W^ is known in closed form, b^ = E y - W^ E x^.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from kquant.config.specs import AdaRound
+from kquant.graph.ir import Graph, Node
+from kquant.graph.ops import weight_view
+from kquant.grids.grid import QParams, fake_quantize
+from kquant.quantize.descent import Quadratic, descent, sequential
+from kquant.quantize.gram import (
+    MATRIX_OPS,
+    Moments,
+    channels_to_groups,
+    from_matrices,
+    moments,
+    positions_of,
+    sampled_rows,
+    to_matrices,
+)
+from kquant.quantize.relaxation import relax_gram, relax_rows
+from kquant.quantize.walk import Batches, Data, layer_by_layer
+
+Array = np.ndarray[Any, Any]
+_ROW_BYTES = 256 << 20  # patches that the stochastic solver holds
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRounding:
+    """What became of one layer. Errors are expected squares of its output before the activation, summed over channels.
+
+    Attributes:
+        node: its name.
+        grid: of its weights; not the given one where `AdaRound.scales` offers others.
+        rows: how many patches were seen.
+        power: variance of the float output: what the errors compare to.
+        nearest_loss: error with weights rounded to nearest on the given grid, at the best bias.
+        loss: error with the chosen weights.
+        changed: fraction of weights whose integer is not the nearest one.
+    """
+
+    node: str
+    grid: QParams = field(repr=False)
+    rows: int
+    power: float
+    nearest_loss: float
+    loss: float
+    changed: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """A layer on its way: the float node, its inputs, their moments, and the problem on its grid."""
+
+    node: Node
+    batches: Batches
+    moments: Moments
+    problem: Quadratic
+    scale: Array
+
+
+def _stochastic(layer: _Layer, settings: AdaRound, seed: int) -> Array:
+    node, m = layer.node, layer.moments
+    fits = _ROW_BYTES / (4 * m.gram.shape[0] * m.gram.shape[1] * m.rows)
+    positions = max(1, int(min(_positions(node, settings), positions_of(node)) * min(1.0, fits)))
+    w = to_matrices(node, node.weights["kernel"])
+    offset = channels_to_groups(node, node.weights["bias"]) - m.y_mean
+    found, wanted = [], []
+    for x, x_hat in sampled_rows(node, layer.batches(), positions, seed):
+        found.append(x_hat.numpy() - m.x_mean)
+        wanted.append(x.numpy() @ w + offset)
+    rows = np.concatenate(found, axis=1), np.concatenate(wanted, axis=1)
+    lo, hi = node.attrs.get("clip", (None, None))
+    clip = (-np.inf if lo is None else lo, np.inf if hi is None else hi)
+    lo, hi = (channels_to_groups(node, np.asarray(v, np.float64)) - m.y_mean for v in clip)
+    return relax_rows(
+        layer.problem, layer.scale, rows, (lo, hi), iterations=settings.iterations, batch=settings.batch, seed=seed
+    )
+
+
+SOLVERS: Mapping[str, Callable[[_Layer, AdaRound, int], Array]] = {
+    "descent": lambda layer, settings, seed: descent(layer.problem, settings.sweeps),
+    "gram": lambda layer, settings, seed: relax_gram(layer.problem, settings.iterations),
+    "stochastic": _stochastic,
+}
+
+
+def adaround(
+    graph: Graph,
+    weights: Mapping[str, QParams],
+    data: Data,
+    settings: AdaRound = AdaRound(),  # noqa: B008 (frozen)
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    memory: int = 3 << 28,
+) -> tuple[Graph, list[LayerRounding]]:
+    """Round the weights of linear operations with the output in view.
+
+    Args:
+        graph: a float graph, batch normalization folded and activations fused.
+        weights: node -> grid of its weights, see `graph.ops.weight_view`; nodes that are no matrix products are left
+            alone.
+        data: representative inputs, re-iterable: tuples of arrays [n, ...], one per graph input.
+        settings: see `AdaRound`.
+        seed: of the positions and minibatches.
+        progress: show a bar.
+        memory: bytes for activations, see `walk.layer_by_layer`.
+
+    Returns:
+        The graph with kernels on the grids that the report names and biases that fit them, and a report per layer in
+        topological order. No channel has a larger error than with the nearest integers, in the solver's objective.
+
+    Raises:
+        CalibrationError: the data is empty or does not fit, or a tensor is not finite.
+    """
+    names = [n.name for n in graph if n.name in weights and n.op in MATRIX_OPS]
+    report: list[LayerRounding] = []
+
+    def solve(node: Node, batches: Batches) -> Node:
+        inputs = batches if settings.asymmetric else lambda: ((x, x) for x, _ in batches())
+        node, row = round_layer(node, inputs, weights[node.name], settings, seed)
+        report.append(row)
+        return node
+
+    graph = layer_by_layer(graph, names, data, solve, memory=memory, progress=progress, title="rounding")
+    return graph, report
+
+
+def round_layer(
+    node: Node, batches: Batches, grid: QParams, settings: AdaRound, seed: int = 0
+) -> tuple[Node, LayerRounding]:
+    """One layer of `adaround`, from passes over its inputs (x, x^)."""
+    kernel = node.weights["kernel"]
+    w = to_matrices(node, kernel)
+    m = moments(node, batches(), positions=_positions(node, settings), seed=seed)
+    target, metric = m.target(w, settings.damping)
+    best = _rescaled(node, grid, target, metric, settings.scales)
+    problem, scale = _problem(node, best, target, metric)
+    u = SOLVERS[settings.solver](_Layer(node, batches, m, problem, scale), settings, seed)
+    rounded = (u * scale).astype(np.float32)
+    nearest = to_matrices(node, fake_quantize(weight_view(node), grid).reshape(kernel.shape))
+    steps = np.rint(nearest / channels_to_groups(node, grid.scale))
+    row = LayerRounding(
+        node=node.name,
+        grid=best,
+        rows=m.rows,
+        power=float(m.power.sum()),
+        nearest_loss=float(m.loss(nearest).sum()),
+        loss=float(m.loss(rounded).sum()),
+        changed=float(np.mean(u != steps)),
+    )
+    return node.with_weights(kernel=from_matrices(node, rounded), bias=m.bias(rounded).astype(np.float32)), row
+
+
+def _positions(node: Node, settings: AdaRound) -> int:
+    return -(-settings.positions // 4) if node.op == "depthwise_conv2d" else settings.positions
+
+
+def _problem(node: Node, grid: QParams, target: Array, metric: Array) -> tuple[Quadratic, Array]:
+    scale = channels_to_groups(node, grid.scale)
+    zero = channels_to_groups(node, grid.zero_point)
+    return Quadratic(metric, target / scale.astype(np.float64), grid.qmin - zero, grid.qmax - zero), scale
+
+
+def _rescaled(node: Node, grid: QParams, target: Array, metric: Array, factors: tuple[float, ...]) -> QParams:
+    """The grid with each scale times the factor that leaves the least cost after sequential rounding.
+
+    Where all scales are powers of two, as some targets want them, they stay.
+    """
+    if factors == (1.0,) or (np.frexp(grid.scale)[0] == 0.5).all():
+        return grid
+    costs = []
+    for factor in factors:
+        candidate = replace(grid, scale=np.asarray(grid.scale * np.float32(factor)))
+        problem, scale = _problem(node, candidate, target, metric)
+        u = problem.better(problem.nearest(), sequential(problem))
+        cost = problem.cost(u) * np.square(scale, dtype=np.float64)
+        costs.append(cost.reshape(-1) if grid.axis is not None else cost.sum())
+    factor = np.asarray(factors, np.float32)[np.argmin(costs, axis=0)]
+    return replace(grid, scale=np.asarray(grid.scale * factor, np.float32))

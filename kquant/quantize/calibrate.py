@@ -1,0 +1,186 @@
+"""Ranges of weights, and of activations from streamed data, turned into the grids of a plan.
+
+The float graph runs once over the data; memory does not grow with the number of batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tqdm.auto import tqdm
+
+from kquant.config.specs import QuantSpec
+from kquant.errors import CalibrationError
+from kquant.graph.ir import Graph, Node
+from kquant.graph.ops import BIAS, LINEAR, QUANTIZED_WEIGHT, evaluate, weight_view
+from kquant.graph.quantized import QuantizedGraph
+from kquant.grids.grid import QParams, fit_bias, qparams_from_range
+from kquant.grids.observers import Histogram, MinMax, Rows
+from kquant.grids.ranges import activation_range, weight_range
+from kquant.quantize.data import CalibrationData
+from kquant.quantize.plan import Plan
+
+Observers = dict[str, Any]  # what `ranges.activation_range` reads: observers of the data, or moments
+
+# How each range method looks at a tensor; "batch_norm" does not, its moments come from the graph.
+_OBSERVERS: Mapping[str, Callable[[str], MinMax | Histogram | Rows]] = MappingProxyType(
+    {"min_max": MinMax, "mse": Histogram, "percentile": Histogram, "cross_entropy": Rows}
+)
+
+
+def quantize_graph(plan: Plan, data: CalibrationData | None, progress: bool = True) -> QuantizedGraph:
+    """Give every tensor of the plan its grid, weights rounded to nearest.
+
+    Raises:
+        CalibrationError: the data is empty or does not fit the model, or a tensor is not finite.
+    """
+    return make_grids(plan, weight_grids(plan), {} if data is None else observe(plan, data, progress))
+
+
+def observe(plan: Plan, data: CalibrationData, progress: bool = True) -> Observers:
+    """Statistics of the tensors whose values set a grid, from one pass over the data.
+
+    Extremes are reduced inside the compiled graph; only tensors whose range method looks at more
+    leave it, into streaming histograms or samples of rows.
+    """
+    graph = plan.graph
+    names = [n for members in plan.observed.values() for n in members if graph[n].op not in ("const", "embedding")]
+    kinds = {n: _OBSERVERS[m] for n in names if (m := plan.activations[n].method) in _OBSERVERS}
+    observers: Observers = {n: kind(n) for n, kind in kinds.items()}
+    reduced = [n for n, kind in kinds.items() if kind is MinMax]
+    detailed = [n for n in kinds if n not in reduced]
+
+    def statistics(values: list[Any]) -> tuple[Any, Any]:
+        extremes = [[tf.reduce_min(v), tf.reduce_max(v)] for v in values[: len(reduced)]]
+        return tf.stack(extremes) if extremes else tf.zeros((0, 2)), values[len(reduced) :]
+
+    for extremes, values in _over_data(graph, [*reduced, *detailed], data, statistics, progress, "calibrating"):
+        for name, low_high in zip(reduced, extremes.numpy(), strict=True):
+            observers[name].update(low_high)
+        for name, value in zip(detailed, values, strict=True):
+            observers[name].update(value.numpy())
+    return observers
+
+
+def smallest_outputs(
+    graph: Graph, names: Sequence[str], data: CalibrationData, progress: bool = True
+) -> dict[str, np.ndarray]:
+    """The smallest value that each channel (entry of the last axis) of some tensors takes over the data.
+
+    Returns:
+        node -> float32 [channels].
+    """
+
+    def smallest(values: list[Any]) -> list[Any]:
+        return [tf.reduce_min(tf.reshape(v, (-1, v.shape[-1])), axis=0) for v in values]
+
+    found: dict[str, np.ndarray] = {}
+    for values in _over_data(graph, names, data, smallest, progress, "observing"):
+        for name, value in zip(names, values, strict=True):
+            found[name] = np.minimum(found.get(name, np.inf), value.numpy())
+    return found
+
+
+def _over_data(
+    graph: Graph, names: Sequence[str], data: CalibrationData, summarize: Callable[[list[Any]], Any], *bar: Any
+) -> Iterator[Any]:
+    """summarize(the tensors `names`), compiled with the float graph, of one slice of the data after another."""
+    progress, title = bar
+    # captured tensors are shared by the compiled function, arrays would be copied into it as constants
+    graph = graph.rebuild(n.with_(weights={k: tf.constant(w) for k, w in n.weights.items()}) for n in graph)
+    signature = [tf.TensorSpec(graph[i].shape, graph[i].dtype) for i in graph.inputs]
+
+    @tf.function(input_signature=signature, autograph=False)
+    def run(*feeds: Any) -> Any:
+        return summarize(evaluate(graph, feeds, names))
+
+    rows = _rows_at_once(graph)
+    total = data.num_batches
+    for batch in tqdm(iter(data), desc=title, unit="batch", total=total, disable=not progress, leave=False):
+        for k in range(0, len(batch[0]), rows):
+            yield run(*(x[k : k + rows] for x in batch))
+
+
+def _rows_at_once(graph: Graph) -> int:
+    """Samples whose largest activation takes about 32 MB: memory does not depend on the caller's batch size."""
+    largest = max(4 * int(np.prod([d or 1 for d in node.shape])) for node in graph)
+    return max(1, (32 << 20) // largest)
+
+
+def weight_grids(plan: Plan) -> dict[str, QParams]:
+    """The grids of all quantized weights, by the range methods of their specs."""
+    grids = {}
+    for name, spec in plan.weights.items():
+        node = plan.graph[name]
+        axis = QUANTIZED_WEIGHT[node.op][1] if spec.per_channel else None
+        low, high = weight_range(spec.method, weight_view(node), spec, axis, name=node.origin or name)
+        if node.op in BIAS and not (low.any() or high.any()):  # any scale will do: one that keeps the bias' step fine
+            high = np.full_like(high, np.abs(node.weights[BIAS[node.op]]).max(initial=0.0) / 256)
+        grids[name] = qparams_from_range(low, high, spec, axis)
+    return grids
+
+
+def make_grids(plan: Plan, weights: Mapping[str, QParams], statistics: Mapping[str, Any]) -> QuantizedGraph:
+    """All grids: those of activations from statistics, and those of weights, where a bias must fit its accumulator.
+
+    Args:
+        plan: what is quantized.
+        weights: from `weight_grids`.
+        statistics: tensor -> its observer, or its moments for "batch_norm".
+    """
+    leaders = {leader: _activation_grid(plan, leader, statistics) for leader in plan.sources} | plan.fixed
+    activations: dict[str, QParams | None] = {n.name: None for n in plan.graph}
+    activations.update({name: leaders[leader] for name, leader in plan.groups.items()})
+    chosen: dict[str, QParams | None] = {n: _with_room(plan.graph[n], q, activations) for n, q in weights.items()}
+    chosen |= {n.name: activations[n.name] for n in plan.graph if n.op == "embedding"}
+    return QuantizedGraph(plan.graph, activations, chosen)
+
+
+def _with_room(node: Node, weights: QParams, activations: Mapping[str, QParams | None]) -> QParams:
+    """The weights' grid, coarser where the bias of an integer operation would not fit otherwise."""
+    x = activations.get(node.inputs[0])
+    return weights if node.op not in LINEAR or x is None else fit_bias(weights, node.weights[BIAS[node.op]], x.scale)
+
+
+def _activation_grid(plan: Plan, leader: str, observers: Mapping[str, Any]) -> QParams:
+    """The grid of a group: the hull of the ranges of its sources."""
+    spec = plan.activations[leader]
+    ranges = [_source_range(plan, name, spec, observers) for name in plan.sources[leader]]
+    return place(qparams_from_range(min(r[0] for r in ranges), max(r[1] for r in ranges), spec))
+
+
+def _source_range(plan: Plan, name: str, grid: QuantSpec, observers: Mapping[str, Any]) -> tuple[float, float]:
+    """The range of one tensor: fixed, of its constants, or by its own method for the `grid` of its group."""
+    node, own = plan.graph[name], plan.activations[name]
+    if own.range is not None:
+        return own.range
+    if node.op in ("const", "embedding"):
+        value = node.weights["value" if node.op == "const" else "table"]
+        return float(value.min()), float(value.max())
+    if name not in observers:
+        raise CalibrationError(
+            f"Nothing is known of the values at {name!r} (method={own.method!r}): pass calibration data with "
+            'method="min_max", or set its range=(low, high).'
+        )
+    low, high = activation_range(own.method, observers[name], replace(grid, percentile=own.percentile))
+    return float(low), float(high)
+
+
+def place(q: QParams) -> QParams:
+    """Move a grid of fewer than 8 bits to an edge of the int8 container, so that saturation clamps it.
+
+    A grid that starts at zero goes to the upper edge (a fused ReLU clamps below), any other to the
+    lower edge. Grids of 8 bits or more stay.
+    """
+    levels = q.qmax - q.qmin
+    if levels >= 254:
+        return q
+    offset = 127 - q.qmax if int(q.zero_point) == q.qmin else -128 - q.qmin
+    return replace(
+        q, zero_point=np.asarray(q.zero_point + offset, np.int32), qmin=q.qmin + offset, qmax=q.qmax + offset
+    )

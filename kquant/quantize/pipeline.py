@@ -1,0 +1,227 @@
+"""Post-training quantization in the order of figure 8 of the white paper, with data or without.
+
+    with data     equalize -> weight ranges -> AdaRound, or empirical bias correction -> activation ranges
+    without data  equalize -> absorb high biases -> weight ranges -> analytic bias correction -> ranges from batch norm
+
+The config switches each step on or off; where it says None, the step is taken where it helps: see `decide`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from kquant.config.quant_config import QuantConfig
+from kquant.config.specs import AdaRound
+from kquant.errors import CalibrationError, ConfigError
+from kquant.graph.ir import Graph
+from kquant.graph.ops import LINEAR
+from kquant.graph.quantized import QuantizedGraph
+from kquant.graph.transforms.absorb_bias import absorb_bias
+from kquant.graph.transforms.equalize import equalize
+from kquant.grids.grid import QParams
+from kquant.quantize.adaround import adaround
+from kquant.quantize.analytic_correction import correct_biases_analytically
+from kquant.quantize.bias_correction import CORRECTED, correct_biases
+from kquant.quantize.calibrate import make_grids, observe, smallest_outputs, weight_grids
+from kquant.quantize.data import CalibrationData
+from kquant.quantize.input_moments import estimate_inputs
+from kquant.quantize.moments import Moments, propagate
+from kquant.quantize.plan import Plan, make_plan
+
+_NAMED = 8  # at most so many tensors are listed in a message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of the pipeline.
+
+    Attributes:
+        name: field of `QuantConfig` that switches it, or what it sets.
+        taken: whether it was.
+        note: what it did, or why it was left out.
+    """
+
+    name: str
+    taken: bool
+    note: str
+
+
+def quantize_after_training(
+    graph: Graph, config: QuantConfig, data: CalibrationData | None, *, seed: int = 0, progress: bool = True
+) -> tuple[Plan, QuantizedGraph, list[Step]]:
+    """Quantize a float graph after training.
+
+    Args:
+        graph: batch normalization folded and activations fused (`transforms.prepare_graph`).
+        config: what to do.
+        data: calibration data, None for the data-free pipeline.
+        seed: of whatever draws at random.
+        progress: show progress bars.
+
+    Returns:
+        The plan, the quantized graph, and the steps in order, taken or not.
+
+    Raises:
+        ConfigError: the config is impossible for its target, or asks without data for what needs data.
+        CalibrationError: the data is unusable, or ranges need data and there is none.
+    """
+    log = _Log(decide(make_plan(graph, config), config, data is not None))
+    if log.takes("equalize"):
+        graph, note = _equalize(graph)
+        log.note("equalize", note)
+    if log.takes("absorb_bias"):
+        graph, note = _absorb(graph, data, progress)
+        log.note("absorb_bias", note)
+    plan = make_plan(graph, config)
+    weights = weight_grids(plan)
+    linear = {n: q for n, q in weights.items() if plan.graph[n].op in CORRECTED}
+    if log.takes("adaround") and data is not None:
+        settings = config.adaround if isinstance(config.adaround, AdaRound) else AdaRound()
+        graph, rows = adaround(plan.graph, linear, data, settings, seed=seed, progress=progress)
+        plan, weights = replace(plan, graph=graph), weights | {r.node: r.grid for r in rows}
+        ratio = np.mean([r.loss / r.nearest_loss for r in rows if r.nearest_loss > 0] or [1.0])
+        log.note(
+            "adaround", f"{settings.solver}, {len(rows)} layers, {ratio:.2f} of nearest rounding's error on average"
+        )
+    if log.takes("correct_bias"):
+        graph, note = _correct(plan, linear, data, progress)
+        plan = replace(plan, graph=graph)
+        log.note("correct_bias", note)
+    if data is None:
+        plan, statistics, notes = _without_data(plan)
+    else:
+        statistics, notes = (observe(plan, data, progress) if plan.observed else {}), _methods(plan)
+    for note in notes:
+        log.note("activation ranges", note)
+    return plan, make_grids(plan, weights, statistics), log.steps
+
+
+class _Log:
+    """The steps so far.
+
+    Args:
+        left_out: step -> why it is left out, empty for a step to take.
+    """
+
+    def __init__(self, left_out: Mapping[str, str]) -> None:
+        self.left_out = left_out
+        self.steps: list[Step] = []
+
+    def takes(self, name: str) -> bool:
+        """Whether a step is to be taken; noted if not."""
+        if why := self.left_out[name]:
+            self.steps.append(Step(name=name, taken=False, note=why))
+        return not why
+
+    def note(self, name: str, text: str) -> None:
+        """A step was taken."""
+        self.steps.append(Step(name=name, taken=True, note=text))
+
+
+def decide(plan: Plan, config: QuantConfig, has_data: bool) -> dict[str, str]:
+    """Why each step that the config can switch is left out; empty for a step to take.
+
+    Where the config says None: equalization where weights have one scale per tensor; absorption without data, where
+    it narrows ranges that are guessed from statistics; AdaRound below 8 bits; bias correction where rounding shifts
+    means noticeably, below 8 bits or with one scale per tensor.
+
+    Raises:
+        ConfigError: AdaRound is asked for and there is no data.
+    """
+    specs = [s for n, s in plan.weights.items() if plan.graph[n].op in CORRECTED]
+    per_tensor, coarse = any(not s.per_channel for s in specs), any(s.bits < 8 for s in specs)
+    nothing = "" if specs else "no weights are quantized"
+    estimated = plan.observed and not has_data
+    ranges = "activation ranges come from data" if has_data else "no activation range is estimated"
+    advice = {
+        "equalize": nothing or ("" if per_tensor else "every channel has a scale of its own"),
+        "absorb_bias": "" if estimated else ranges,
+        "adaround": nothing or ("it needs data" if not has_data else "" if coarse else "8 bits round well enough"),
+        "correct_bias": nothing or ("" if per_tensor or coarse or not has_data else "8 bits per channel shift no mean"),
+    }
+    asked = {name: getattr(config, name) for name in advice}
+    reasons = {n: why if asked[n] is None else "" if asked[n] else "switched off" for n, why in advice.items()}
+    if not reasons["adaround"]:
+        if not has_data:
+            raise ConfigError("adaround reconstructs the outputs of the layers: pass calibration_data, or remove it.")
+        reasons["correct_bias"] = "AdaRound sets the biases too"
+    return reasons
+
+
+def _equalize(graph: Graph) -> tuple[Graph, str]:
+    graph, report = equalize(graph)
+    dead = report.dead.zero + report.dead.absorbed + report.dead.unread
+    note = f"{len(report.regions)} regions in {report.sweeps} sweeps"
+    return graph, note + (f", {dead} dead channels resolved" if dead else "")
+
+
+def _absorb(graph: Graph, data: CalibrationData | None, progress: bool) -> tuple[Graph, str]:
+    """With the smallest values seen where there is data, with batch normalization statistics otherwise."""
+    lows = {} if data is None else smallest_outputs(graph, [n.name for n in graph if n.op in LINEAR], data, progress)
+    graph, report = absorb_bias(graph, lows=lows)
+    counts = [n for c in report.absorbed.values() if (n := int(np.count_nonzero(c)))]
+    note = f"{sum(counts)} channels of {len(counts)} layers"
+    return graph, note + (f"; not possible in {len(report.skipped)} layers" if report.skipped else "")
+
+
+def _correct(
+    plan: Plan, weights: Mapping[str, QParams], data: CalibrationData | None, progress: bool
+) -> tuple[Graph, str]:
+    """Empirical bias correction with data, analytic without."""
+    if data is None:
+        graph, report = correct_biases_analytically(plan.graph, weights)
+        skipped = [f"not {name!r}: {why}" for name, why in report.skipped.items()]
+        return graph, "; ".join([f"analytic, {len(report.corrected)} layers", *_few(skipped)])
+    graph, shifts = correct_biases(plan.graph, weights, data, progress=progress)
+    if not shifts:
+        return graph, "empirical, 0 layers"
+    worst = max(shifts, key=shifts.__getitem__)
+    return graph, f"empirical, {len(shifts)} layers, at most {shifts[worst]:.2g} standard deviations (in {worst!r})"
+
+
+def _methods(plan: Plan) -> list[str]:
+    names = [n for names in plan.observed.values() for n in names]
+    counts = Counter(plan.activations[n].method for n in names)
+    return ["from the data: " + ", ".join(f"{m} of {k} tensors" for m, k in counts.items())] if counts else []
+
+
+def _without_data(plan: Plan) -> tuple[Plan, Mapping[str, Moments], list[str]]:
+    """Activation ranges from batch normalization statistics (eq. 18-19): the plan, the moments, notes."""
+    methods = {n: s if s.range else replace(s, method="batch_norm") for n, s in plan.activations.items()}
+    plan = replace(plan, activations=methods)
+    estimated = _known_inputs(plan)
+    known, unknown = propagate(plan.graph, estimated)
+    names = [n for names in plan.observed.values() for n in names]
+    missing = [f"{n!r}: {unknown[n]}" for n in names if n in unknown]
+    if missing:
+        lines = "\n".join(f"  {line}" for line in _few(missing))
+        raise CalibrationError(
+            f"Without calibration data, {len(missing)} of {len(names)} activation ranges cannot be told:\n{lines}\n"
+            "Pass calibration_data, a few hundred preprocessed samples, or fix the ranges: of an input with "
+            'inputs={"range": [low, high]}, of a layer with a rule, or quantize the weights alone, e.g. with "w8".'
+        )
+    notes = [f"without data: batch_norm of {len(names)} tensors"] if names else []
+    for name in [n for n in names if n in estimated]:
+        low, high = float(estimated[name].low.min()), float(estimated[name].high.max())
+        notes.append(f"{name!r} is estimated to be within [{low:.3g}, {high:.3g}]; inputs.range says it exactly")
+    return plan, known, notes
+
+
+def _known_inputs(plan: Plan) -> dict[str, Moments]:
+    """Moments of the inputs, to derive ranges from: estimated, or else uniform within a range that the config fixes."""
+    found = {}
+    for name in plan.graph.inputs:
+        spec = plan.activations.get(name)
+        if spec is not None and spec.range is not None:
+            low, high = np.multiply.outer(spec.range, np.ones(plan.graph[name].shape[-1] or 1))
+            found[name] = Moments((low + high) / 2, (high - low) / np.sqrt(12), low, high)
+    return found | estimate_inputs(plan.graph)
+
+
+def _few(lines: list[str]) -> list[str]:
+    """The first of many lines, and how many more there are."""
+    return lines if len(lines) <= _NAMED else [*lines[:_NAMED], f"... and {len(lines) - _NAMED} more"]

@@ -1,0 +1,304 @@
+"""Graph + config + target -> for every tensor a spec, a shared grid, or a reason to stay float.
+
+The plan makes the graph a legal program of the target: it decides which nodes run in integers,
+inserts a "requantize" node wherever a tensor must change its grid (float to integer, int8 to int16,
+an input of a concatenation that is also read elsewhere), and unites the tensors that the target's
+kernels force onto one grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from kquant.config.quant_config import QuantConfig
+from kquant.config.specs import LayerSpec, QuantSpec
+from kquant.errors import ConfigError
+from kquant.graph.ir import Graph, Node
+from kquant.graph.ops import LINEAR, QUANTIZED_WEIGHT
+from kquant.grids.grid import QParams
+from kquant.targets.target import Target, get_target
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A node that stays float, and why."""
+
+    node: str
+    layer: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is quantized and how.
+
+    Attributes:
+        graph: the float graph, with "requantize" nodes inserted.
+        weights: node -> spec of its weights, for nodes with quantized weights.
+        activations: node -> spec of its output grid, for nodes that run in integers.
+        groups: node -> the member that stands for all tensors on the same grid (itself, if alone).
+        fixed: member that stands for a group -> the grid that the target dictates.
+        sources: member -> the tensors whose ranges, fixed or observed, set the grid of its group.
+        skipped: the nodes that stay float.
+        target: the hardware.
+    """
+
+    graph: Graph
+    weights: dict[str, QuantSpec]
+    activations: dict[str, QuantSpec]
+    groups: dict[str, str]
+    fixed: dict[str, QParams]
+    sources: dict[str, tuple[str, ...]]
+    skipped: tuple[Skip, ...]
+    target: Target
+
+    @property
+    def observed(self) -> dict[str, tuple[str, ...]]:
+        """The `sources` without a fixed range: the tensors that have to be looked at."""
+        unknown = {k: tuple(n for n in names if self.activations[n].range is None) for k, names in self.sources.items()}
+        return {k: names for k, names in unknown.items() if names}
+
+
+def make_plan(graph: Graph, config: QuantConfig) -> Plan:
+    """Decide for every tensor of `graph`.
+
+    Raises:
+        ConfigError: the config is impossible for its target, or a rule matches no layer.
+    """
+    target = get_target(config.target)
+    target.check(config)
+    specs = resolve(graph, config)
+    reasons = _float_reasons(graph, specs, target)
+    graph, specs = _insert_requantize(graph, specs, reasons, target)
+    integer = {n.name for n in graph if n.name not in reasons and n.dtype == "float32"}
+    groups = share_grids(graph, integer, target)
+    activations = {name: _activation_spec(graph[name], specs[name]) for name in integer}
+    fixed: dict[str, QParams] = {}
+    members: dict[str, list[str]] = {}
+    for name in graph.nodes:
+        if name not in integer:
+            continue
+        node, leader = graph[name], groups[name]
+        bits = target.container_bits(activations[name].bits)
+        if (grid := target.fixed_output(node.op, bits)) is not None:
+            fixed[leader] = _full_grid(grid, bits)
+        if name == leader or node.op in target.inputs_share_output:
+            members.setdefault(leader, []).append(name)
+    sources = {
+        leader: tuple(n for n in names if graph[n].op in target.inputs_share_output) or (leader,)
+        for leader, names in members.items()
+        if leader not in fixed
+    }
+    for name in _logits(graph) & {n for names in sources.values() for n in names}:
+        activations[name] = _logits_spec(activations[name], specs[name], config)
+    return Plan(
+        graph=graph,
+        weights=_weight_specs(graph, specs, integer),
+        activations=activations,
+        groups=groups,
+        fixed=fixed,
+        sources=sources,
+        skipped=tuple(Skip(n, graph[n].origin or n, r) for n, r in reasons.items() if graph[n].op != "const"),
+        target=target,
+    )
+
+
+def resolve(graph: Graph, config: QuantConfig) -> dict[str, LayerSpec]:
+    """The config's word on every node; model inputs have a spec of their own."""
+    linear = [n.origin for n in graph if n.op in LINEAR - {"affine"}]
+    first, last = (linear[0], linear[-1]) if linear else (None, None)
+    specs: dict[str, LayerSpec] = {}
+    matched: set[int] = set()
+    for node in graph:
+        spec = config.resolve(
+            node.origin or node.name, node.origin_type, first=node.origin == first, last=node.origin == last
+        )
+        matched.update(spec.matched)
+        if node.op == "input":
+            spec = replace(spec, activations=spec.activations and config.input_spec)
+        specs[node.name] = spec
+    origins = {n.origin or n.name: n.origin_type for n in graph}
+    config.check_matched(matched, sorted(origins), sorted(set(origins.values())))
+    return specs
+
+
+def _float_reasons(graph: Graph, specs: dict[str, LayerSpec], target: Target) -> dict[str, str]:
+    """Why nodes stay float, in topological order. Constants follow their reader."""
+    reasons: dict[str, str] = {}
+    for node in graph:
+        if node.dtype != "float32" or node.op == "const":
+            continue
+        spec = specs[node.name]
+        data = [graph[i] for i in node.inputs if graph[i].op != "const"]
+        if node.op == "float":
+            reasons[node.name] = f"{node.origin_type} has no integer kernel in kquant"
+        elif spec.float:
+            reasons[node.name] = spec.reason
+        elif spec.activations is None:
+            reasons[node.name] = spec.reason or "activations are not quantized"
+        elif target.float_only(node.op, target.container_bits(spec.activations.bits)):
+            reasons[node.name] = f"{target.name} has no {spec.activations.bits}-bit kernel for {node.op}"
+        elif node.op in LINEAR and spec.weights is None and not target.float_weights:
+            reasons[node.name] = spec.reason or "its weights are not quantized"
+        elif node.op in target.same_scale and data[0].name in reasons:
+            reasons[node.name] = f"it only moves the values of {data[0].name!r}, which stays float"
+        elif node.op != "embedding" and any(d.dtype != "float32" for d in data):
+            reasons[node.name] = "it reads integer ids"
+    for node in graph:
+        if node.op == "const" and all(c.name in reasons for c in graph.consumers(node.name)):
+            reasons[node.name] = "its reader stays float"
+    return reasons
+
+
+def _insert_requantize(
+    graph: Graph, specs: dict[str, LayerSpec], reasons: dict[str, str], target: Target
+) -> tuple[Graph, dict[str, LayerSpec]]:
+    """Insert "requantize" nodes so that every integer node reads what its kernel takes."""
+    specs, nodes, names = dict(specs), [], set(graph.nodes)
+    converted: dict[tuple[str, object], str] = {}  # (tensor, container or the reader that needs its own) -> node
+
+    def container(name: str, reader: Node) -> int | None:
+        if name in reasons:
+            return None
+        owner = reader if graph[name].op == "const" else graph[name]
+        return target.container_bits(_activation_spec(graph[name], specs[owner.name]).bits)
+
+    for node in graph:
+        if node.op == "const" and node.name not in reasons:
+            specs[node.name] = specs[graph.consumers(node.name)[0].name]
+        if node.name in reasons or node.dtype != "float32" or not node.inputs:
+            nodes.append(node)
+            continue
+        inputs = []
+        wanted = target.container_bits(_activation_spec(node, specs[node.name]).bits)
+        for source in node.inputs:
+            own = node.op in target.inputs_share_output and not _may_share(graph, source, node, reasons, target)
+            if graph[source].dtype == "float32" and (own or container(source, node) != wanted):
+                key = (source, node.name if own else wanted)
+                if key not in converted:
+                    converted[key] = _fresh(f"{source}/requantize", names)
+                    specs[converted[key]] = specs[node.name]
+                    nodes.append(_requantize(graph[source], converted[key], container(source, node)))
+                source = converted[key]
+            inputs.append(source)
+        nodes.append(node.with_(inputs=tuple(inputs)))
+    return graph.rebuild(nodes), specs
+
+
+def _fresh(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
+
+
+def _requantize(source: Node, name: str, input_bits: int | None) -> Node:
+    """A change of grid; `input_bits` is the container it reads, None for a float tensor."""
+    return Node(
+        name=name,
+        attrs={"input_bits": input_bits},
+        op="requantize",
+        inputs=(source.name,),
+        shape=source.shape,
+        origin=source.origin,
+        origin_type=source.origin_type,
+    )
+
+
+def _may_share(graph: Graph, source: str, reader: Node, reasons: dict[str, str], target: Target) -> bool:
+    """Whether `source` can take the grid of its reader's output without harming other readers."""
+    while True:
+        node = graph[source]
+        if graph.sole_consumer(source) is not reader or source in reasons or node.op == "embedding":
+            return False
+        if target.fixed_output(node.op, 8) is not None or reader.inputs.count(source) > 1:
+            return False
+        if node.op not in target.same_scale:
+            return True
+        source, reader = node.inputs[0], node
+
+
+def share_grids(graph: Graph, integer: set[str], target: Target) -> dict[str, str]:
+    """Unite tensors that must have one grid: node -> the first member of its group."""
+    groups = {n.name: n.name for n in graph if n.name in integer}
+
+    def unite(a: str, b: str) -> None:
+        a, b = groups[a], groups[b]
+        first = next(n for n in graph.nodes if n in (a, b))
+        for name, leader in groups.items():
+            if leader in (a, b):
+                groups[name] = first
+
+    for node in graph:
+        if node.name in integer and (node.op in target.same_scale or node.op in target.inputs_share_output):
+            for source in node.inputs:
+                unite(source, node.name)
+    return groups
+
+
+def _activation_spec(node: Node, spec: LayerSpec) -> QuantSpec:
+    """The spec of the node's output; constants are stored with at least 8 bits, embedding tables with at most 8."""
+    if spec.activations is None:
+        raise ConfigError(f"{node.name!r} runs in integers but its activations have no spec")
+    if node.op == "const" and spec.activations.bits < 8:
+        return replace(spec.activations, bits=8)
+    if node.op == "embedding" and spec.activations.bits > 8:
+        return replace(spec.activations, bits=8)
+    return spec.activations
+
+
+def _logits(graph: Graph) -> set[str]:
+    """The tensors that only a final softmax reads, directly or through reshapes that keep the classes' axis."""
+    found = set()
+    for node in graph:
+        if node.op != "softmax" or not is_final(graph, node):
+            continue
+        name = node.inputs[0]
+        while graph[name].op == "reshape" and graph[graph[name].inputs[0]].shape[-1] == node.shape[-1]:
+            name = graph[name].inputs[0]
+        reader = graph.sole_consumer(name)
+        while reader is not None and reader is not node:
+            reader = graph.sole_consumer(reader.name)
+        if reader is node:
+            found.add(name)
+    return found
+
+
+def is_final(graph: Graph, node: Node) -> bool:
+    """Whether `node` is a model output, directly or through reshapes."""
+    if node.name in graph.outputs:
+        return True
+    return any(reader.op == "reshape" and is_final(graph, reader) for reader in graph.consumers(node.name))
+
+
+def _logits_spec(spec: QuantSpec, layer: LayerSpec, config: QuantConfig) -> QuantSpec:
+    """`spec` with the config's method for logits, unless a rule chose one, or the model is quantized without data."""
+    chosen = any({"method", "range"} & set(config.rules[i].activations or ()) for i in layer.matched)
+    if config.logits is None or chosen or spec.method == "batch_norm":
+        return spec
+    return replace(spec, method=config.logits)
+
+
+def _full_grid(grid: tuple[float, int], bits: int) -> QParams:
+    scale, zero_point = grid
+    half = 2 ** (bits - 1)
+    return QParams(np.asarray(scale, np.float32), np.asarray(zero_point, np.int32), -half, half - 1)
+
+
+def _weight_specs(graph: Graph, specs: dict[str, LayerSpec], integer: set[str]) -> dict[str, QuantSpec]:
+    """Specs of the weights. Batch-norm scales and PReLU slopes are few, and keep 8 bits."""
+    chosen = {}
+    for node in graph:
+        spec = specs[node.name].weights
+        if node.op not in QUANTIZED_WEIGHT or node.op == "embedding" or spec is None:
+            continue
+        if node.name not in integer and (node.op in ("affine", "prelu") or specs[node.name].float):
+            continue
+        if node.op == "prelu":
+            spec = replace(spec, bits=8, per_channel=False)
+        elif node.op == "affine":
+            spec = replace(spec, bits=8)
+        chosen[node.name] = spec
+    return chosen

@@ -1,0 +1,1 @@
+"""LiteRT: kernels, files and the interpreter."""

@@ -1,0 +1,194 @@
+"""What every operation needs to write itself: tensors of nodes, constants, conversions, operators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kquant.errors import ExportError
+from kquant.graph.ir import Node, Shape
+from kquant.graph.quantized import QuantizedGraph
+from kquant.grids.grid import QParams, quantize
+from kquant.targets.litert.clamps import Clamp
+from kquant.targets.litert.flatbuffer import FlatbufferBuilder, Grid
+from kquant.targets.litert.versions import op_version
+from kquant.targets.target import Target
+
+MODES = ("integer", "float32", "float16", "dynamic_range", "weight_only")
+
+# builtin -> name of its options table; the others have none, or an empty one that the runtime does not read
+_OPTIONS: Mapping[str, str] = {
+    "ADD": "AddOptions",
+    "AVERAGE_POOL_2D": "Pool2DOptions",
+    "CAST": "CastOptions",
+    "CONCATENATION": "ConcatenationOptions",
+    "CONV_2D": "Conv2DOptions",
+    "DEPTHWISE_CONV_2D": "DepthwiseConv2DOptions",
+    "FULLY_CONNECTED": "FullyConnectedOptions",
+    "GATHER": "GatherOptions",
+    "GELU": "GeluOptions",
+    "LEAKY_RELU": "LeakyReluOptions",
+    "MAX_POOL_2D": "Pool2DOptions",
+    "MEAN": "ReducerOptions",
+    "MIRROR_PAD": "MirrorPadOptions",
+    "MUL": "MulOptions",
+    "PACK": "PackOptions",
+    "REDUCE_MAX": "ReducerOptions",
+    "RESIZE_BILINEAR": "ResizeBilinearOptions",
+    "RESIZE_NEAREST_NEIGHBOR": "ResizeNearestNeighborOptions",
+    "SHAPE": "ShapeOptions",
+    "SOFTMAX": "SoftmaxOptions",
+    "STRIDED_SLICE": "StridedSliceOptions",
+    "SUB": "SubOptions",
+    "TRANSPOSE_CONV": "TransposeConvOptions",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Sink:
+    """Where an operation writes.
+
+    Attributes:
+        tensor: index of the output tensor.
+        q: its grid, None where the node runs in float.
+        fused: the activation to fuse.
+    """
+
+    tensor: int
+    q: QParams | None
+    fused: str = "NONE"
+
+
+class Emitter:
+    """Writes the nodes of a quantized graph, one after the other, into a builder.
+
+    Args:
+        qgraph: what to write.
+        target: rules for the containers of weights.
+        mode: one of `MODES`; in all but "integer" every node runs in float.
+        batch: fixed batch size, or None for a batch that a user may resize.
+    """
+
+    def __init__(self, qgraph: QuantizedGraph, target: Target, mode: str, batch: int | None) -> None:
+        self.graph, self.target, self.mode, self.batch = qgraph.graph, target, mode, batch
+        self.builder = FlatbufferBuilder()
+        self.tensors: dict[str, int] = {}
+        self.constant_bytes = 0
+        self.weight_types: dict[str, str] = {}
+        self._qgraph = qgraph
+        self._floats: dict[str, int] = {}
+
+    def grid(self, name: str) -> QParams | None:
+        """Grid of a node's output as it is written; None where it is float (or integer ids)."""
+        return self._qgraph.activations.get(name) if self.mode == "integer" else None
+
+    def weight_grid(self, name: str) -> QParams | None:
+        """Grid of a node's weights as they are written; None where they are not integers."""
+        return None if self.mode in ("float32", "float16") else self._qgraph.weights.get(name)
+
+    def shape(self, node: Node) -> Shape:
+        """A node's shape with the batch that the writer was asked for."""
+        shape = tuple(node.shape)
+        if None in shape[1:]:
+            raise ExportError(
+                f"{node.name!r}: TFLite needs fixed sizes, found shape {shape}; "
+                "build the model with a fixed input shape."
+            )
+        return (self.batch, *shape[1:]) if shape and shape[0] is None else shape
+
+    def new_tensor(self, name: str, shape: Shape, q: QParams | None, dtype: str = "FLOAT32") -> int:
+        """An activation tensor: integer where it has a grid, else of type `dtype`."""
+        if q is None:
+            return self.builder.tensor(name, shape, dtype)
+        return self.builder.tensor(name, shape, f"INT{q.container}", Grid(q.scale, q.zero_point))
+
+    def helper(self, node: Node, suffix: str, shape: Shape | None = None, q: QParams | None = None) -> int:
+        """An intermediate tensor of a node, "<node>/<suffix>"."""
+        return self.new_tensor(f"{node.name}/{suffix}", self.shape(node) if shape is None else shape, q, _dtype(node))
+
+    def constant(self, name: str, values: np.ndarray, dtype: str, grid: Grid | None = None) -> int:
+        """A constant tensor, whose bytes are counted."""
+        index = self.builder.constant(name, values, dtype, grid)
+        bits = {"INT4": 4, "INT2": 2, "INT8": 8, "FLOAT16": 16, "INT16": 16, "INT64": 64}.get(dtype, 32)
+        self.constant_bytes += (np.asarray(values).size * bits + 7) // 8
+        return index
+
+    def indices(self, node: Node, suffix: str, values: Any) -> int:
+        """A constant int32 tensor, such as a shape or axes."""
+        return self.constant(f"{node.name}/{suffix}", np.asarray(values, np.int32), "INT32")
+
+    def real_constant(self, name: str, values: Any, q: QParams | None) -> int:
+        """Real numbers as a constant: quantized on a per-tensor grid, or float32."""
+        values = np.asarray(values, np.float32)
+        if q is None:
+            return self.constant(name, values, "FLOAT32")
+        return self.constant(name, quantize(values, q), f"INT{q.container}", Grid(q.scale, q.zero_point))
+
+    def read(self, name: str, integer: bool) -> int:
+        """The tensor in which a reader finds a node's output: as it is, or dequantized (once) for float readers."""
+        if integer or self.graph[name].dtype != "float32" or self.grid(name) is None:
+            return self.tensors[name]
+        if name not in self._floats:
+            node = self.graph[name]
+            if node.op == "const":
+                self._floats[name] = self.real_constant(f"{name}/float", node.weights["value"], None)
+            else:
+                self._floats[name] = self.helper(node, "float")
+                self.op("DEQUANTIZE", [self.tensors[name]], [self._floats[name]])
+        return self._floats[name]
+
+    def op(
+        self,
+        builtin: str,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        weights: int | None = None,
+        per_channel: bool = False,
+        **fields: Any,
+    ) -> None:
+        """Add an operator, with the version that the types of its tensors ask for.
+
+        Args:
+            builtin: the schema's name.
+            inputs: tensor indices; the data first (second for TRANSPOSE_CONV).
+            outputs: tensor indices.
+            weights: index of its weights, if it has any.
+            per_channel: whether these have a scale per channel.
+            **fields: of its options table.
+        """
+        b = self.builder
+        data = outputs[0] if builtin == "QUANTIZE" else inputs[2] if builtin == "TRANSPOSE_CONV" else inputs[0]
+        version = op_version(
+            builtin,
+            b.dtype(data),
+            "" if weights is None else b.dtype(weights),
+            per_channel=per_channel,
+            rank=len(b.shape(data)),
+            half_pixel_centers=bool(fields.get("halfPixelCenters")),
+            keep_num_dims=bool(fields.get("keepNumDims")),
+            dilated=max(fields.get("dilationHFactor", 1), fields.get("dilationWFactor", 1)) > 1,
+        )
+        b.operator(builtin, inputs, outputs, version, _OPTIONS.get(builtin), fields)
+
+    def clamp(self, node: Node, clamp: Clamp, source: int, out: Sink) -> None:
+        """MAXIMUM and MINIMUM with scalars, or a number per channel, between `source` and the node's own tensor."""
+        steps = [("MAXIMUM", "floor", clamp.lower), ("MINIMUM", "ceiling", clamp.upper)]
+        steps = [s for s in steps if s[2] is not None]
+        for k, (builtin, suffix, bound) in enumerate(steps):
+            limit = self._bound(f"{node.name}/{suffix}", bound, out.q)
+            last = k == len(steps) - 1
+            result = out.tensor if last else self.helper(node, "floored", q=out.q)
+            self.op(builtin, [source, limit], [result])
+            source = result
+
+    def _bound(self, name: str, value: Any, q: QParams | None) -> int:
+        if q is None:
+            return self.constant(name, np.asarray(value), "FLOAT32")
+        return self.constant(name, np.asarray(value), f"INT{q.container}", Grid(q.scale, q.zero_point))
+
+
+def _dtype(node: Node) -> str:
+    return node.dtype.upper()

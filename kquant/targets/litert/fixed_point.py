@@ -1,0 +1,124 @@
+"""Requantization, accumulator * multiplier, as the different kernels of the target round it.
+
+On tensors, for the simulation; `tflite/arithmetic.py` holds the same formulas on numpy arrays, for the
+reference. Accumulators are integer-valued float32; products of 31-bit multipliers need int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from kquant.graph.ir import Node
+from kquant.grids.gradients import exact, round_ste
+
+Tensor = Any
+Requantize = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (acc, s_x, s_w, s_y) -> integers
+
+
+def in_float32(acc: Tensor, s_x: Tensor, s_w: Tensor, s_y: Tensor) -> Tensor:
+    """round(acc * (s_x s_w / s_y)) in float32, half to even: XNNPACK."""
+    return round_ste(acc * (s_x * s_w / s_y))
+
+
+def double_rounding(half_away: bool | Tensor) -> Requantize:
+    """Rounded at 31 fractional bits and again at the right shift, halves away from zero or up: LiteRT's own kernels."""
+    return lambda acc, s_x, s_w, s_y: _scaled(
+        acc, s_x, s_w, s_y, lambda a, mantissa, exponent: scale_twice(a, mantissa, exponent, half_away)
+    )
+
+
+def single_rounding(acc: Tensor, s_x: Tensor, s_w: Tensor, s_y: Tensor) -> Tensor:
+    """One rounding, halves away from zero: fully connected layers with int16 activations."""
+
+    def scale(a: Tensor, mantissa: Tensor, exponent: Tensor) -> Tensor:
+        return tf.sign(a) * shift_right(tf.abs(a) * mantissa, 31 - exponent)
+
+    return _scaled(acc, s_x, s_w, s_y, scale)
+
+
+def reduced(acc: Tensor, s_x: Tensor, s_w: Tensor, s_y: Tensor) -> Tensor:
+    """One rounding with a multiplier of 16 bits: convolutions with int16 activations."""
+
+    def scale(a: Tensor, mantissa: Tensor, exponent: Tensor) -> Tensor:
+        short = tf.where(mantissa >= 0x7FFF0000, tf.constant(0x7FFF, tf.int64), (mantissa + (1 << 15)) // (1 << 16))
+        return shift_right(a * short, 15 - exponent)
+
+    return _scaled(acc, s_x, s_w, s_y, scale)
+
+
+def _scaled(acc: Tensor, s_x: Tensor, s_w: Tensor, s_y: Tensor, scale: Callable[..., Tensor]) -> Tensor:
+    """What `scale(acc, mantissa, exponent)` makes of the accumulator, with the gradient of the real product."""
+    s_x, s_w, s_y = (tf.cast(s, tf.float64) for s in (s_x, s_w, s_y))
+    real = s_x * s_w / s_y
+    ideal = tf.cast(acc, tf.float32) * tf.cast(real, tf.float32)
+    return exact(ideal, tf.cast(scale(tf.cast(acc, tf.int64), *multiplier(tf.stop_gradient(real))), tf.float32))
+
+
+def scale_twice(x: Tensor, mantissa: Tensor, exponent: Tensor, half_away: bool | Tensor = True) -> Tensor:
+    """x * mantissa * 2^(exponent - 31), rounded halves up at 31 fractional bits, and again at the right shift.
+
+    Where `half_away` is true the second rounding takes halves away from zero, elsewhere up.
+    """
+    high = shift_right((x * _power(tf.maximum(exponent, 0))) * mantissa, tf.constant(31, tf.int64))
+    right = tf.maximum(-exponent, 0)
+    away = tf.sign(high) * shift_right(tf.abs(high), right)
+    return away if half_away is True else tf.where(half_away, away, shift_right(high, right))
+
+
+def multiplier(real: Tensor) -> tuple[Tensor, Tensor]:
+    """A float64 factor as mantissa * 2^(exponent - 31), the mantissa of 31 bits rounded half up; 0 below 2^-32."""
+    bits = tf.bitcast(real, tf.int64)
+    exponent = tf.bitwise.right_shift(bits, tf.constant(52, tf.int64)) - 1022
+    fraction = tf.bitcast(tf.bitwise.bitwise_or(bits & ((1 << 52) - 1), tf.constant(1022 << 52, tf.int64)), tf.float64)
+    mantissa = tf.cast(tf.floor(fraction * 2.0**31 + 0.5), tf.int64)
+    carried = mantissa >= (1 << 31)
+    mantissa, exponent = tf.where(carried, mantissa // 2, mantissa), exponent + tf.cast(carried, tf.int64)
+    vanishes = exponent < -31
+    return tf.where(vanishes, tf.zeros_like(mantissa), mantissa), tf.where(vanishes, tf.zeros_like(exponent), exponent)
+
+
+def _power(exponent: Tensor) -> Tensor:
+    return tf.bitwise.left_shift(tf.ones_like(exponent), exponent)
+
+
+def shift_right(x: Tensor, shift: Tensor) -> Tensor:
+    """x / 2^shift, rounded half up."""
+    half = _power(shift) // 2
+    x = x + half
+    return tf.bitwise.right_shift(x, tf.broadcast_to(shift, tf.shape(x)))
+
+
+def bit_length(x: Tensor) -> Tensor:
+    """Bits of a positive int64."""
+    return tf.bitwise.right_shift(tf.bitcast(tf.cast(x, tf.float64), tf.int64), tf.constant(52, tf.int64)) - 1022
+
+
+def requantization(node: Node, weight_bits: int, activation_bits: int) -> Requantize:
+    """How LiteRT's default kernels scale the accumulator of a linear operation.
+
+    XNNPACK takes int8 weights, but no transposed convolution whose output shape depends on a dynamic batch.
+    Packed weights (4 bits, in dense layers also 2) it takes only in dense layers whose input depth fills whole
+    bytes; LiteRT's own kernels do the rest. Those round halves up where they are vectorized: depthwise and
+    transposed convolutions in whole blocks of 8 channels, grouped convolutions not at all.
+
+    Args:
+        node: the operation.
+        weight_bits: bits of its weights.
+        activation_bits: 8 or 16.
+    """
+    if activation_bits > 8:
+        return single_rounding if node.op == "dense" else reduced
+    packed = weight_bits <= 4
+    if node.op == "conv2d_transpose" or (packed and node.op == "depthwise_conv2d"):
+        channels = node.shape[-1] or 0
+        return double_rounding(np.arange(channels) >= channels - channels % 8)
+    if not packed or node.op not in ("dense", "conv2d"):
+        return in_float32
+    if node.op == "conv2d":
+        return double_rounding(node.attrs["groups"] > 1)
+    depth = node.weights["kernel"][0]
+    return in_float32 if depth % (4 if weight_bits <= 2 else 2) == 0 else double_rounding(False)

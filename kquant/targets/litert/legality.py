@@ -1,0 +1,110 @@
+"""What would run but compute something else, or not run at all: refused before it is written."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kquant.errors import ExportError
+from kquant.graph.ir import Node
+from kquant.graph.ops import LINEAR
+from kquant.grids.grid import QParams
+from kquant.targets.litert.emitter import Emitter
+from kquant.targets.litert.ops import RULES
+from kquant.targets.target import Target
+
+_REPLAN = "make the plan again with kquant.quantize_model"
+
+
+def check(e: Emitter, node: Node) -> None:
+    """Refuse a node that the kernels would not compute as the simulation does.
+
+    Raises:
+        ExportError: names the node, what was found and the remedy.
+    """
+    if node.op in ("input", "const", "float"):
+        if (q := e.grid(node.name)) is not None:
+            _check_grid(node, q)
+        return
+    if node.op not in RULES:
+        raise ExportError(f"{node.name!r}: there is no TFLite operator for op {node.op!r}; keep the layer float.")
+    rule = RULES[node.op]
+    rank = max((len(n.shape) for n in (node, *(e.graph[i] for i in node.inputs))), default=0)
+    if rule.max_rank is not None and rank > rule.max_rank:
+        raise ExportError(
+            f"{node.name!r}: {node.op} takes at most {rule.max_rank} axes, found {rank}; reshape before it."
+        )
+    q = e.grid(node.name)
+    if q is None:
+        return
+    _check_grid(node, q)
+    container = q.container
+    if container not in rule.containers:
+        raise ExportError(
+            f"{node.name!r}: {node.op} has no kernel for int{container} activations; "
+            "use 8 bits or keep the layer float."
+        )
+    _check_inputs(e, node, q)
+    _check_output(e.target, node, q)
+    w = e.weight_grid(node.name)
+    if node.op in LINEAR and w is not None and np.any(w.zero_point):
+        raise ExportError(
+            f"{node.name!r}: weights with zero point {np.ravel(w.zero_point)[np.argmax(np.ravel(w.zero_point) != 0)]} "
+            "are computed wrongly by the kernels; set symmetric=True and signed=True for them."
+        )
+
+
+def _check_grid(node: Node, q: QParams) -> None:
+    if np.size(q.scale) != 1:
+        raise ExportError(f"{node.name!r}: an activation needs one scale, found {np.size(q.scale)}; {_REPLAN}.")
+    if not (np.isfinite(q.scale) and q.scale > 0):
+        raise ExportError(f"{node.name!r}: scale {float(q.scale)} is not a positive number; calibrate again.")
+    if not q.qmin <= int(q.zero_point) <= q.qmax or q.qmin < -32768 or q.qmax > 32767:
+        raise ExportError(
+            f"{node.name!r}: zero point {int(q.zero_point)} on [{q.qmin}, {q.qmax}] does not fit 16 bits or its grid; "
+            f"{_REPLAN}."
+        )
+    if q.container == 16 and int(q.zero_point) != 0:
+        raise ExportError(
+            f"{node.name!r}: int16 activations need zero point 0, found {int(q.zero_point)}; "
+            "set symmetric=True for them."
+        )
+
+
+def _check_inputs(e: Emitter, node: Node, q: QParams) -> None:
+    tied = node.op in e.target.same_scale or node.op in e.target.inputs_share_output
+    for name in node.inputs:
+        source = e.grid(name)
+        if source is None:
+            if node.op in ("requantize", "embedding"):
+                continue
+            raise ExportError(
+                f"{node.name!r} runs in integers but reads {name!r}, which is float; put a requantize between them."
+            )
+        if node.op != "requantize" and source.container != q.container:
+            raise ExportError(
+                f"{node.name!r} makes int{q.container} but reads int{source.container} from {name!r}; "
+                "put a requantize between them."
+            )
+        if tied and not same_grid(source, q):
+            raise ExportError(
+                f"{node.name!r}: {node.op} needs the same grid for input and output, found {_text(source)} in {name!r} "
+                f"and {_text(q)}; put a requantize between them."
+            )
+
+
+def _check_output(target: Target, node: Node, q: QParams) -> None:
+    fixed = target.fixed_output(node.op, q.container)
+    if fixed is not None and (np.float32(q.scale), int(q.zero_point)) != (np.float32(fixed[0]), fixed[1]):
+        raise ExportError(
+            f"{node.name!r}: the kernel of {node.op} writes on scale {fixed[0]:g}, zero point {fixed[1]}, "
+            f"found {_text(q)}; put a requantize behind it."
+        )
+
+
+def same_grid(a: QParams, b: QParams) -> bool:
+    """Whether the integers of two grids mean the same numbers."""
+    return np.float32(a.scale) == np.float32(b.scale) and int(a.zero_point) == int(b.zero_point)
+
+
+def _text(q: QParams) -> str:
+    return f"scale {float(q.scale):.6g}, zero point {int(q.zero_point)}"

@@ -1,0 +1,1 @@
+"""LiteRT's kernels in numpy, bit for bit."""

@@ -1,0 +1,121 @@
+"""Running a TFLite file: one small class over LiteRT's interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+from kquant.errors import ExportError
+from kquant.targets.litert.reader import file_content
+
+# name -> the interpreter's kernels: XNNPACK where it can, the optimized kernels, the reference kernels
+KERNELS = {
+    "default": OpResolverType.AUTO,
+    "builtin": OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+    "reference": OpResolverType.BUILTIN_REF,
+}
+
+
+class TFLiteModel:
+    """A TFLite file, ready to run on batches.
+
+    Args:
+        source: the file's path or its bytes.
+        kernels: "default" (XNNPACK), "builtin" (optimized, no delegate) or "reference".
+        threads: number of threads.
+        keep_tensors: keep every intermediate tensor readable after a run (not under "default",
+            whose delegate never materializes them).
+
+    Raises:
+        ExportError: the file does not exist, is truncated, corrupt, or not accepted by the kernels.
+    """
+
+    def __init__(
+        self,
+        source: bytes | str | os.PathLike[str],
+        kernels: str = "default",
+        threads: int = 2,
+        keep_tensors: bool = False,
+    ):
+        self.content = file_content(source)
+        self._options: dict[str, Any] = {
+            "experimental_op_resolver_type": KERNELS[kernels],
+            "experimental_preserve_all_tensors": keep_tensors,
+            "num_threads": threads,
+        }
+        try:
+            self._interpreter = Interpreter(model_content=self.content, **self._options)
+            self._interpreter.allocate_tensors()
+        except (ValueError, RuntimeError) as error:
+            raise ExportError(f"LiteRT does not accept the file ({kernels} kernels): {error}") from error
+        self.inputs: list[Mapping[str, Any]] = self._interpreter.get_input_details()
+        self.outputs: list[Mapping[str, Any]] = self._interpreter.get_output_details()
+        self._batch = int(self.inputs[0]["shape"][0]) if len(self.inputs[0]["shape"]) else 1
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """One run on a batch.
+
+        Args:
+            inputs: one array per input, as stored in the file, or float32, which is quantized.
+
+        Returns:
+            The outputs as stored in the file.
+        """
+        values = [self._as_stored(x, d) for x, d in zip(inputs, self.inputs, strict=True)]
+        batch = len(values[0])
+        if batch != self._batch:
+            for value, detail in zip(values, self.inputs, strict=True):
+                self._interpreter.resize_tensor_input(detail["index"], value.shape)
+            self._interpreter.allocate_tensors()
+            self._batch = batch
+        for value, detail in zip(values, self.inputs, strict=True):
+            self._interpreter.set_tensor(detail["index"], value)
+        self._interpreter.invoke()
+        return [self._interpreter.get_tensor(d["index"]) for d in self.outputs]
+
+    def predict(self, inputs: np.ndarray | Sequence[np.ndarray], batch_size: int = 32) -> list[np.ndarray]:
+        """Real-valued outputs for all samples.
+
+        Args:
+            inputs: an array, or one array per input, real values or as stored.
+            batch_size: samples per run; the last batch may be smaller.
+        """
+        arrays = [inputs] if isinstance(inputs, np.ndarray) else list(inputs)
+        starts = range(0, len(arrays[0]), batch_size)
+        return self.predict_batches([a[k : k + batch_size] for a in arrays] for k in starts)
+
+    def predict_batches(self, batches: Iterable[Sequence[np.ndarray]]) -> list[np.ndarray]:
+        """Real-valued outputs for a stream of batches."""
+        results = [[dequantized(y, d) for y, d in zip(self.run(b), self.outputs, strict=True)] for b in batches]
+        return [np.concatenate(column) for column in zip(*results, strict=True)]
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """All tensors of the last run that are readable, by name."""
+        found = {}
+        for detail in self._interpreter.get_tensor_details():
+            try:
+                found[detail["name"]] = self._interpreter.get_tensor(detail["index"])
+            except ValueError:  # released, or inside a delegate
+                continue
+        return found
+
+    def _as_stored(self, x: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:
+        dtype, (scale, zero_point) = detail["dtype"], detail["quantization"]
+        x = np.asarray(x)
+        if x.dtype == dtype:
+            return x
+        if scale and np.issubdtype(x.dtype, np.floating):
+            limits = np.iinfo(dtype)
+            q = np.rint(x.astype(np.float32) / np.float32(scale)) + zero_point
+            return np.clip(q, limits.min, limits.max).astype(dtype)
+        return x.astype(dtype)
+
+
+def dequantized(y: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:
+    """The real values of an output; float and integer outputs without a grid stay as they are."""
+    scale, zero_point = detail["quantization"]
+    return (y.astype(np.float32) - np.float32(zero_point)) * np.float32(scale) if scale else y

@@ -1,0 +1,281 @@
+"""`write_tflite`: a quantized graph as a TFLite file.
+
+Every node becomes one tensor of the node's name (helpers are called "<node>/<what>"), holding the
+very integers, scales and zero points of the graph. `ops.RULES` says how an operation is written,
+`legality` what is refused, `clamps` how bounds are enforced.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from kquant.errors import ExportError
+from kquant.graph.ir import Node
+from kquant.graph.quantized import QuantizedGraph
+from kquant.grids.grid import QParams
+from kquant.targets.litert.clamps import (
+    Clamp,
+    container_range,
+    float_clamp,
+    integer_bounds,
+    integer_clamp,
+)
+from kquant.targets.litert.emitter import MODES, Emitter, Sink
+from kquant.targets.litert.flatbuffer import Grid
+from kquant.targets.litert.islands import splice_island
+from kquant.targets.litert.legality import check, same_grid
+from kquant.targets.litert.ops import RULES
+from kquant.targets.target import TFLITE_INT8, Target
+
+IO_TYPES = ("int8", "uint8", "int16", "float32")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one node became.
+
+    Attributes:
+        node: its name.
+        op: its operation.
+        operators: TFLite operators, in order.
+        dtype: type of its tensor.
+        weights: type of its weights, "" if it has none.
+        bytes: size of its constants.
+    """
+
+    node: str
+    op: str
+    operators: tuple[str, ...]
+    dtype: str
+    weights: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class WriteReport:
+    """What a file contains.
+
+    Attributes:
+        rows: one per node.
+        op_counts: TFLite operator -> count.
+        float_nodes: node that computes in float -> the reason, as far as the caller gave one.
+        total_bytes: size of the file.
+    """
+
+    rows: tuple[Row, ...]
+    op_counts: Mapping[str, int]
+    float_nodes: Mapping[str, str]
+    total_bytes: int
+
+
+def write_tflite(
+    qgraph: QuantizedGraph,
+    *,
+    target: Target = TFLITE_INT8,
+    mode: str = "integer",
+    input_type: str | None = None,
+    output_type: str | None = None,
+    batch: int | None = None,
+    description: str = "kquant",
+    float_reasons: Mapping[str, str] | None = None,
+) -> tuple[bytes, WriteReport]:
+    """Write a quantized graph as a TFLite file.
+
+    Args:
+        qgraph: the graph, its grids and weights.
+        target: rules for containers and tied grids.
+        mode: "integer", or with float activations: "float32", "float16" (weights), "dynamic_range"
+            (int8 weights, inputs quantized at run time), "weight_only" (integers, dequantized).
+        input_type: "int8", "uint8", "int16" or "float32"; the graph's own type by default.
+        output_type: likewise.
+        batch: a fixed batch size; by default 1, which a user may resize.
+        description: free text in the file.
+        float_reasons: node -> why it stays float, for the report.
+
+    Returns:
+        The file's bytes and a report.
+
+    Raises:
+        ExportError: something would not run, or would silently compute something else.
+    """
+    _check_options(mode, input_type, output_type)
+    writer = _Writer(Emitter(qgraph, target, mode, batch))
+    graph = qgraph.graph
+    fed: dict[str, int] = {}
+    rows = []
+    for node in graph:
+        check(writer.emitter, node)
+        if node.op == "input":
+            fed[node.name] = writer.write_input(node, input_type)
+        else:
+            rows.append(writer.write(node))
+    outputs = [writer.write_output(graph[name], output_type) for name in graph.outputs]
+    content = writer.emitter.builder.finish(
+        _named(graph.input_names, graph.inputs, [fed[name] for name in graph.inputs]),
+        _named(graph.output_names, graph.outputs, outputs),
+        description,
+    )
+    operators = Counter(writer.emitter.builder.operator_names)
+    reasons = float_reasons or {}
+    floats = {
+        r.node: reasons.get(r.node, "") for r in rows if r.dtype.startswith("FLOAT") and r.op not in ("const", "input")
+    }
+    return content, WriteReport(tuple(rows), dict(operators), floats, len(content))
+
+
+def _check_options(mode: str, input_type: str | None, output_type: str | None) -> None:
+    if mode not in MODES:
+        raise ExportError(f"Unknown mode {mode!r}; known are {', '.join(MODES)}.")
+    for what, value in (("input_type", input_type), ("output_type", output_type)):
+        if value not in (None, *IO_TYPES):
+            raise ExportError(f"Unknown {what} {value!r}; known are {', '.join(IO_TYPES)}.")
+
+
+def _named(names: tuple[str, ...], nodes: tuple[str, ...], tensors: list[int]) -> dict[str, int]:
+    named: dict[str, int] = {}
+    for name, tensor in zip(names or nodes, tensors, strict=True):
+        unique, k = name, 1
+        while unique in named:  # a model may return a tensor twice
+            unique, k = f"{name}_{k}", k + 1
+        named[unique] = tensor
+    return named
+
+
+class _Writer:
+    """Writes nodes in topological order; the emitter holds the state."""
+
+    def __init__(self, emitter: Emitter) -> None:
+        self.emitter = emitter
+
+    def write_input(self, node: Node, io_type: str | None) -> int:
+        """The input's tensor, and behind it the change to the node's own grid. Returns what the user feeds."""
+        e, q = self.emitter, self.emitter.grid(node.name)
+        shape = e.shape(node)
+        out = e.new_tensor(node.name, shape, q, node.dtype.upper())
+        e.tensors[node.name] = out
+        if q is None:
+            _require_float(node, io_type, "input_type")
+            return out
+        clamp = integer_clamp(q, (None, None), ("NONE",))
+        clamps = clamp != Clamp()
+        wanted = io_type or f"int{q.container}"
+        if wanted == f"int{q.container}":
+            if not clamps:
+                return out
+            source = fed = e.helper(node, "input", shape, q)
+        else:
+            fed = self._converted(node, q, wanted, "input")
+            source = e.helper(node, "unclamped", shape, q) if clamps else out
+            e.op("QUANTIZE", [fed], [source])
+        if clamps:
+            e.clamp(node, clamp, source, Sink(out, q))
+        return fed
+
+    def write_output(self, node: Node, io_type: str | None) -> int:
+        """The tensor that the user reads: the node's own, or a conversion of it."""
+        e, q = self.emitter, self.emitter.grid(node.name)
+        if q is None:
+            _require_float(node, io_type, "output_type")
+            return e.tensors[node.name]
+        if io_type in (None, f"int{q.container}"):
+            return e.tensors[node.name]
+        if io_type == "float32":
+            return e.read(node.name, integer=False)
+        source = e.tensors[node.name]
+        if io_type == "uint8" and q.container == 16:  # QUANTIZE has no int16 -> uint8
+            middle = self._converted(node, q, "int8", "int8")
+            e.op("QUANTIZE", [source], [middle])
+            source = middle
+        result = self._converted(node, q, str(io_type), "output")
+        e.op("QUANTIZE", [source], [result])
+        return result
+
+    def _converted(self, node: Node, q: QParams, io_type: str, suffix: str) -> int:
+        """A tensor of another type at the edge of the graph."""
+        name, shape = f"{node.name}/{suffix}", self.emitter.shape(node)
+        if io_type == "float32":
+            return self.emitter.builder.tensor(name, shape, "FLOAT32")
+        return self.emitter.builder.tensor(name, shape, io_type.upper(), _edge_grid(q, io_type))
+
+    def write(self, node: Node) -> Row:
+        """Write one node behind those that it reads."""
+        e = self.emitter
+        start, constants = len(e.builder.operator_names), e.constant_bytes
+        if node.op == "const":
+            e.tensors[node.name] = e.real_constant(node.name, node.weights["value"], e.grid(node.name))
+        elif node.op == "float":
+            splice_island(e, node)
+        elif node.op == "requantize" and e.grid(node.name) is None:
+            e.tensors[node.name] = e.read(node.inputs[0], integer=False)
+        else:
+            self._write_operation(node)
+        return Row(
+            node=node.name,
+            op=node.op,
+            operators=tuple(e.builder.operator_names[start:]),
+            dtype=e.builder.dtype(e.tensors[node.name]),
+            weights=e.weight_types.get(node.name, ""),
+            bytes=e.constant_bytes - constants,
+        )
+
+    def _write_operation(self, node: Node) -> None:
+        e, q = self.emitter, self.emitter.grid(node.name)
+        inputs = [e.read(name, integer=q is not None) for name in node.inputs]
+        clamp = self._clamp(node, q)
+        out = e.new_tensor(node.name, e.shape(node), q, node.dtype.upper())
+        e.tensors[node.name] = out
+        bounded = (clamp.lower, clamp.upper) != (None, None)
+        if node.op == "clip" and clamp.fused == "NONE" and (q is None or same_grid(self._source_grid(node), q)):
+            e.clamp(node, clamp if bounded else _bound_anyway(clamp, q), inputs[0], Sink(out, q))
+            return
+        result = e.helper(node, "unclamped", q=q) if bounded else out
+        RULES[node.op].emit(e, node, inputs, Sink(result, q, clamp.fused))
+        if bounded:
+            e.clamp(node, clamp, result, Sink(out, q))
+
+    def _clamp(self, node: Node, q: QParams | None) -> Clamp:
+        """What bounds the output of a node."""
+        attrs, fuses = node.attrs, RULES[node.op].fuses
+        clip = (attrs["lo"], attrs["hi"]) if node.op == "clip" else tuple(attrs.get("clip", (None, None)))
+        if q is None:
+            return float_clamp(clip, fuses) if node.dtype == "float32" else Clamp()
+        e = self.emitter
+        given = None
+        if node.op in e.target.same_scale | e.target.inputs_share_output:
+            # Integers only move: what comes out lies where the inputs lie.
+            bounds = [integer_bounds(g) for g in (e.grid(i) for i in node.inputs) if g is not None]
+            given = min(b[0] for b in bounds), max(b[1] for b in bounds)
+        elif node.op == "embedding":
+            given = integer_bounds(q)
+        return integer_clamp(q, clip, fuses, given)
+
+    def _source_grid(self, node: Node) -> QParams:
+        q = self.emitter.grid(node.inputs[0])
+        assert q is not None, "checked before"
+        return q
+
+
+def _bound_anyway(clamp: Clamp, q: QParams | None) -> Clamp:
+    """A clip that changes nothing still makes a tensor of its own name."""
+    return Clamp("NONE", float(np.finfo(np.float32).min) if q is None else container_range(q.container)[0])
+
+
+def _require_float(node: Node, io_type: str | None, what: str) -> None:
+    if io_type not in (None, "float32") and node.dtype == "float32":
+        raise ExportError(f"{node.name!r} is float in this file and has no grid for {what}={io_type!r}; use 'float32'.")
+
+
+def _edge_grid(q: QParams, io_type: str) -> Grid:
+    """The grid of an input or output in another integer type, covering the same range."""
+    bits = 16 if io_type == "int16" else 8
+    if bits == q.container:  # int8 as uint8: the same grid, moved
+        return Grid(q.scale, int(q.zero_point) + 128)
+    scale, zero_point = np.float64(q.scale), int(q.zero_point)
+    if bits == 16:
+        reach = max(q.qmax - zero_point, zero_point - q.qmin)
+        return Grid(np.float32(scale * reach / 32767), 0)
+    return Grid(np.float32(scale * max(q.qmax, -q.qmin) / 127), 128 if io_type == "uint8" else 0)

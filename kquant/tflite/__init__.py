@@ -1,1 +1,0 @@
-"""Writing, reading, executing and checking TFLite files."""

@@ -1,5 +1,0 @@
-"""Equivalence transforms: float graph -> float graph that computes the same function."""
-
-from kquant.transforms.prepare import prepare_graph
-
-__all__ = ["prepare_graph"]

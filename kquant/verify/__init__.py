@@ -1,0 +1,1 @@
+"""What is simulated is what runs: comparisons of a model with its file."""

@@ -1,0 +1,123 @@
+"""Operations that are not layers compute what Keras computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from tests.graph.tracing.tracing import build, ops, traced
+
+k = keras.ops
+IMAGE = (6, 8, 3)
+VECTOR = np.array([0.5, -1.0, 2.0], np.float32)
+ROWS = np.random.default_rng(0).normal(size=(6, 1, 3)).astype("float32")
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda x: x + 1.0, ["affine"]),
+        (lambda x: 1.0 - x, ["affine"]),
+        (lambda x: x - VECTOR, ["affine"]),
+        (lambda x: x * VECTOR, ["affine"]),
+        (lambda x: x / VECTOR, ["affine"]),
+        (lambda x: -x, ["affine"]),
+        (lambda x: x + VECTOR[None, None, None], ["affine"]),
+        (lambda x: x + ROWS, ["const", "add"]),
+        (lambda x: x - ROWS, ["const", "add"]),
+        (lambda x: k.subtract(ROWS, x), ["const", "mul", "const", "add"]),
+        (lambda x: x * ROWS, ["const", "mul"]),
+        (lambda x: k.maximum(x, ROWS), ["const", "maximum"]),
+        (lambda x: k.maximum(x, 0.0), ["clip"]),
+        (lambda x: k.minimum(1.0, x), ["clip"]),
+        (lambda x: x + x, ["add"]),
+        (lambda x: k.square(x), ["mul"]),
+        (lambda x: x / (x * x + 1.0), ["mul", "affine", "float"]),
+        (lambda x: 1.0 / x, ["float"]),
+        (lambda x: k.exp(x), ["float"]),
+        (lambda x: k.stop_gradient(x), []),
+        (lambda x: k.cast(x, "float32"), []),
+    ],
+)
+def test_arithmetic(function: Callable[[Any], Any], expected: list[str]) -> None:
+    assert ops(traced(build(function, IMAGE))) == expected
+
+
+def test_binary_operations_of_two_tensors() -> None:
+    for function, op in [
+        (lambda x, y: x + y, "add"),
+        (lambda x, y: x - y, "sub"),
+        (lambda x, y: x * y, "mul"),
+        (k.maximum, "maximum"),
+        (k.minimum, "minimum"),
+    ]:
+        assert ops(traced(build(function, IMAGE, (1, 1, 3)))) == [op]
+        assert ops(traced(build(function, (6, 8, 1), (6, 1, 3)))) == [op]
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        (np.s_[:, 1:5:2, ::3], ["slice"]),
+        (np.s_[:, ::2, ::2, :], ["slice"]),
+        (np.s_[..., :2], ["slice"]),
+        (np.s_[..., -1], ["slice", "reshape"]),
+        (np.s_[:, -2:], ["slice"]),
+        (np.s_[:, 2], ["slice", "reshape"]),
+        (np.s_[:, None], ["reshape"]),
+        (np.s_[:, 1, ..., None], ["slice", "reshape"]),
+        (np.s_[:, :, 1:-1, None, 2], ["slice"]),
+        (np.s_[:, 0:100], []),
+        (np.s_[:, ::-1], ["float"]),
+    ],
+    ids=str,
+)
+def test_indexing(key: Any, expected: list[str]) -> None:
+    assert ops(traced(build(lambda x: x[key], IMAGE))) == expected
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda x: k.pad(x, ((0, 0), (1, 2), (0, 3), (2, 1))), ["pad"]),
+        (lambda x: k.pad(x, ((0, 0), (1, 2), (0, 3), (2, 1)), constant_values=1.5), ["pad"]),
+        (lambda x: k.pad(x, ((0, 0), (1, 2), (0, 3), (1, 1)), mode="reflect"), ["pad"]),
+        (lambda x: k.pad(x, ((0, 0), (1, 2), (0, 3), (1, 1)), mode="symmetric"), ["pad"]),
+        (lambda x: k.reshape(x, (-1, 48, 3)), ["reshape"]),
+        (lambda x: k.transpose(x, (0, 3, 1, 2)), ["transpose"]),
+        (lambda x: k.swapaxes(x, 1, -1), ["transpose"]),
+        (lambda x: k.moveaxis(x, -1, 1), ["transpose"]),
+        (lambda x: k.squeeze(k.expand_dims(x, 2), 2), ["reshape", "reshape"]),
+        (lambda x: k.concatenate([x, x * 2.0], axis=-1), ["affine", "concat"]),
+        (lambda x: k.stack([x, x], axis=1), ["reshape", "reshape", "concat"]),
+        (lambda x: k.stack([x, x], axis=-1), ["reshape", "reshape", "concat"]),
+        (lambda x: k.mean(x, axis=(1, 2)), ["mean"]),
+        (lambda x: k.mean(x, axis=-1, keepdims=True), ["mean"]),
+        (lambda x: k.max(x, axis=[1, 2]), ["reduce_max"]),
+        (lambda x: k.sum(x, axis=1), ["mean", "affine"]),
+        (lambda x: k.max_pool(x, 2), ["max_pool2d"]),
+        (lambda x: k.average_pool(x, 2, padding="same"), ["avg_pool2d"]),
+        (lambda x: k.image.resize(x, (3, 11)), ["resize"]),
+        (lambda x: k.image.resize(x, (4, 5), interpolation="nearest"), ["resize"]),
+        (lambda x: k.image.resize(x, (4, 5), antialias=True), ["float"]),
+        (lambda x: k.flip(x, 1), ["float"]),
+    ],
+)
+def test_shapes(function: Callable[[Any], Any], expected: list[str]) -> None:
+    assert ops(traced(build(function, IMAGE))) == expected
+
+
+def test_operations_with_several_outputs() -> None:
+    assert ops(traced(build(lambda x: k.split(x, 2, axis=1), IMAGE))) == ["slice", "slice"]
+    assert ops(traced(build(lambda x: k.split(x, [1, 4], axis=1), IMAGE))) == ["slice"] * 3
+    assert ops(traced(build(lambda x: k.unstack(x, axis=-1), IMAGE))).count("slice") == 3
+
+
+def test_integer_arithmetic_stays_float() -> None:
+    graph = traced(build(lambda x: keras.layers.Embedding(20, 3)(x + 1), (4,), dtype="int32"))
+    assert ops(graph) == ["float", "embedding"]
+    assert graph[graph.inputs[0]].dtype == "int32" and graph[list(graph.nodes)[1]].dtype == "int32"

@@ -1,0 +1,158 @@
+"""Graph -> Keras model -> graph is the identity, and the model is independent of what it was made from."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import kquant
+from kquant.errors import ModelError
+from kquant.graph.ops import evaluate
+from kquant.graph.quantized import QuantizedGraph
+from kquant.graph.transforms import prepare_graph
+from kquant.grids.grid import QParams
+from kquant.keras.layer import QuantizedLayer
+from kquant.keras.model import QuantizedModel, extract, insert
+from kquant.quantize.calibrate import quantize_graph
+from kquant.quantize.data import CalibrationData
+from kquant.quantize.plan import make_plan
+from tests.targets.litert.graphs import chain, quantized
+from tests.targets.litert.test_writer import GRAPHS
+from tests.toy import calibration, config, toy_data, toy_graph
+
+
+def assert_same_grid(a: QParams | None, b: QParams | None):
+    assert (a is None) == (b is None)
+    if a is not None and b is not None:
+        np.testing.assert_array_equal(a.scale, b.scale)
+        np.testing.assert_array_equal(a.zero_point, b.zero_point)
+        assert (a.qmin, a.qmax, a.axis) == (b.qmin, b.qmax, b.axis)
+
+
+def assert_same(a: QuantizedGraph, b: QuantizedGraph):
+    for field in ("inputs", "outputs", "input_names", "output_names", "name"):
+        assert getattr(a.graph, field) == getattr(b.graph, field)
+    assert set(a.graph.nodes) == set(b.graph.nodes)
+    for node in a.graph:
+        other = b.graph[node.name]
+        for field in ("op", "inputs", "shape", "dtype"):
+            assert getattr(node, field) == getattr(other, field), node.name
+        assert dict(node.attrs) == dict(other.attrs)
+        if node.op != "float":
+            assert set(node.weights) == set(other.weights)
+        for key, value in node.weights.items():
+            np.testing.assert_array_equal(other.weights[key], value)
+        assert_same_grid(a.activations.get(node.name), b.activations.get(node.name))
+        assert_same_grid(a.weights.get(node.name), b.weights.get(node.name))
+
+
+def toy_qgraph(name="w8a8", **changes):
+    return quantize_graph(make_plan(toy_graph(), config(name, **changes)), calibration(toy_data()), progress=False)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a8-per_tensor", "w4a4", "w8a16", "w8"])
+def test_extract_inverts_insert(name):
+    qgraph = toy_qgraph(name)
+    assert_same(qgraph, extract(insert(qgraph, {"target": config(name).target})))
+
+
+@pytest.mark.parametrize("name", ["add_const", "minimum_const", "prelu", "concat", "transposed_same", "affine_rank3"])
+def test_constants_and_odd_weights_survive(name):
+    graph = GRAPHS[name]()
+    x = [np.random.default_rng(k).normal(size=(2, *graph[n].shape[1:])).astype("float32") for k, n in enumerate(graph.inputs)]  # fmt: skip # noqa: E501
+    qgraph = quantized(graph, x)
+    assert_same(qgraph, extract(insert(qgraph, {"target": "tflite_int8"})))
+
+
+def test_a_layer_that_stays_float_is_fenced_and_survives():
+    qgraph = toy_qgraph(rules=[{"name": "^dw$", "float": True}])
+    assert qgraph.activations["dw"] is None
+    found = extract(insert(qgraph, {"target": "tflite_int8"}))
+    assert_same(qgraph, found)
+    assert found.graph["dw"].weights["kernel"].shape == (3, 3, 8, 1)
+
+
+def attention_model() -> keras.Model:
+    keras.utils.set_random_seed(3)
+    x = inputs = keras.Input((6, 4), name="tokens")
+    x = layers.Dense(4, name="before")(x)
+    x = layers.MultiHeadAttention(2, 3, name="attention")(x, x)
+    x = layers.LayerNormalization(name="norm")(x)
+    return keras.Model(inputs, layers.Dense(2, name="after")(x), name="small_attention")
+
+
+def test_float_layers_are_copies_with_the_same_weights():
+    model = attention_model()
+    x = np.random.default_rng(0).normal(size=(16, 6, 4)).astype(np.float32)
+    graph = prepare_graph(model)
+    data = CalibrationData(x, [("tokens", (None, 6, 4), "float32")])
+    qgraph = quantize_graph(make_plan(graph, config()), data, progress=False)
+    found = extract(insert(qgraph, {"target": "tflite_int8"}))
+    assert_same(qgraph, found)
+    floats = [n.name for n in graph if n.op == "float"]
+    assert floats
+    for name in floats:
+        ours, theirs = found.graph[name].call.operation, graph[name].call.operation
+        assert ours is not theirs
+        for a, b in zip(ours.get_weights(), theirs.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+    np.testing.assert_allclose(evaluate(found.graph, [x])[0], model(x), atol=1e-5)  # each call in its place
+
+
+def test_nothing_is_shared_with_the_users_model():
+    model = attention_model()
+    x = np.random.default_rng(0).normal(size=(16, 6, 4)).astype(np.float32)
+    expected, names = model(x).numpy(), [v.path for v in model.variables]
+    qmodel = kquant.quantize_model(model, x, progress=False)
+    before = qmodel(x).numpy()
+    assert not {id(v) for v in model.variables} & {id(v) for v in qmodel.variables}
+    for v in qmodel.variables:
+        v.assign(v + 0.5)
+    np.testing.assert_array_equal(model(x).numpy(), expected)
+    assert [v.path for v in model.variables] == names
+    for v in model.variables:
+        v.assign(v * 0)
+    again = kquant.quantize_model(attention_model(), x, progress=False)
+    np.testing.assert_array_equal(again(x).numpy(), before)
+
+
+def test_extract_reads_the_variables_as_they_stand():
+    model = insert(toy_qgraph(), {"target": "tflite_int8"})
+    layer = model.get_layer("fc")
+    layer.variables_by_name["bias"].assign(np.float32([1, 2, 3, 4, 5]))
+    layer.output_quantizer.scale.assign(0.125)
+    layer.output_quantizer.zero_point.assign(2.6)  # as training leaves it: the nearest integer counts
+    found = extract(model)
+    np.testing.assert_array_equal(found.graph["fc"].weights["bias"], [1, 2, 3, 4, 5])
+    assert found.activations["fc"].scale == 0.125 and found.activations["fc"].zero_point == 3
+
+
+def test_a_shared_grid_is_read_from_its_source():
+    model = insert(toy_qgraph(), {"target": "tflite_int8"})
+    model.get_layer("add").output_quantizer.scale.assign(0.75)
+    found = extract(model).activations
+    assert {float(found[n].scale) for n in ("add", "cat", "pool")} == {0.75}
+
+
+def test_the_containers_of_shared_grids_are_known():
+    """A resize has no grid of its own, and its arithmetic differs between int8 and int16."""
+    graph = GRAPHS["bilinear"]()
+    x = np.random.default_rng(0).normal(size=(2, *graph["x"].shape[1:])).astype(np.float32)
+    for bits, target in ((8, "tflite_int8"), (16, "tflite_int16x8")):
+        model = insert(quantized(graph, [x], bits=bits, container=bits), {"target": target})
+        assert model.get_layer("resize").activation_bits == bits
+        copy = QuantizedModel.from_config(model.get_config())
+        assert copy.get_layer("resize").activation_bits == bits
+
+
+def test_integer_inputs_and_inputs_that_are_outputs():
+    graph = chain((5,), dtype="int32")
+    qgraph = QuantizedGraph(graph, {"x": None}, {})
+    model = insert(qgraph, {"target": "tflite_int8"})
+    assert not any(isinstance(layer, QuantizedLayer) for layer in model.layers)
+    assert_same(qgraph, extract(model))
+
+
+def test_other_models_are_refused():
+    with pytest.raises(ModelError, match="small_attention.*quantize_model"):
+        extract(attention_model())

@@ -1,0 +1,219 @@
+"""Weights in every container and mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kquant.errors import ExportError
+from kquant.graph.ir import Graph, Node
+from kquant.graph.ops import QUANTIZED_WEIGHT, compute, evaluate, weight_view
+from kquant.graph.quantized import QuantizedGraph
+from kquant.grids.grid import QParams, dequantize, fake_quantize, quantize
+from kquant.targets.litert.flatbuffer import read_tensors
+from kquant.targets.litert.linear import LAYOUTS
+from kquant.targets.litert.writer import write_tflite
+from tests.targets.litert.build import run
+from tests.targets.litert.graphs import (
+    KERNELS,
+    chain,
+    check_file,
+    conv,
+    dense,
+    depthwise,
+    grid,
+    integers,
+    quantized,
+    rng,
+)
+
+IMAGE = (6, 7, 3)
+
+
+def _transposed() -> Graph:
+    g = rng(3)
+    weights = {"kernel": g.normal(size=(3, 3, 4, 3)).astype(np.float32), "bias": g.normal(size=4).astype(np.float32)}
+    attrs = {"strides": (2, 2), "padding": "same"}
+    return chain(IMAGE, Node(name="up", op="conv2d_transpose", shape=(None, 12, 14, 4), attrs=attrs, weights=weights))
+
+
+def _affine() -> Graph:
+    g = rng(4)
+    weights = {"scale": g.normal(size=3).astype(np.float32), "offset": g.normal(size=3).astype(np.float32)}
+    return chain(IMAGE, Node(name="affine", op="affine", shape=(None, *IMAGE), weights=weights))
+
+
+GRAPHS: dict[str, Callable[[], Graph]] = {
+    "conv": lambda: chain(IMAGE, conv(shape=(None, 6, 7, 4), clip=(0.0, None))),
+    "groups": lambda: chain(IMAGE, conv(shape=(None, 6, 7, 6), cout=6, groups=3)),
+    "depthwise": lambda: chain(IMAGE, depthwise(m=2, shape=(None, 6, 7, 6))),
+    "dense": lambda: chain((11,), dense(cin=11, cout=5)),
+    "dense_rank3": lambda: chain((4, 11), dense(cin=11, cout=5, shape=(None, 4, 5))),
+    "transposed": _transposed,
+    "affine": _affine,
+}
+# where the kernels have a container of fewer than 8 bits
+SMALL = {"conv": 4, "groups": 4, "depthwise": 4, "dense": 2, "dense_rank3": 2}
+
+
+def _feed(graph: Graph, batch: int = 2) -> np.ndarray:
+    return rng(7).normal(size=(batch, *graph["x"].shape[1:])).astype(np.float32)
+
+
+def _kernel(graph: Graph) -> tuple[Node, str]:
+    node = graph[graph.outputs[0]]
+    return node, f"{node.name}/{QUANTIZED_WEIGHT[node.op][0]}"
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 7])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_int8_activations_with_weights_of_any_bits(name: str, bits: int, per_channel: bool) -> None:
+    graph = GRAPHS[name]()
+    x = _feed(graph)
+    qgraph = quantized(graph, [x], weight_bits=bits, per_channel=per_channel)
+    content, report = write_tflite(qgraph)
+    node, kernel = _kernel(graph)
+    stored = read_tensors(content)[kernel]
+    least = SMALL.get(name, 8)
+    assert stored.type == f"INT{2 if bits == 2 and least == 2 else 4 if bits <= 4 and least <= 4 else 8}"
+    assert report.rows[-1].weights == stored.type
+    want = LAYOUTS[node.op].to_file(quantize(weight_view(node), qgraph.weights[node.name]))
+    np.testing.assert_array_equal(stored.data, want)
+    # the reference resolver has no int4 depthwise kernel of version 7
+    kernels = [k for k in KERNELS if not (k == "reference" and name == "depthwise" and stored.type == "INT4")]
+    for k in kernels:
+        check_file(content, qgraph, integers(qgraph, [x]), k)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_int16_activations(name: str, bits: int) -> None:
+    graph = GRAPHS[name]()
+    x = _feed(graph)
+    qgraph = quantized(graph, [x], bits=16, container=16, weight_bits=bits)
+    content, _ = write_tflite(qgraph)
+    node, kernel = _kernel(graph)
+    tensors = read_tensors(content)
+    if bits == 4:
+        assert tensors[kernel].type == ("INT8" if name in ("depthwise", "transposed", "affine") else "INT4")
+    assert tensors[f"{node.name}/{LAYOUTS[node.op].bias}"].type == "INT64"
+    for k in KERNELS:
+        check_file(content, qgraph, integers(qgraph, [x]), k, lsb=2)
+
+
+def test_bias_is_stored_at_the_scale_of_the_products() -> None:
+    graph = GRAPHS["conv"]()
+    qgraph = quantized(graph, [_feed(graph)])
+    stored = read_tensors(write_tflite(qgraph)[0])["conv/bias"]
+    scale = qgraph.activations["x"].scale * qgraph.weights["conv"].scale
+    np.testing.assert_array_equal(stored.scale, scale)
+    np.testing.assert_array_equal(stored.data, np.rint(graph["conv"].weights["bias"] / scale))
+
+
+def test_a_bias_that_does_not_fit_is_refused() -> None:
+    graph = chain((4,), dense(cin=4, cout=3))
+    node = graph["dense"]
+    graph = graph.rebuild([graph["x"], node.with_weights(bias=np.float32([1e12, 0, 0]))])
+    qgraph = quantized(graph, [_feed(graph)])
+    with pytest.raises(ExportError, match="'dense'.*32 bits"):
+        write_tflite(qgraph)
+
+
+def test_integer_operation_without_weight_grid_is_refused() -> None:
+    graph = chain((4,), dense(cin=4, cout=3))
+    qgraph = replace(quantized(graph, [_feed(graph)]), weights={})
+    with pytest.raises(ExportError, match="'dense'.*no grid"):
+        write_tflite(qgraph)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("mode", ["weight_only", "float16", "dynamic_range"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_float_modes(name: str, mode: str, bits: int) -> None:
+    graph = GRAPHS[name]()
+    x = _feed(graph, batch=3)
+    qgraph = quantized(graph, [x], weight_bits=bits)
+    content, report = write_tflite(qgraph, mode=mode)
+    node, _ = _kernel(graph)
+    view = weight_view(node)
+    half = view.astype(np.float16).astype(np.float32)
+    weights = half if mode == "float16" else fake_quantize(view, qgraph.weights[node.name])
+    key = QUANTIZED_WEIGHT[node.op][0]
+    want = np.asarray(compute(node, [x], {**node.weights, key: weights.reshape(node.weights[key].shape)}))
+    assert report.float_nodes == {node.name: ""}
+    # hybrid kernels quantize the input of every sample to 8 bits
+    tolerance = 0.02 * np.abs(want).max() if mode == "dynamic_range" else 2e-5
+    for kernels in KERNELS:
+        found = run(content, [x], KERNELS[kernels])[node.name]
+        np.testing.assert_allclose(found, want, atol=tolerance, err_msg=kernels)
+
+
+def test_weights_without_quantized_activations_are_stored_as_integers() -> None:
+    graph = GRAPHS["conv"]()
+    x = _feed(graph)
+    qgraph = quantized(graph, [x], weight_bits=4, floats=frozenset({"x", "conv"}))
+    content, report = write_tflite(qgraph)
+    assert report.op_counts == {"DEQUANTIZE": 1, "CONV_2D": 1} and report.rows[-1].weights == "INT4"
+    node, w = graph["conv"], qgraph.weights["conv"]
+    want = compute(node, [x], {**node.weights, "kernel": fake_quantize(node.weights["kernel"], w)})
+    np.testing.assert_allclose(run(content, [x])["conv"], want, atol=1e-5)
+
+
+def test_float16_refuses_what_it_cannot_hold() -> None:
+    graph = chain((4,), dense(cin=4, cout=3))
+    graph = graph.rebuild([graph["x"], graph["dense"].with_weights(kernel=np.full((4, 3), 1e6, np.float32))])
+    with pytest.raises(ExportError, match="too large for float16"):
+        write_tflite(quantized(graph, [_feed(graph)]), mode="float16")
+
+
+@pytest.mark.parametrize("mode", ["integer", "float32", "float16", "weight_only"])
+def test_embedding_gathers_rows(mode: str) -> None:
+    table = rng(1).normal(size=(9, 5)).astype(np.float32)
+    node = Node(name="embed", op="embedding", shape=(None, 4, 5), weights={"table": table})
+    graph = chain((4,), node, dtype="int32")
+    ids = rng(2).integers(0, 9, (3, 4)).astype(np.int32)
+    q = grid(float(table.min()), float(table.max()))
+    qgraph = QuantizedGraph(graph, {"x": None, "embed": q}, {"embed": q})
+    content, _ = write_tflite(qgraph, mode=mode)
+    for kernels in KERNELS.values():
+        found = run(content, [ids], kernels)["embed"]
+        if mode == "integer":
+            np.testing.assert_array_equal(found, quantize(table, q)[ids])
+        else:
+            np.testing.assert_allclose(
+                found, table[ids], atol={"float16": 2e-3, "weight_only": float(q.scale)}.get(mode, 0)
+            )
+
+
+def test_int4_depthwise_with_int16_activations_is_refused_whatever_the_target_says() -> None:
+    from kquant.targets.target import Target
+
+    class Careless(Target):
+        def weight_container(self, op: str, bits: int, activation_container: int) -> int:
+            return 4
+
+    graph = GRAPHS["depthwise"]()
+    qgraph = quantized(graph, [_feed(graph)], bits=16, container=16, weight_bits=4)
+    with pytest.raises(ExportError, match="'dw'.*int4 depthwise"):
+        write_tflite(qgraph, target=Careless(name="careless", activation_bits=(16,)))
+
+
+def test_weight_grids_of_more_than_8_bits_are_refused() -> None:
+    graph = chain((4,), dense(cin=4, cout=3))
+    qgraph = quantized(graph, [_feed(graph)])
+    wide = QParams(np.float32(1e-4), np.int32(0), -2047, 2047)
+    with pytest.raises(ExportError, match="'dense'.*do not fit int8"):
+        write_tflite(replace(qgraph, weights={"dense": wide}))
+
+
+def test_float_evaluation_is_what_the_helpers_assume() -> None:
+    graph = GRAPHS["dense"]()
+    x = _feed(graph)
+    want = x @ graph["dense"].weights["kernel"] + graph["dense"].weights["bias"]
+    np.testing.assert_allclose(evaluate(graph, [x])[0], want, atol=1e-5)
+    q = grid(-1.0, 2.0)
+    np.testing.assert_allclose(dequantize(quantize(np.float32([-1, 0, 2]), q), q), [-1, 0, 2], atol=0.01)

@@ -1,0 +1,145 @@
+"""What the simulation computes against LiteRT's default kernels, operation by operation."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from kquant.graph.ir import Node
+from kquant.graph.ops import compute
+from kquant.graph.quantized import QuantizedGraph
+from kquant.grids.grid import QParams
+from kquant.keras.model import insert
+from kquant.quantize.calibrate import place
+from kquant.targets.litert.runtime import TFLiteModel
+from kquant.targets.litert.simulate import SIMULATE, simulate
+from kquant.targets.litert.simulate_int16 import SIMULATE_16
+from kquant.targets.litert.writer import write_tflite
+from kquant.targets.operand import Operand
+from tests.targets.litert.graphs import chain, conv, depthwise, integers, op, quantized, rng
+from tests.tflite import test_linear, test_writer
+
+TARGETS = {8: "tflite_int8", 16: "tflite_int16x8"}
+LSB = {"prelu": 1, "hard_swish": 1}  # the real function, rounded; the kernels have a fixed-point formula
+MOVES = {"reshape", "transpose", "slice", "pad", "pad_value", "pad_reflect", "pad_symmetric", "nearest_corner"}
+CASES = [(name, c) for name in test_writer.GRAPHS for c in (8, 16) if c == 8 or name not in test_writer.INT8_ONLY]
+
+
+def feeds(graph, samples=24):
+    """Inputs, a few of them outside the range of the grids."""
+    return [rng(k).normal(size=(samples, *graph[n].shape[1:])).astype(np.float32) for k, n in enumerate(graph.inputs)]
+
+
+def quantized_on(graph, x, **settings):
+    return quantized(graph, [v[:4] for v in x], **settings)
+
+
+def check(qgraph: QuantizedGraph, x, container: int, lsb: int = 0):
+    """The simulation's integers are those of the file under the default kernels."""
+    content, _ = write_tflite(qgraph)
+    found = TFLiteModel(content).run(integers(qgraph, x))[0].astype(np.int64)
+    q = qgraph.activations[qgraph.graph.outputs[0]]
+    y = np.asarray(insert(qgraph, {"target": TARGETS[container]})(x if len(x) > 1 else x[0]))
+    ours = np.rint(y / q.scale).astype(np.int64) + q.zero_point
+    # an int16 kernel saturates at -32768, which is no integer of the symmetric grid
+    found = np.maximum(found, -32767) if container == 16 else found
+    assert len(np.unique(found)) > 2  # not all saturated
+    np.testing.assert_allclose(ours, found, atol=lsb, rtol=0)
+
+
+def with_ties(q: QuantizedGraph) -> QuantizedGraph:
+    """The graph on the nearest grids with powers of two for scales, where many values are ties."""
+
+    def near(g: QParams | None) -> QParams | None:
+        return g and replace(g, scale=np.exp2(np.rint(np.log2(g.scale))).astype(np.float32))
+
+    return QuantizedGraph(q.graph, *({k: near(g) for k, g in grids.items()} for grids in (q.activations, q.weights)))
+
+
+@pytest.mark.parametrize("name, container", CASES)
+def test_equals_the_default_kernels(name, container):
+    graph = test_writer.GRAPHS[name]()
+    x = feeds(graph)
+    check(quantized_on(graph, x, bits=container, container=container), x, container, LSB.get(name, 0))
+
+
+@pytest.mark.parametrize("name, container", [c for c in CASES if c[0] not in MOVES])
+def test_ties_are_rounded_as_the_kernels_do(name, container):
+    graph = test_writer.GRAPHS[name]()
+    x = feeds(graph)
+    q = quantized_on(graph, x, bits=container, container=container)
+    check(with_ties(q), x, container, LSB.get(name, 0))
+
+
+def _transposed_11():
+    weights = {"kernel": rng(3).normal(size=(2, 2, 11, 3)).astype(np.float32), "bias": np.zeros(11, np.float32)}
+    attrs = {"strides": (2, 2), "padding": "same"}
+    shape = (None, 10, 10, 11)
+    return chain((5, 5, 3), Node(name="up", op="conv2d_transpose", shape=shape, attrs=attrs, weights=weights))
+
+
+LINEAR = {
+    **test_linear.GRAPHS,
+    "transposed_11": _transposed_11,
+    "depthwise_11": lambda: chain((5, 5, 11), depthwise(c=11, shape=(None, 5, 5, 11))),
+    "conv_32": lambda: chain((5, 5, 32), conv(cin=32, cout=9, shape=(None, 5, 5, 9))),
+    "dense_12": lambda: chain((12,), test_linear.dense(cin=12, cout=5)),
+    "dense_14": lambda: chain((14,), test_linear.dense(cin=14, cout=5)),
+}
+
+
+SETTINGS = [(4, 8, True), (2, 8, True), (4, 16, True)]  # bits of weights, container, ties
+
+
+@pytest.mark.parametrize("weight_bits, container, ties", SETTINGS)
+@pytest.mark.parametrize("name", LINEAR)
+def test_packed_weights(name, weight_bits, container, ties):
+    graph = LINEAR[name]()
+    x = feeds(graph)
+    bits = {"bits": container, "container": container, "weight_bits": weight_bits}
+    q = quantized_on(graph, x, **bits, per_channel=weight_bits > 2)
+    check(with_ties(q) if ties else q, x, container)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("name", ["conv_relu6", "depthwise", "dense", "add_relu", "mul", "mean", "concat", "clip"])
+def test_small_activations_at_the_edge_of_the_container(name, bits):
+    graph = test_writer.GRAPHS[name]()
+    x = feeds(graph)
+    q = quantized_on(graph, x, bits=bits)
+    check(replace(q, activations={k: place(v) for k, v in q.activations.items()}), x, 8)
+
+
+@pytest.mark.parametrize("source, result", [(8, 16), (16, 8), (8, 8), (16, 16)])
+def test_changes_of_grid(source, result):
+    graph = chain((500,), op("requantize", (500,), input_bits=source))
+    x = feeds(graph)
+    grids = {8: (np.float32(0.031), np.int32(-9), -128, 127), 16: (np.float32(0.00013), np.int32(0), -32767, 32767)}
+    finer = [QParams(grids[b][0] * np.float32(f), *grids[b][1:]) for b, f in ((source, 1.0), (result, 0.77))]
+    q = QuantizedGraph(graph, dict(zip(graph.nodes, finer, strict=True)), {})
+    check(q, x, result)
+
+
+def has_formula(name, container):
+    """Whether the operation has an entry of its own, and no bounds or constants that complicate the comparison."""
+    graph = test_writer.GRAPHS[name]()
+    node = graph[graph.outputs[0]]
+    plain = "c" not in node.inputs and "clip" not in node.attrs and node.op not in ("clip", "avg_pool2d")
+    return plain and node.op in {8: SIMULATE, 16: SIMULATE_16}[container]
+
+
+@pytest.mark.parametrize("name, container", [c for c in CASES if has_formula(*c)])
+def test_gradients_are_those_of_the_real_function(name, container):
+    graph = test_writer.GRAPHS[name]()
+    node, x = graph[graph.outputs[0]], feeds(graph, 2)
+    scales = [tf.constant(0.02), tf.constant(0.05)]
+    centered = [tf.round(v / s) + 0.25 for v, s in zip(x, scales, strict=False)]  # never at a kink
+    out = Operand(None, scales[0] if node.op == "resize" else tf.constant(0.04), tf.constant(0.0), container)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(centered)
+        operands = [Operand(c, s, tf.constant(0.0), container) for c, s in zip(centered, scales, strict=False)]
+        ours = simulate(node, operands, out, {}) * out.scale
+        real = compute(node, [o.value for o in operands])
+    for c in centered:
+        np.testing.assert_allclose(tape.gradient(ours, c), tape.gradient(real, c), rtol=1e-4, atol=1e-6)

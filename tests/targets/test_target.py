@@ -1,0 +1,89 @@
+"""Targets: the measured table, and what is refused."""
+
+import pytest
+
+from kquant.config.quant_config import QuantConfig
+from kquant.config.specs import QuantSpec, Rule
+from kquant.errors import ConfigError
+from kquant.targets.target import TARGETS, TFLITE_INT8, TFLITE_INT8_PER_TENSOR, TFLITE_INT16X8, get_target
+
+SYMMETRIC = QuantSpec(symmetric=True)
+
+
+def test_names_find_targets():
+    assert all(get_target(name).name == name for name in TARGETS)
+    with pytest.raises(ConfigError, match="did you mean 'tflite_int8'"):
+        get_target("tflite_int")
+
+
+@pytest.mark.parametrize(("bits", "container"), [(2, 8), (4, 8), (8, 8), (9, 16), (16, 16)])
+def test_activation_containers(bits, container):
+    assert TFLITE_INT8.container_bits(bits) == container
+
+
+@pytest.mark.parametrize(
+    ("op", "bits", "activations", "container"),
+    [
+        ("conv2d", 4, 8, 4),
+        ("conv2d", 2, 8, 4),
+        ("conv2d", 5, 8, 8),
+        ("conv2d", 4, 16, 4),
+        ("depthwise_conv2d", 3, 8, 4),
+        ("depthwise_conv2d", 3, 16, 8),  # the kernel accepts int4 and is silently wrong
+        ("dense", 2, 8, 2),
+        ("dense", 3, 8, 4),
+        ("dense", 2, 16, 4),
+        ("dense", 8, 8, 8),
+        ("affine", 4, 8, 8),
+        ("conv2d_transpose", 4, 8, 8),
+        ("embedding", 4, 8, 8),
+        ("prelu", 2, 8, 8),
+    ],
+)
+def test_weight_containers(op, bits, activations, container):
+    assert TFLITE_INT8.weight_container(op, bits, activations) == container
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda t: t.name)
+def test_fixed_outputs_cover_the_functions_values(target):
+    for op, low, high in (("softmax", 0, 1), ("logistic", 0, 1), ("tanh", -1, 1)):
+        for container in (8, 16):
+            scale, zero_point = target.fixed_output(op, container)
+            half = 2 ** (container - 1)
+            assert scale * (-half - zero_point) <= low and scale * (half - zero_point) == pytest.approx(high)
+    assert target.fixed_output("conv2d", 8) is None
+
+
+def test_operations_without_kernel():
+    assert TFLITE_INT8.float_only("float", 8) and TFLITE_INT16X8.float_only("float", 16)
+    for op in ("gelu", "elu", "hard_swish", "prelu"):
+        assert TFLITE_INT16X8.float_only(op, 16) and not TFLITE_INT16X8.float_only(op, 8)
+    assert not TFLITE_INT8.float_only("conv2d", 16)
+
+
+@pytest.mark.parametrize(
+    ("target", "config", "said"),
+    [
+        (TFLITE_INT8, QuantConfig(weights=QuantSpec()), "symmetric=True"),
+        (TFLITE_INT8, QuantConfig(weights=QuantSpec(symmetric=True, signed=False)), "signed=True"),
+        (TFLITE_INT8, QuantConfig(weights=QuantSpec(symmetric=True, bits=12)), "bits=8"),
+        (TFLITE_INT8_PER_TENSOR, QuantConfig(), "per_channel=False"),
+        (TFLITE_INT16X8, QuantConfig(activations=QuantSpec(bits=16)), "symmetric=True"),
+        (TFLITE_INT16X8, QuantConfig(), "tflite_int8"),
+        (TFLITE_INT8, QuantConfig(activations=QuantSpec(bits=16, symmetric=True)), "tflite_int16x8"),
+        (TFLITE_INT8, QuantConfig(activations=QuantSpec(per_channel=True)), "per_channel=False"),
+        (TFLITE_INT8, QuantConfig(inputs=QuantSpec(bits=16, symmetric=True)), "inputs"),
+        (TFLITE_INT8, QuantConfig(rules=(Rule(name="head", weights={"bits": 10}),)), "rule 0.*head"),
+    ],
+)
+def test_impossible_combinations_are_refused_with_the_remedy(target, config, said):
+    with pytest.raises(ConfigError, match=said):
+        target.check(config)
+
+
+def test_possible_combinations_pass():
+    TFLITE_INT8.check(QuantConfig(rules=(Rule(name="head", activations={"bits": 16}),)))
+    TFLITE_INT8.check(QuantConfig(weights=None, activations=None))
+    TFLITE_INT8.check(QuantConfig(activations=QuantSpec(symmetric=True, signed=False)))
+    TFLITE_INT16X8.check(QuantConfig(activations=QuantSpec(bits=12, symmetric=True)))
+    TFLITE_INT8_PER_TENSOR.check(QuantConfig(weights=SYMMETRIC))
