@@ -161,7 +161,7 @@ def layer_work(name: str) -> None:
 
     from kquant.config.specs import QuantSpec
     from kquant.graph.ops import QUANTIZED_WEIGHT, compute, weight_view
-    from kquant.grids.grid import fake_quantize, qparams_from_range
+    from kquant.grids.grid import fake_quantize, grid_from_range
     from kquant.grids.ranges import weight_range
     from kquant.quantize.adaround import AdaRound, round_layer
 
@@ -169,7 +169,7 @@ def layer_work(name: str) -> None:
     problem = layer_problem(name)
     node, (x, held_out) = layer_node(problem), problem["x"]
     spec, axis = QuantSpec(bits=BITS, symmetric=True, per_channel=True), QUANTIZED_WEIGHT[node.op][1]
-    grid = qparams_from_range(*weight_range("min_max", weight_view(node), spec, axis), spec, axis)
+    grid = grid_from_range(*weight_range("min_max", weight_view(node), spec, axis), spec, axis)
     blocks = [tf.constant(x[k : k + 64]) for k in range(0, IMAGES, 64)]
     wanted = compute(node, [held_out])
 

@@ -17,7 +17,7 @@ from kquant.errors import CalibrationError
 from kquant.graph.ir import Graph
 from kquant.graph.ops import LINEAR, QUANTIZED_WEIGHT, weight_view
 from kquant.graph.quantized import QuantizedGraph
-from kquant.grids.grid import QParams, fake_quantize
+from kquant.grids.grid import Grid, fake_quantize
 from kquant.keras.model import QuantizedModel
 from kquant.quantize.data import CalibrationData
 
@@ -133,7 +133,7 @@ def _accumulate(model: SwitchedModel, quantizers: Sequence[Quantizer], batches: 
     return totals
 
 
-def _sums(x: Tensor, grid: QParams) -> tuple[Tensor, Tensor, Tensor]:
+def _sums(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """(`_Sums.sums`, low per channel, high per channel) of a tensor [n, ..., channels]."""
     low, high = _limits(grid)
     rows = tf.reshape(x, (-1, x.shape[-1] if x.shape.rank > 1 else 1))
@@ -144,7 +144,7 @@ def _sums(x: Tensor, grid: QParams) -> tuple[Tensor, Tensor, Tensor]:
     return sums, tf.reduce_min(rows, 0), tf.reduce_max(rows, 0)
 
 
-def _limits(grid: QParams) -> tuple[Array, Array]:
+def _limits(grid: Grid) -> tuple[Array, Array]:
     """The values from which on rounding ends at the edges of the grid: half a step beyond them."""
     low, high = ((b - grid.zero_point) * grid.scale for b in (grid.qmin - 0.5, grid.qmax + 0.5))
     return np.asarray(low, np.float32), np.asarray(high, np.float32)
@@ -180,7 +180,7 @@ def _constant(graph: Graph, q: Quantizer) -> tuple[Array, int | None]:
     return weight_view(node), QUANTIZED_WEIGHT[node.op][1]
 
 
-def _sums_of_constant(value: Array, axis: int | None, grid: QParams) -> _Sums:
+def _sums_of_constant(value: Array, axis: int | None, grid: Grid) -> _Sums:
     channels = _by_channel(value, axis)
     low, high = (np.reshape(v, (-1, 1)) for v in _limits(grid))
     by_grid = channels if grid.axis is not None else value.reshape(1, -1)

@@ -16,7 +16,7 @@ from kquant.diagnosis.metrics import Metric, Samples, class_indices
 from kquant.diagnosis.records import Finding, Sensitivity, Stage, TargetRecord, TensorRecord
 from kquant.diagnosis.switches import SwitchedModel
 from kquant.graph.quantized import QuantizedGraph
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 from kquant.keras.model import QuantizedModel
 
 
@@ -78,7 +78,7 @@ def majority(metric: Metric) -> float:
     return float(np.bincount(labels.astype(np.int64).ravel()).max() / labels.size)
 
 
-def grids(model: SwitchedModel) -> dict[str, QParams]:
+def grids(model: SwitchedModel) -> dict[str, Grid]:
     """Quantizer -> its grid."""
     return {q.name: q.grid for q in model.quantizers}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kquant.diagnosis.records import Finding, TargetRecord, TensorRecord
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 
 WIDE = 8.0  # widest channel over the median one: that leaves the median channel of 8 bits 5 bits
 FAR = 8.0  # the grid over the part of it that holds 99 % of the values: three of its bits serve 1 %
@@ -148,7 +148,7 @@ def few_bits(records: Sequence[TensorRecord], guilty: Sequence[str], logits: Seq
     return found
 
 
-def bad_scales(actual: Mapping[str, QParams | None], expected: Mapping[str, QParams | None]) -> list[Finding]:
+def bad_scales(actual: Mapping[str, Grid | None], expected: Mapping[str, Grid | None]) -> list[Finding]:
     """Grids that are far wider or narrower than those that the config gives on the calibration data.
 
     Args:
@@ -172,7 +172,7 @@ def bad_scales(actual: Mapping[str, QParams | None], expected: Mapping[str, QPar
     ]
 
 
-def _wider(q: QParams, expected: QParams) -> float:
+def _wider(q: Grid, expected: Grid) -> float:
     """Range of a grid over that of another; the channel that is most off, where there are channels."""
     widths = [np.asarray(g.scale, np.float64) * (g.qmax - g.qmin) for g in (q, expected)]
     ratio = np.atleast_1d(widths[0] / widths[1])

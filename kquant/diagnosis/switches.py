@@ -17,7 +17,7 @@ from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import QUANTIZED_WEIGHT, compute, evaluate, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.gradients import fake_quant
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 from kquant.keras.model import QuantizedModel, extract
 from kquant.targets.litert.simulate import simulate
 from kquant.targets.operand import Operand
@@ -44,7 +44,7 @@ class Quantizer:
     node: str
     layer: str
     op: str
-    grid: QParams
+    grid: Grid
 
     @property
     def bits(self) -> int:
@@ -217,14 +217,14 @@ class SwitchedModel(keras.Model):
         return tf.cond(self._is_on(name), lambda: quantize(x), lambda: tf.identity(x))
 
 
-def rounded(x: Tensor, q: QParams) -> Tensor:
+def rounded(x: Tensor, q: Grid) -> Tensor:
     """The real values of x on the grid `q`: `kquant.gradients.fake_quant` with the grid's constants."""
     shape = () if q.axis is None else tuple(-1 if k == q.axis else 1 for k in range(len(x.shape)))
     scale, zero_point = (np.reshape(v, shape).astype(np.float32) for v in (q.scale, q.zero_point))
     return fake_quant(x, tf.constant(scale), tf.constant(zero_point), q.qmin, q.qmax)
 
 
-def _on_grid(node: Node, x: Tensor, q: QParams) -> Tensor:
+def _on_grid(node: Node, x: Tensor, q: Grid) -> Tensor:
     """An average, interpolation or padding as the target computes it, on the grid of its input.
 
     Its values often lie halfway between two steps, where the kernels' rule for ties shifts the mean.
@@ -234,5 +234,5 @@ def _on_grid(node: Node, x: Tensor, q: QParams) -> Tensor:
     return simulate(node, [grid], grid, {}) * grid.scale
 
 
-def _rounded_weight(node: Node, weight: Tensor, q: QParams) -> Tensor:
+def _rounded_weight(node: Node, weight: Tensor, q: Grid) -> Tensor:
     return tf.reshape(rounded(weight_view(node, weight), q), weight.shape)

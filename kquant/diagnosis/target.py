@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from kquant.diagnosis.records import TargetRecord
 from kquant.errors import ExportError
 from kquant.graph.quantized import QuantizedGraph
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 from kquant.keras.layer import QuantizedLayer
 from kquant.keras.model import QuantizedModel, extract
 from kquant.quantize.data import CalibrationData
@@ -145,7 +145,7 @@ def _with_tensors(model: QuantizedModel, layers: Mapping[str, QuantizedLayer], n
     return run
 
 
-def _integers(value: Array, q: QParams | None) -> Array:
+def _integers(value: Array, q: Grid | None) -> Array:
     """Real values of the simulation as integers, float64; those of a float tensor as they are."""
     wide = value.astype(np.float64)
     return wide if q is None else np.rint(wide / float(q.scale)) + int(q.zero_point)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kquant.graph.ir import Graph
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,5 +29,5 @@ class QuantizedGraph:
     """
 
     graph: Graph
-    activations: Mapping[str, QParams | None]
-    weights: Mapping[str, QParams | None]
+    activations: Mapping[str, Grid | None]
+    weights: Mapping[str, Grid | None]

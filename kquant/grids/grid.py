@@ -35,7 +35,7 @@ class Spec(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class QParams:
+class Grid:
     """An integer grid: x ~ scale * (q - zero_point) with q an integer in [qmin, qmax].
 
     Attributes:
@@ -63,7 +63,7 @@ class QParams:
         return 8 if self.qmin >= -128 and self.qmax <= 127 else 16
 
 
-def qparams_from_range(low: Any, high: Any, spec: Spec, axis: int | None = None) -> QParams:
+def grid_from_range(low: Any, high: Any, spec: Spec, axis: int | None = None) -> Grid:
     """The grid that covers [low, high] (eq. 4-8).
 
     Asymmetric: scale = (high - low) / (2^bits - 1), with the integer zero point that puts `low`
@@ -102,7 +102,7 @@ def qparams_from_range(low: Any, high: Any, spec: Spec, axis: int | None = None)
         zero_point = np.full(scale.shape, 0 if spec.signed else qmin, np.int32)
     else:
         zero_point = np.clip(np.rint(qmin - low / scale.astype(np.float64)), qmin, qmax).astype(np.int32)
-    return QParams(scale, np.asarray(zero_point), qmin, qmax, axis)
+    return Grid(scale, np.asarray(zero_point), qmin, qmax, axis)
 
 
 def _valid_scale(raw: Array, power_of_two: bool) -> Array:
@@ -125,7 +125,7 @@ def _along(values: Array, axis: int | None, ndim: int) -> Array:
     return values.reshape(shape)
 
 
-def _steps(x: Any, q: QParams) -> tuple[Array, Array, Array]:
+def _steps(x: Any, q: Grid) -> tuple[Array, Array, Array]:
     """(quantized x less the zero point, scale and zero point shaped to broadcast), float32."""
     x = np.asarray(x, np.float32)
     scale, zero = _along(q.scale, q.axis, x.ndim), _along(q.zero_point, q.axis, x.ndim)
@@ -138,7 +138,7 @@ def _steps(x: Any, q: QParams) -> tuple[Array, Array, Array]:
     return steps, scale, zero
 
 
-def quantize(x: Any, q: QParams) -> Array:
+def quantize(x: Any, q: Grid) -> Array:
     """clamp(round(x / scale) + zero_point, qmin, qmax) as int32 (eq. 4), in float32, half to even.
 
     Args:
@@ -149,14 +149,14 @@ def quantize(x: Any, q: QParams) -> Array:
     return np.asarray(steps.astype(np.int32) + zero)
 
 
-def dequantize(ints: Any, q: QParams) -> Array:
+def dequantize(ints: Any, q: Grid) -> Array:
     """scale * (ints - zero_point) as float32 (eq. 5)."""
     ints = np.asarray(ints).astype(np.int32)
     scale, zero = _along(q.scale, q.axis, ints.ndim), _along(q.zero_point, q.axis, ints.ndim)
     return np.asarray((ints - zero).astype(np.float32) * scale)
 
 
-def fake_quantize(x: Any, q: QParams) -> Array:
+def fake_quantize(x: Any, q: Grid) -> Array:
     """The value that the grid gives to x: dequantize(quantize(x)) (eq. 6), float32."""
     steps, scale, _ = _steps(x, q)
     steps *= scale
@@ -181,7 +181,7 @@ def quantize_bias(bias: Any, input_scale: Any, weight_scale: Any) -> Array:
     return np.clip(steps, -BIAS_MAX, BIAS_MAX).astype(np.int64)
 
 
-def fit_bias(weights: QParams, bias: Any, input_scale: Any) -> QParams:
+def fit_bias(weights: Grid, bias: Any, input_scale: Any) -> Grid:
     """`weights` with scales raised, by powers of two, where the bias would not fit 32 bits.
 
     A dead channel has weights near 0 and so a tiny scale, but its bias is of normal size and often

@@ -15,7 +15,7 @@ import numpy as np
 
 from kquant.config.specs import QuantSpec
 from kquant.errors import ConfigError, ModelError
-from kquant.grids.grid import fake_quantize, qparams_from_range
+from kquant.grids.grid import fake_quantize, grid_from_range
 from kquant.grids.observers import Histogram, MinMax, Rows
 
 Array = np.ndarray[Any, Any]
@@ -124,7 +124,7 @@ def _weight_mse(rows: Array, spec: QuantSpec) -> Range:
 
 def _best_ratio(rows: Array, low: Array, high: Array, spec: QuantSpec) -> Array:
     def cost(ratio: Array) -> Array:
-        error = fake_quantize(rows, qparams_from_range(low * ratio, high * ratio, spec, axis=0))
+        error = fake_quantize(rows, grid_from_range(low * ratio, high * ratio, spec, axis=0))
         error -= rows
         return np.square(error, out=error).sum(axis=1, dtype=np.float64)
 
@@ -155,7 +155,7 @@ def _activation_mse(observer: Observer, spec: QuantSpec) -> Range:
     values = values.astype(np.float32)
 
     def cost(low: Array, high: Array) -> float:
-        error = fake_quantize(values, qparams_from_range(low, high, spec)) - values
+        error = fake_quantize(values, grid_from_range(low, high, spec)) - values
         return float(np.dot(counts, np.square(error, dtype=np.float64)))
 
     return _shrink(cost, low, high, spec)
@@ -181,7 +181,7 @@ def _activation_cross_entropy(observer: Observer, spec: QuantSpec) -> Range:
     floor = cross_entropy(logits) + _NEGLIGIBLE
 
     def cost(low: Array, high: Array) -> float:
-        return max(floor, cross_entropy(fake_quantize(logits, qparams_from_range(low, high, spec))))
+        return max(floor, cross_entropy(fake_quantize(logits, grid_from_range(low, high, spec))))
 
     return _shrink(cost, *_contain_zero(observer.low, observer.high), spec)
 

@@ -20,7 +20,7 @@ from kquant.graph.tracing.trace import trace_model
 from kquant.graph.transforms.fold_batch_norm import fold_batch_norm
 from kquant.graph.transforms.fuse_activations import fuse_activations
 from kquant.graph.transforms.simplify import absorb_padding, simplify
-from kquant.grids.grid import Array, QParams, dequantize, fit_bias, quantize
+from kquant.grids.grid import Array, Grid, dequantize, fit_bias, quantize
 from kquant.interop.tfmot_model import Range, read_model
 from kquant.interop.tfmot_ranges import Grids, activation_grids, float_layers, place_ranges
 from kquant.keras.backend import check_backend
@@ -50,7 +50,7 @@ class _Kernel:
     """The integers of a kernel and their grid, batch normalization folded, channels as in `weight_view`."""
 
     integers: Array
-    grid: QParams
+    grid: Grid
 
 
 def from_tfmot(model: Any) -> QuantizedModel:
@@ -107,7 +107,7 @@ def _with_kernels(plan: Plan, activations: Grids, kernels: Mapping[str, _Kernel]
     """The quantized graph: TFMOT's kernels, and min-max grids for those that TFMOT leaves in float."""
     grids = weight_grids(plan) | {name: kernel.grid for name, kernel in kernels.items() if name in plan.weights}
     nodes = {n: _on_integers(plan.graph[n], kernel, keep=n in plan.weights) for n, kernel in kernels.items()}
-    weights: dict[str, QParams | None] = {}
+    weights: dict[str, Grid | None] = {}
     for name, grid in grids.items():
         node = plan.graph[name]
         x = activations[node.inputs[0]] if node.op in BIAS else None
@@ -147,7 +147,7 @@ def _kernels(traced: Graph, ranges: Mapping[str, Range]) -> dict[str, _Kernel]:
     return kernels
 
 
-def _grid(node: Node, found: Range) -> QParams:
+def _grid(node: Node, found: Range) -> Grid:
     """The grid of a kernel; TFMOT gives a depthwise kernel one scale per multiplier."""
     if found.low.ndim == 0 or found.low.size == 1:
         return Range(found.low.reshape(()), found.high.reshape(()), found.narrow).grid()
@@ -156,7 +156,7 @@ def _grid(node: Node, found: Range) -> QParams:
     return Range(np.tile(found.low, repeats), np.tile(found.high, repeats), found.narrow).grid(axis)
 
 
-def _one_step(node: Node, q: QParams) -> Array:
+def _one_step(node: Node, q: Grid) -> Array:
     """A kernel of the node's shape whose every value is one step of its grid."""
     view = weight_view(node)
     return np.broadcast_to(_along(q.scale, q.axis, view.ndim), view.shape).reshape(node.weights["kernel"].shape)
@@ -166,7 +166,7 @@ def _along(values: Array, axis: int | None, ndim: int) -> Array:
     return values if axis is None else np.reshape(values, [-1 if k == axis else 1 for k in range(ndim)])
 
 
-def _integers(kernel: Array, q: QParams) -> Array:
+def _integers(kernel: Array, q: Grid) -> Array:
     """floor((clip(w) - low) / scale + 1/2) + qmin, in the float32 steps of TensorFlow's fake_quant kernel."""
     scale = _along(q.scale, q.axis, kernel.ndim)
     low, high = scale * np.float32(q.qmin), scale * np.float32(q.qmax)
@@ -174,12 +174,12 @@ def _integers(kernel: Array, q: QParams) -> Array:
     return np.asarray(np.floor(steps + np.float32(0.5)).astype(np.int32) + q.qmin)
 
 
-def _rescaled(q: QParams, scale: Array, axis: int | None) -> QParams:
+def _rescaled(q: Grid, scale: Array, axis: int | None) -> Grid:
     """`q` with the scales behind a batch normalization; a channel that this makes zero keeps its scale."""
     scale = np.where(scale > 0, scale, np.broadcast_to(q.scale, scale.shape)).astype(np.float32)
     if q.axis is None and (scale == scale[0]).all():
         return replace(q, scale=scale[0])
-    return QParams(scale, np.zeros(scale.shape, np.int32), q.qmin, q.qmax, axis)
+    return Grid(scale, np.zeros(scale.shape, np.int32), q.qmin, q.qmax, axis)
 
 
 def _on_integers(node: Node, kernel: _Kernel, keep: bool) -> Node:

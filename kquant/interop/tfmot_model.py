@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from kquant.errors import ModelError
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 
 _WRAPPERS = {"QuantizeWrapper", "QuantizeWrapperV2"}
 # Keras 3 has them under the same name, with the same arguments but for `_RENAMED`.
@@ -46,7 +46,7 @@ class Range:
     high: np.ndarray
     narrow: bool
 
-    def grid(self, axis: int | None = None) -> QParams:
+    def grid(self, axis: int | None = None) -> Grid:
         """The grid of `tf.quantization.fake_quant_with_min_max_vars`, in its float32 arithmetic, stored as int8.
 
         scale = (high - low) / (qmax - qmin); the zero point is qmin - low / scale, rounded half up and clamped.
@@ -58,7 +58,7 @@ class Range:
         scale = np.asarray((self.high - self.low) / np.float32(qmax - qmin), np.float32)
         unsigned = np.float32(qmin + 128) - self.low / scale
         zero_point = np.clip(np.floor(unsigned + np.float32(0.5)).astype(np.int32) - 128, qmin, qmax)
-        return QParams(scale, np.asarray(zero_point, np.int32), qmin, qmax, axis)
+        return Grid(scale, np.asarray(zero_point, np.int32), qmin, qmax, axis)
 
 
 class Marker(keras.layers.Layer):

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from kquant.graph.ir import Graph, Node
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 from kquant.interop.tfmot_model import Marker
 from kquant.quantize.plan import Plan
 from kquant.targets.target import Target
 
-Grids = dict[str, QParams | None]
+Grids = dict[str, Grid | None]
 
 
 def place_ranges(graph: Graph, target: Target) -> tuple[Graph, Grids]:
@@ -34,16 +34,16 @@ def place_ranges(graph: Graph, target: Target) -> tuple[Graph, Grids]:
     return graph, _spread(graph, own, target)
 
 
-def same_grid(a: QParams | None, b: QParams | None) -> bool:
+def same_grid(a: Grid | None, b: Grid | None) -> bool:
     """Whether two tensors have one grid."""
     if a is None or b is None:
         return a is b
     return float(a.scale) == float(b.scale) and int(a.zero_point) == int(b.zero_point)
 
 
-def _take_markers(graph: Graph, target: Target) -> tuple[Graph, dict[str, QParams]]:
+def _take_markers(graph: Graph, target: Target) -> tuple[Graph, dict[str, Grid]]:
     """Each marker as the grid of the tensor that it reads, or as a "requantize" behind it."""
-    own: dict[str, QParams] = {}
+    own: dict[str, Grid] = {}
     nodes: dict[str, Node] = {}
     rename: dict[str, str] = {}
     for node in graph:
@@ -62,14 +62,14 @@ def _take_markers(graph: Graph, target: Target) -> tuple[Graph, dict[str, QParam
     return graph.rebuild(nodes.values(), rename), own
 
 
-def _fixed(node: Node, target: Target) -> QParams | None:
+def _fixed(node: Node, target: Target) -> Grid | None:
     grid = target.fixed_output(node.op, 8)
     if grid is None:
         return None
-    return QParams(np.asarray(grid[0], np.float32), np.asarray(grid[1], np.int32), -128, 127)
+    return Grid(np.asarray(grid[0], np.float32), np.asarray(grid[1], np.int32), -128, 127)
 
 
-def _grid(nodes: Mapping[str, Node], name: str, own: dict[str, QParams], target: Target) -> QParams | None:
+def _grid(nodes: Mapping[str, Node], name: str, own: dict[str, Grid], target: Target) -> Grid | None:
     """The grid of a tensor: its own, the target's, or that of what it moves."""
     node = nodes[name]
     if node.op in target.same_scale:
@@ -89,7 +89,7 @@ def _requantize(name: str, source: Node) -> Node:
     )
 
 
-def _share_backward(graph: Graph, own: dict[str, QParams], target: Target) -> None:
+def _share_backward(graph: Graph, own: dict[str, Grid], target: Target) -> None:
     """What a concatenation reads has its grid, where it has none of its own."""
     for node in reversed(list(graph)):
         if node.op not in target.inputs_share_output or node.name not in own:
@@ -101,7 +101,7 @@ def _share_backward(graph: Graph, own: dict[str, QParams], target: Target) -> No
                 own.setdefault(source, own[node.name])
 
 
-def _separate(graph: Graph, own: dict[str, QParams], target: Target) -> tuple[Graph, dict[str, QParams]]:
+def _separate(graph: Graph, own: dict[str, Grid], target: Target) -> tuple[Graph, dict[str, Grid]]:
     """A "requantize" in front of every concatenation that reads another grid than its own."""
     nodes: dict[str, Node] = {}
     own = dict(own)
@@ -119,7 +119,7 @@ def _separate(graph: Graph, own: dict[str, QParams], target: Target) -> tuple[Gr
     return graph.rebuild(nodes.values()), own
 
 
-def _spread(graph: Graph, own: dict[str, QParams], target: Target) -> Grids:
+def _spread(graph: Graph, own: dict[str, Grid], target: Target) -> Grids:
     return {node.name: _grid(graph.nodes, node.name, own, target) for node in graph}
 
 
@@ -144,7 +144,7 @@ def activation_grids(plan: Plan, grids: Grids) -> Grids:
         plan: which nodes run in integers, and the "requantize" nodes that this takes.
         grids: from `place_ranges`.
     """
-    leaders: dict[str, QParams] = dict(plan.fixed)
+    leaders: dict[str, Grid] = dict(plan.fixed)
     for name, leader in plan.groups.items():
         node = plan.graph[name]
         added = node.op == "requantize" and name not in grids

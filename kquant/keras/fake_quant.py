@@ -25,7 +25,7 @@ from kquant.grids.gradients import (
     round_ste,
     scaled_gradient,
 )
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 
 Tensor = Any
 # how far a scale may move: no step of an optimizer leads to one that is zero or infinite
@@ -72,17 +72,17 @@ class FakeQuant(keras.layers.Layer):
         }
         self.built = True
 
-    def assign(self, q: QParams) -> None:
+    def assign(self, q: Grid) -> None:
         """Move to the grid `q` (same limits and granularity)."""
         self.scale.assign(q.scale)
         self.zero_point.assign(np.asarray(q.zero_point, np.float32))
         for variable in self.learned.values():
             variable.assign(np.zeros(variable.shape, np.float32))
 
-    def to_qparams(self) -> QParams:
+    def to_grid(self) -> Grid:
         """The grid as it stands now."""
         scale, zero_point = (np.asarray(v) for v in self.parameters())
-        return QParams(scale.astype(np.float32), np.rint(zero_point).astype(np.int32), self.qmin, self.qmax, self.axis)
+        return Grid(scale.astype(np.float32), np.rint(zero_point).astype(np.int32), self.qmin, self.qmax, self.axis)
 
     @property
     def bits(self) -> int:

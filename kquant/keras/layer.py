@@ -24,7 +24,7 @@ import tensorflow as tf
 from kquant.graph.ir import Node
 from kquant.graph.ops import BIAS, LINEAR, QUANTIZED_WEIGHT, compute, weight_view
 from kquant.grids.gradients import round_ste
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 from kquant.keras.fake_quant import FakeQuant
 from kquant.targets.litert.fixed_point import requantization
 from kquant.targets.litert.simulate import prelu, simulate
@@ -50,7 +50,7 @@ def node_from_dict(config: Mapping[str, Any]) -> Node:
     return Node(**{**config, **tuples})
 
 
-def grid_settings(q: QParams | None, learning: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+def grid_settings(q: Grid | None, learning: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """The settings of a `FakeQuant` that can hold `q`, with those by which it learns."""
     if q is None:
         return None
@@ -301,10 +301,10 @@ class QuantizedLayer(keras.layers.Layer):
             raise AssertionError(f"{self.node.name!r} has no weight quantizer")
         return self.weight_quantizer.parameters()[0]
 
-    def deployed(self) -> tuple[dict[str, np.ndarray], QParams | None]:
+    def deployed(self) -> tuple[dict[str, np.ndarray], Grid | None]:
         """The weights of the operation as it is deployed, and the grid of the quantized one."""
         weights = {k: np.asarray(v.numpy(), np.float32) for k, v in self.float_weights().items()}
-        return weights, None if self.weight_quantizer is None else self.weight_quantizer.to_qparams()
+        return weights, None if self.weight_quantizer is None else self.weight_quantizer.to_grid()
 
     def _real_weights(self) -> dict[str, Tensor]:
         """The weights as real numbers, on their grid where they have one."""

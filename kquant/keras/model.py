@@ -18,7 +18,7 @@ from kquant.graph.ir import Graph, Node
 from kquant.graph.quantized import QuantizedGraph
 from kquant.graph.tracing.float_call import FloatCall
 from kquant.grids.gradients import checked_loss
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 from kquant.keras.layer import UNIT_AXES, QuantizedLayer, grid_settings, node_from_dict, node_to_dict
 from kquant.keras.report import format_report
 from kquant.quantize.plan import is_final
@@ -216,8 +216,8 @@ def extract(model: keras.Model) -> QuantizedGraph:
     layers = {layer.node.name: layer for layer in model.layers if isinstance(layer, QuantizedLayer)}
     operations = {op.name: op for op in model.operations}
     nodes: dict[str, Node] = {}
-    activations: dict[str, QParams | None] = {}
-    weights: dict[str, QParams | None] = {}
+    activations: dict[str, Grid | None] = {}
+    weights: dict[str, Grid | None] = {}
     for name in structure["order"]:
         if name in structure["float_nodes"]:
             config = dict(structure["float_nodes"][name])
@@ -242,8 +242,8 @@ def extract(model: keras.Model) -> QuantizedGraph:
 def _extract_layer(
     layer: QuantizedLayer,
     nodes: dict[str, Node],
-    activations: dict[str, QParams | None],
-    weights: dict[str, QParams | None],
+    activations: dict[str, Grid | None],
+    weights: dict[str, Grid | None],
 ) -> None:
     node = layer.node
     values, weight_grid = layer.deployed()
@@ -251,12 +251,12 @@ def _extract_layer(
         value = np.asarray(constant.numpy(), np.float32)
         nodes[name] = Node(name=name, op="const", shape=value.shape, weights={"value": value}, origin=node.origin)
         quantizer = layer.constant_quantizers.get(name)
-        activations[name] = quantizer.to_qparams() if quantizer is not None else None
+        activations[name] = quantizer.to_grid() if quantizer is not None else None
     nodes[node.name] = node.with_(weights=values)
     if layer.shares_grid:
         activations[node.name] = activations[node.inputs[0]]
     else:
-        activations[node.name] = layer.output_quantizer.to_qparams() if layer.output_quantizer else None
+        activations[node.name] = layer.output_quantizer.to_grid() if layer.output_quantizer else None
     if weight_grid is not None:
         weights[node.name] = weight_grid
     elif node.op == "embedding" and activations[node.name] is not None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from kquant.config.text import table
 from kquant.graph.quantized import QuantizedGraph
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 from kquant.quantize.plan import Plan
 
 
@@ -36,11 +36,11 @@ def layer_rows(plan: Plan, qgraph: QuantizedGraph) -> list[dict[str, Any]]:
     return rows
 
 
-def _weights(q: QParams | None) -> str:
+def _weights(q: Grid | None) -> str:
     return "" if q is None else f"{q.bits}-bit {'per channel' if np.ndim(q.scale) else 'per tensor'}"
 
 
-def _range(q: QParams | None) -> list[float] | None:
+def _range(q: Grid | None) -> list[float] | None:
     return None if q is None else [float(q.scale * (b - q.zero_point)) for b in (q.qmin, q.qmax)]
 
 

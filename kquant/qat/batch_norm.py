@@ -29,7 +29,7 @@ from kquant.errors import ConfigError, ModelError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import BIAS, LINEAR, QUANTIZED_WEIGHT, weight_view
 from kquant.graph.quantized import QuantizedGraph
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 from kquant.keras.layer import QuantizedLayer
 from kquant.keras.model import QuantizedModel
 
@@ -84,14 +84,14 @@ class BatchNormLayer(QuantizedLayer):
             return scale
         return scale * tf.abs(self._ratio(tf.convert_to_tensor(self.moving_variance)))
 
-    def deployed(self) -> tuple[dict[str, np.ndarray], QParams | None]:
+    def deployed(self) -> tuple[dict[str, np.ndarray], Grid | None]:
         weights, grid = super().deployed()
         if grid is None or self.batch_norm != "keep":
             return weights, grid
         key = QUANTIZED_WEIGHT[self.node.op][0]
         scale = np.asarray(self.weight_scale().numpy(), np.float32)
         real = np.asarray(self._quantized_weight()[1].numpy(), np.float32)
-        return {**weights, key: real}, QParams(scale, grid.zero_point, grid.qmin, grid.qmax, grid.axis)
+        return {**weights, key: real}, Grid(scale, grid.zero_point, grid.qmin, grid.qmax, grid.axis)
 
     def _quantized_weight(self) -> tuple[Tensor, Tensor]:
         if self.weight_quantizer is None or self.batch_norm != "keep":

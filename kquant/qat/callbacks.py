@@ -91,7 +91,7 @@ class LogQuantizers(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         values = {f"epoch_{name}": float(value) for name, value in (logs or {}).items()}
         for name, quantizer in quantizers_of(self.model).items():
-            grid = quantizer.to_qparams()
+            grid = quantizer.to_grid()
             values[f"scale/{name}"] = float(np.exp(np.mean(np.log(grid.scale))))
             if np.ndim(grid.zero_point) == 0:
                 values[f"zero_point/{name}"] = float(grid.zero_point)

@@ -12,7 +12,7 @@ from kquant.config.specs import QuantSpec, Training
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import QUANTIZED_WEIGHT, weight_view
 from kquant.graph.quantized import QuantizedGraph
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 from kquant.keras.model import Learning
 from kquant.qat.batch_norm import batch_norm_layers
 from kquant.quantize.plan import resolve, share_grids
@@ -59,7 +59,7 @@ def learning_of(qgraph: QuantizedGraph, config: QuantConfig, training: Training)
 def zero_ranges(qgraph: QuantizedGraph, config: QuantConfig) -> list[str]:
     """The layers (names of the user's) with weights, or an output over the calibration data, that are all zero.
 
-    A range of zero width has scale 1 (`affine.qparams_from_range`), which says nothing about the values to come. Scales
+    A range of zero width has scale 1 (`affine.grid_from_range`), which says nothing about the values to come. Scales
     that were given, or are rounded to powers of two, may be 1 in good faith.
     """
     graph, target, specs = qgraph.graph, get_target(config.target), resolve(qgraph.graph, config)
@@ -74,7 +74,7 @@ def zero_ranges(qgraph: QuantizedGraph, config: QuantConfig) -> list[str]:
     return sorted({graph[name].origin or name for name in dead})
 
 
-def _settings(gradient: str, training: Training, elements: int, q: QParams) -> Mapping[str, Any]:
+def _settings(gradient: str, training: Training, elements: int, q: Grid) -> Mapping[str, Any]:
     if gradient == "ste":
         return {}
     levels = max(q.qmax - int(np.max(q.zero_point)), 1)
@@ -88,7 +88,7 @@ def _symmetric(gradient: str, spec: QuantSpec | None) -> str:
     return {"lsq+": "lsq", "min_max": "symmetric"}.get(gradient, gradient)
 
 
-def _asymmetric(gradient: str, node: Node, q: QParams | None, spec: QuantSpec | None) -> str:
+def _asymmetric(gradient: str, node: Node, q: Grid | None, spec: QuantSpec | None) -> str:
     """The gradient of an activation's grid; the zero point of one that starts or ends at zero stays."""
     if q is None or spec is None or spec.symmetric:
         return _symmetric(gradient, spec)
@@ -96,7 +96,7 @@ def _asymmetric(gradient: str, node: Node, q: QParams | None, spec: QuantSpec | 
     return "lsq" if gradient == "lsq+" and not moves else gradient
 
 
-def _is_given(node: Node, q: QParams | None, target: Target) -> bool:
+def _is_given(node: Node, q: Grid | None, target: Target) -> bool:
     """Whether the grid of a tensor is dictated: by the target, or by values that do not train."""
     return q is None or node.op in _GIVEN or target.fixed_output(node.op, q.container) is not None
 

@@ -27,7 +27,7 @@ import numpy as np
 from kquant.config.specs import AdaRound
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import weight_view
-from kquant.grids.grid import QParams, fake_quantize
+from kquant.grids.grid import Grid, fake_quantize
 from kquant.quantize.descent import Quadratic, descent, sequential
 from kquant.quantize.gram import (
     MATRIX_OPS,
@@ -61,7 +61,7 @@ class LayerRounding:
     """
 
     node: str
-    grid: QParams = field(repr=False)
+    grid: Grid = field(repr=False)
     rows: int
     power: float
     nearest_loss: float
@@ -108,7 +108,7 @@ SOLVERS: Mapping[str, Callable[[_Layer, AdaRound, int], Array]] = {
 
 def adaround(
     graph: Graph,
-    weights: Mapping[str, QParams],
+    weights: Mapping[str, Grid],
     data: Data,
     settings: AdaRound = AdaRound(),  # noqa: B008 (frozen)
     *,
@@ -149,7 +149,7 @@ def adaround(
 
 
 def round_layer(
-    node: Node, batches: Batches, grid: QParams, settings: AdaRound, seed: int = 0
+    node: Node, batches: Batches, grid: Grid, settings: AdaRound, seed: int = 0
 ) -> tuple[Node, LayerRounding]:
     """One layer of `adaround`, from passes over its inputs (x, x^)."""
     kernel = node.weights["kernel"]
@@ -178,13 +178,13 @@ def _positions(node: Node, settings: AdaRound) -> int:
     return -(-settings.positions // 4) if node.op == "depthwise_conv2d" else settings.positions
 
 
-def _problem(node: Node, grid: QParams, target: Array, metric: Array) -> tuple[Quadratic, Array]:
+def _problem(node: Node, grid: Grid, target: Array, metric: Array) -> tuple[Quadratic, Array]:
     scale = channels_to_groups(node, grid.scale)
     zero = channels_to_groups(node, grid.zero_point)
     return Quadratic(metric, target / scale.astype(np.float64), grid.qmin - zero, grid.qmax - zero), scale
 
 
-def _rescaled(node: Node, grid: QParams, target: Array, metric: Array, factors: tuple[float, ...]) -> QParams:
+def _rescaled(node: Node, grid: Grid, target: Array, metric: Array, factors: tuple[float, ...]) -> Grid:
     """The grid with each scale times the factor that leaves the least cost after sequential rounding.
 
     Where all scales are powers of two, as some targets want them, they stay.

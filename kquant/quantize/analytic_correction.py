@@ -15,7 +15,7 @@ import numpy as np
 
 from kquant.graph.ir import Graph
 from kquant.graph.ops import BIAS, LINEAR, QUANTIZED_WEIGHT
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 from kquant.quantize.bias_correction import round_kernel
 from kquant.quantize.input_moments import estimate_inputs
 from kquant.quantize.moments import Moments, linear_mean, propagate
@@ -35,7 +35,7 @@ class CorrectionReport:
 
 
 def correct_biases_analytically(
-    graph: Graph, weights: Mapping[str, QParams], inputs: Mapping[str, Moments] | None = None
+    graph: Graph, weights: Mapping[str, Grid], inputs: Mapping[str, Moments] | None = None
 ) -> tuple[Graph, CorrectionReport]:
     """Quantize the weights of linear operations and correct their biases by -(W_q - W) E[x].
 

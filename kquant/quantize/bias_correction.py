@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import BIAS, LINEAR, QUANTIZED_WEIGHT, compute, weight_view
-from kquant.grids.grid import QParams, fake_quantize
+from kquant.grids.grid import Grid, fake_quantize
 from kquant.quantize.walk import Batches, Data, layer_by_layer
 
 CORRECTED = LINEAR - {"affine"}
@@ -29,7 +29,7 @@ _SPREAD_SAMPLES = 8  # the report's unit needs no precision
 
 def correct_biases(
     graph: Graph,
-    weights: Mapping[str, QParams],
+    weights: Mapping[str, Grid],
     data: Data,
     *,
     progress: bool = True,
@@ -64,7 +64,7 @@ def correct_biases(
     return result, shifts
 
 
-def _correct(node: Node, grid: QParams, batches: Batches) -> tuple[Node, float]:
+def _correct(node: Node, grid: Grid, batches: Batches) -> tuple[Node, float]:
     """The node with a rounded kernel and a corrected bias, and the size of the correction."""
     mean, mean_hat, first = _means(batches)
     rounded = round_kernel(node, grid)
@@ -75,7 +75,7 @@ def _correct(node: Node, grid: QParams, batches: Batches) -> tuple[Node, float]:
     return rounded.with_weights(**{BIAS[node.op]: bias}), float(np.abs(correction).max()) / max(spread, 1e-12)
 
 
-def round_kernel(node: Node, grid: QParams) -> Node:
+def round_kernel(node: Node, grid: Grid) -> Node:
     """The node with its kernel on `grid`, rounded to nearest."""
     name = QUANTIZED_WEIGHT[node.op][0]
     kernel = node.weights[name]

@@ -19,7 +19,7 @@ from kquant.errors import CalibrationError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import BIAS, LINEAR, QUANTIZED_WEIGHT, evaluate, weight_view
 from kquant.graph.quantized import QuantizedGraph
-from kquant.grids.grid import QParams, fit_bias, qparams_from_range
+from kquant.grids.grid import Grid, fit_bias, grid_from_range
 from kquant.grids.observers import Histogram, MinMax, Rows
 from kquant.grids.ranges import activation_range, weight_range
 from kquant.quantize.data import CalibrationData
@@ -112,7 +112,7 @@ def _rows_at_once(graph: Graph) -> int:
     return max(1, (32 << 20) // largest)
 
 
-def weight_grids(plan: Plan) -> dict[str, QParams]:
+def weight_grids(plan: Plan) -> dict[str, Grid]:
     """The grids of all quantized weights, by the range methods of their specs."""
     grids = {}
     for name, spec in plan.weights.items():
@@ -121,11 +121,11 @@ def weight_grids(plan: Plan) -> dict[str, QParams]:
         low, high = weight_range(spec.method, weight_view(node), spec, axis, name=node.origin or name)
         if node.op in BIAS and not (low.any() or high.any()):  # any scale will do: one that keeps the bias' step fine
             high = np.full_like(high, np.abs(node.weights[BIAS[node.op]]).max(initial=0.0) / 256)
-        grids[name] = qparams_from_range(low, high, spec, axis)
+        grids[name] = grid_from_range(low, high, spec, axis)
     return grids
 
 
-def make_grids(plan: Plan, weights: Mapping[str, QParams], statistics: Mapping[str, Any]) -> QuantizedGraph:
+def make_grids(plan: Plan, weights: Mapping[str, Grid], statistics: Mapping[str, Any]) -> QuantizedGraph:
     """All grids: those of activations from statistics, and those of weights, where a bias must fit its accumulator.
 
     Args:
@@ -134,24 +134,24 @@ def make_grids(plan: Plan, weights: Mapping[str, QParams], statistics: Mapping[s
         statistics: tensor -> its observer, or its moments for "batch_norm".
     """
     leaders = {leader: _activation_grid(plan, leader, statistics) for leader in plan.sources} | plan.fixed
-    activations: dict[str, QParams | None] = {n.name: None for n in plan.graph}
+    activations: dict[str, Grid | None] = {n.name: None for n in plan.graph}
     activations.update({name: leaders[leader] for name, leader in plan.groups.items()})
-    chosen: dict[str, QParams | None] = {n: _with_room(plan.graph[n], q, activations) for n, q in weights.items()}
+    chosen: dict[str, Grid | None] = {n: _with_room(plan.graph[n], q, activations) for n, q in weights.items()}
     chosen |= {n.name: activations[n.name] for n in plan.graph if n.op == "embedding"}
     return QuantizedGraph(plan.graph, activations, chosen)
 
 
-def _with_room(node: Node, weights: QParams, activations: Mapping[str, QParams | None]) -> QParams:
+def _with_room(node: Node, weights: Grid, activations: Mapping[str, Grid | None]) -> Grid:
     """The weights' grid, coarser where the bias of an integer operation would not fit otherwise."""
     x = activations.get(node.inputs[0])
     return weights if node.op not in LINEAR or x is None else fit_bias(weights, node.weights[BIAS[node.op]], x.scale)
 
 
-def _activation_grid(plan: Plan, leader: str, observers: Mapping[str, Any]) -> QParams:
+def _activation_grid(plan: Plan, leader: str, observers: Mapping[str, Any]) -> Grid:
     """The grid of a group: the hull of the ranges of its sources."""
     spec = plan.activations[leader]
     ranges = [_source_range(plan, name, spec, observers) for name in plan.sources[leader]]
-    return place(qparams_from_range(min(r[0] for r in ranges), max(r[1] for r in ranges), spec))
+    return place(grid_from_range(min(r[0] for r in ranges), max(r[1] for r in ranges), spec))
 
 
 def _source_range(plan: Plan, name: str, grid: QuantSpec, observers: Mapping[str, Any]) -> tuple[float, float]:
@@ -171,7 +171,7 @@ def _source_range(plan: Plan, name: str, grid: QuantSpec, observers: Mapping[str
     return float(low), float(high)
 
 
-def place(q: QParams) -> QParams:
+def place(q: Grid) -> Grid:
     """Move a grid of fewer than 8 bits to an edge of the int8 container, so that saturation clamps it.
 
     A grid that starts at zero goes to the upper edge (a fused ReLU clamps below), any other to the

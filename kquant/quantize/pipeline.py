@@ -22,7 +22,7 @@ from kquant.graph.ops import LINEAR
 from kquant.graph.quantized import QuantizedGraph
 from kquant.graph.transforms.absorb_bias import absorb_bias
 from kquant.graph.transforms.equalize import equalize
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 from kquant.quantize.adaround import adaround
 from kquant.quantize.analytic_correction import correct_biases_analytically
 from kquant.quantize.bias_correction import CORRECTED, correct_biases
@@ -169,7 +169,7 @@ def _absorb(graph: Graph, data: CalibrationData | None, progress: bool) -> tuple
 
 
 def _correct(
-    plan: Plan, weights: Mapping[str, QParams], data: CalibrationData | None, progress: bool
+    plan: Plan, weights: Mapping[str, Grid], data: CalibrationData | None, progress: bool
 ) -> tuple[Graph, str]:
     """Empirical bias correction with data, analytic without."""
     if data is None:

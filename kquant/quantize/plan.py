@@ -17,7 +17,7 @@ from kquant.config.specs import LayerSpec, QuantSpec
 from kquant.errors import ConfigError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import LINEAR, QUANTIZED_WEIGHT
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 from kquant.targets.target import Target, get_target
 
 
@@ -49,7 +49,7 @@ class Plan:
     weights: dict[str, QuantSpec]
     activations: dict[str, QuantSpec]
     groups: dict[str, str]
-    fixed: dict[str, QParams]
+    fixed: dict[str, Grid]
     sources: dict[str, tuple[str, ...]]
     skipped: tuple[Skip, ...]
     target: Target
@@ -75,7 +75,7 @@ def make_plan(graph: Graph, config: QuantConfig) -> Plan:
     integer = {n.name for n in graph if n.name not in reasons and n.dtype == "float32"}
     groups = share_grids(graph, integer, target)
     activations = {name: _activation_spec(graph[name], specs[name]) for name in integer}
-    fixed: dict[str, QParams] = {}
+    fixed: dict[str, Grid] = {}
     members: dict[str, list[str]] = {}
     for name in graph.nodes:
         if name not in integer:
@@ -281,10 +281,10 @@ def _logits_spec(spec: QuantSpec, layer: LayerSpec, config: QuantConfig) -> Quan
     return replace(spec, method=config.logits)
 
 
-def _full_grid(grid: tuple[float, int], bits: int) -> QParams:
+def _full_grid(grid: tuple[float, int], bits: int) -> Grid:
     scale, zero_point = grid
     half = 2 ** (bits - 1)
-    return QParams(np.asarray(scale, np.float32), np.asarray(zero_point, np.int32), -half, half - 1)
+    return Grid(np.asarray(scale, np.float32), np.asarray(zero_point, np.int32), -half, half - 1)
 
 
 def _weight_specs(graph: Graph, specs: dict[str, LayerSpec], integer: set[str]) -> dict[str, QuantSpec]:

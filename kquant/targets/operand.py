@@ -1,9 +1,12 @@
-"""An integer tensor as the simulation sees it."""
+"""What the arithmetic of a kernel sees in the simulation: integer tensors, and the call of an operation on them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+from kquant.graph.ir import Node
 
 Tensor = Any
 
@@ -21,3 +24,23 @@ class Operand:
     def value(self) -> Tensor:
         """The real values."""
         return self.centered * self.scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """An operation on integer tensors, without its fused activation.
+
+    Attributes:
+        node: the operation; its weights are shapes.
+        inputs: its inputs.
+        out: the grid of its output (`centered` is None); `bits` is the container of the activations.
+        weight: the integers of its quantized weight in the weight's own shape, with the scale of its output channels
+            (or of all) and the number of bits of its grid; None where it has none.
+        weights: its other weights as real numbers (and the quantized one too, where `weight` is None).
+    """
+
+    node: Node
+    inputs: Sequence[Operand]
+    out: Operand
+    weight: Operand | None = None
+    weights: Mapping[str, Tensor] = field(default_factory=dict)

@@ -20,12 +20,11 @@ if TYPE_CHECKING:
     from kquant.config.quant_config import QuantConfig
     from kquant.config.specs import QuantSpec
 
-Grid = tuple[float, int]
 
 # The kernels take the output's grid for the input's without looking (or refuse a difference).
 _SAME_SCALE = frozenset({"reshape", "transpose", "slice", "pad", "max_pool2d", "avg_pool2d", "resize", "reduce_max"})
 _INPUTS_SHARE_OUTPUT = frozenset({"concat", "maximum", "minimum"})
-_FIXED_OUTPUTS: Mapping[tuple[str, int], Grid] = MappingProxyType(
+_FIXED_OUTPUTS: Mapping[tuple[str, int], tuple[float, int]] = MappingProxyType(
     {
         ("softmax", 8): (1 / 256, -128),
         ("logistic", 8): (1 / 256, -128),
@@ -96,7 +95,7 @@ class Target:
                 return container
         return 8
 
-    def fixed_output(self, op: str, container: int) -> Grid | None:
+    def fixed_output(self, op: str, container: int) -> tuple[float, int] | None:
         """The (scale, zero point) that the kernel of `op` insists on for its output, if it does."""
         return _FIXED_OUTPUTS.get((op, container))
 

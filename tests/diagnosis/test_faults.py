@@ -40,7 +40,7 @@ def test_a_layer_with_a_bad_scale() -> None:
     quantized = kquant.quantize_model(chain(), DIGITS.calibration, progress=False)
     layer = next(v for v in quantized.layers if getattr(v, "node", None) and v.node.name == "dw")
     quantizer = layer.output_quantizer
-    grid = quantizer.to_qparams()
+    grid = quantizer.to_grid()
     quantizer.assign(type(grid)(np.float32(grid.scale * 60), grid.zero_point, grid.qmin, grid.qmax, grid.axis))
     d = diagnosed(quantized=quantized)
     assert d.culprit == "activations"

@@ -17,7 +17,7 @@ from kquant.grids.gradients import (
     round_ste,
     scaled_gradient,
 )
-from kquant.grids.grid import QParams, fake_quantize, qparams_from_range
+from kquant.grids.grid import Grid, fake_quantize, grid_from_range
 
 RUNS = {
     "eager": lambda f: f,
@@ -111,7 +111,7 @@ def test_fake_quant_equals_numpy_however_it_runs(run, case):
 
 def test_without_a_clip_it_is_the_arithmetic_of_the_target():
     for (scale, zero_point), axis in ((PER_TENSOR, None), (PER_CHANNEL, 1)):
-        q = QParams(scale, zero_point.astype(np.int32), -8, 7, axis)
+        q = Grid(scale, zero_point.astype(np.int32), -8, 7, axis)
         x = values(scale)
         np.testing.assert_array_equal(fake_quant(x, scale, zero_point, -8, 7), fake_quantize(x, q))
 
@@ -259,7 +259,7 @@ RANGES = (np.float32([-1.0, -0.3, 0.0, -2.7]), np.float32([2.0, 0.71, 6.0, 0.0])
 
 def test_grid_of_range_is_the_grid_that_calibration_makes():
     spec = QuantSpec(bits=4)
-    q = qparams_from_range(*RANGES, spec, axis=0)
+    q = grid_from_range(*RANGES, spec, axis=0)
     scale, zero_point = grid_of_range(*map(tf.constant, RANGES), -8, 7)
     np.testing.assert_allclose(scale, q.scale, rtol=1e-6)
     np.testing.assert_array_equal(zero_point, q.zero_point)

@@ -6,7 +6,7 @@ import pytest
 from kquant.config.specs import METHODS, WEIGHTS, QuantSpec
 from kquant.config.specs import WEIGHT_METHODS as WEIGHT_METHOD_NAMES
 from kquant.errors import CalibrationError, ConfigError, ModelError
-from kquant.grids.grid import fake_quantize, qparams_from_range
+from kquant.grids.grid import fake_quantize, grid_from_range
 from kquant.grids.observers import Histogram, MinMax, Rows
 from kquant.grids.ranges import ACTIVATION_METHODS, WEIGHT_METHODS, activation_range, weight_range
 from kquant.quantize.moments import Moments
@@ -33,7 +33,7 @@ DATA = {
 
 def error(x, low, high, spec):
     x = np.asarray(x, np.float32)
-    return float(np.mean(np.square(fake_quantize(x, qparams_from_range(low, high, spec)) - x, dtype=np.float64)))
+    return float(np.mean(np.square(fake_quantize(x, grid_from_range(low, high, spec)) - x, dtype=np.float64)))
 
 
 def histogram(x, parts=1):
@@ -76,9 +76,7 @@ def test_weight_mse_agrees_with_brute_force(bits, grid):
     bottom, top = w.min(axis=0), w.max(axis=0)
 
     def errors(low, high):
-        return np.square(fake_quantize(w, qparams_from_range(low, high, spec, axis=1)) - w, dtype=np.float64).sum(
-            axis=0
-        )
+        return np.square(fake_quantize(w, grid_from_range(low, high, spec, axis=1)) - w, dtype=np.float64).sum(axis=0)
 
     brute = np.min([errors(r * bottom, r * top) for r in np.linspace(0.001, 1, 1000)], axis=0)
     ratios = errors(*weight_range("mse", w, spec, axis=1)) / brute
@@ -94,7 +92,7 @@ def test_activation_mse_agrees_with_brute_force(bits, name):
     values, counts = observed.nonzero()
 
     def expected(low, high):
-        wrong = fake_quantize(values, qparams_from_range(low, high, spec)) - values
+        wrong = fake_quantize(values, grid_from_range(low, high, spec)) - values
         return float(np.dot(counts, np.square(wrong)))
 
     low, high = min(x.min(), 0), x.max()
@@ -208,7 +206,7 @@ def log_softmax(x):
 
 def cross_entropy(x, low, high, spec):
     """H(softmax(x), softmax(x_q)) of section 3.1, written out."""
-    quantized = fake_quantize(x, qparams_from_range(low, high, spec))
+    quantized = fake_quantize(x, grid_from_range(low, high, spec))
     return float(-(np.exp(log_softmax(x)) * log_softmax(quantized)).sum(axis=1).mean())
 
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 import kquant
 from kquant.graph.ops import weight_view
-from kquant.grids.grid import Array, QParams, fake_quantize, quantize
+from kquant.grids.grid import Array, Grid, fake_quantize, quantize
 from kquant.interop import from_tfmot
 from kquant.interop.tfmot_model import Range
 from kquant.keras.model import extract
@@ -185,12 +185,12 @@ def small(tfmot: Any, layers: Any) -> Pair:
     return both(tfmot, layers, plain)
 
 
-def steps(a: Array, b: Array, q: QParams) -> Array:
+def steps(a: Array, b: Array, q: Grid) -> Array:
     """Distance in steps of the grid."""
     return np.abs(np.rint((a - b) / q.scale))
 
 
-def output_grids(model: kquant.QuantizedModel) -> list[QParams]:
+def output_grids(model: kquant.QuantizedModel) -> list[Grid]:
     qgraph = extract(model)
     return [q for name in qgraph.graph.outputs if (q := qgraph.activations[name]) is not None]
 

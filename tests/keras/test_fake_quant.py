@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from kquant.config.specs import QuantSpec
-from kquant.grids.grid import QParams, fake_quantize, qparams_from_range
+from kquant.grids.grid import Grid, fake_quantize, grid_from_range
 from kquant.keras.fake_quant import LEARNED_VARIABLES, FakeQuant
 
 RUNS = {"eager": lambda f: f, "graph": tf.function, "xla": lambda f: tf.function(f, jit_compile=True)}
@@ -19,13 +19,13 @@ EACH_GRADIENT = pytest.mark.parametrize("gradient", LEARNED_VARIABLES)
 LEARNING = [g for g in LEARNED_VARIABLES if g != "ste"]
 
 
-def grid(bits: int = 4, per_channel: bool = False, low: float = -0.7, high: float = 1.3, **spec: Any) -> QParams:
+def grid(bits: int = 4, per_channel: bool = False, low: float = -0.7, high: float = 1.3, **spec: Any) -> Grid:
     """A grid of `bits` bits, of 3 channels on axis 1 or of a whole tensor."""
     sizes = np.float64([1.0, 0.3, 2.0]) if per_channel else np.float64(1.0)
-    return qparams_from_range(low * sizes, high * sizes, QuantSpec(bits=bits, **spec), 1 if per_channel else None)
+    return grid_from_range(low * sizes, high * sizes, QuantSpec(bits=bits, **spec), 1 if per_channel else None)
 
 
-def layer_of(q: QParams, gradient: str = "ste", **settings: Any) -> FakeQuant:
+def layer_of(q: Grid, gradient: str = "ste", **settings: Any) -> FakeQuant:
     channels = None if q.axis is None else len(q.scale)
     levels = q.qmax - int(np.max(q.zero_point))
     layer = FakeQuant(q.qmin, q.qmax, channels, q.axis, gradient, **{"levels": levels, **settings})
@@ -33,7 +33,7 @@ def layer_of(q: QParams, gradient: str = "ste", **settings: Any) -> FakeQuant:
     return layer
 
 
-def a_grid_for(gradient: str, bits: int = 4, per_channel: bool = False) -> QParams:
+def a_grid_for(gradient: str, bits: int = 4, per_channel: bool = False) -> Grid:
     """A grid that a gradient can start from: the scales of TQT are powers of two."""
     return grid(bits, per_channel, symmetric=gradient == "tqt" or bits == 16, power_of_two=gradient == "tqt")
 
@@ -42,7 +42,7 @@ def samples(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(64, 3)).astype(np.float32) * 1.5
 
 
-def assert_same_grid(a: QParams, b: QParams) -> None:
+def assert_same_grid(a: Grid, b: Grid) -> None:
     np.testing.assert_array_equal(a.scale, b.scale)
     np.testing.assert_array_equal(a.zero_point, b.zero_point)
     assert (a.qmin, a.qmax, a.axis) == (b.qmin, b.qmax, b.axis)
@@ -57,7 +57,7 @@ def test_learning_starts_at_the_grid_that_is_assigned(gradient, per_channel):
     for bits in (2, 3, 4, 5, 6, 7, 8, 16):
         q = a_grid_for(gradient, bits, per_channel)
         layer = layer_of(q, gradient)
-        assert_same_grid(layer.to_qparams(), q)
+        assert_same_grid(layer.to_grid(), q)
         np.testing.assert_array_equal(layer(samples()), fake_quantize(samples(), q))
         assert layer.bits == bits
         assert len(layer.trainable_variables) == len(LEARNED_VARIABLES[gradient])
@@ -66,7 +66,7 @@ def test_learning_starts_at_the_grid_that_is_assigned(gradient, per_channel):
 @EACH_RUN
 @EACH_GRADIENT
 def test_what_is_learned_is_what_is_exported_however_it_runs(run, gradient):
-    """The grid that runs is, bit for bit, the one that `to_qparams` gives: exponentials are as exact everywhere."""
+    """The grid that runs is, bit for bit, the one that `to_grid` gives: exponentials are as exact everywhere."""
     layer = layer_of(a_grid_for(gradient, per_channel=True), gradient)
     run_layer, x = run(lambda v: (layer(v), *layer.parameters())), tf.constant(samples())
     rng = np.random.default_rng(0)
@@ -74,7 +74,7 @@ def test_what_is_learned_is_what_is_exported_however_it_runs(run, gradient):
         for v in layer.trainable_variables:
             v.assign(rng.normal(size=v.shape) * 0.3)
         y, scale, zero_point = run_layer(x)
-        q = layer.to_qparams()
+        q = layer.to_grid()
         np.testing.assert_array_equal(scale, q.scale)
         np.testing.assert_array_equal(zero_point, q.zero_point)
         np.testing.assert_array_equal(y, fake_quantize(x, q))
@@ -85,7 +85,7 @@ def test_assigning_a_grid_starts_anew():
     for v in layer.trainable_variables:
         v.assign(0.3)
     layer.assign(grid(low=-2.0))
-    assert_same_grid(layer.to_qparams(), grid(low=-2.0))
+    assert_same_grid(layer.to_grid(), grid(low=-2.0))
 
 
 # --- how it learns ---------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def slopes(layer: FakeQuant, x: np.ndarray, weight: np.ndarray) -> dict[str, np.
     return {k: np.asarray(g) for k, g in tape.gradient(loss, variables).items()}
 
 
-def closed_forms(q: QParams, x: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def closed_forms(q: Grid, x: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """dL/dscale and dL/dzero_point as section 4.1 of the white paper has them, in float64."""
     steps = np.float64(x) / q.scale
     integers = np.rint(steps) + q.zero_point
@@ -153,7 +153,7 @@ def test_a_step_of_gradient_descent_on_lsq_is_the_papers_step_on_the_scale():
         variable.assign(variable - lr * found[name])
     ds, dz = closed_forms(q, x, weight)
     g_scale, g_offset = (lsq_factor(elements, top) for top in (q.qmax - q.zero_point, q.qmax - q.qmin))
-    step = float(layer.to_qparams().scale) - float(q.scale)
+    step = float(layer.to_grid().scale) - float(q.scale)
     assert step == pytest.approx(-rate * lr * g_scale * ds, rel=1e-2)
     offset_step = -rate * lr * g_offset * (-dz / q.scale)  # dL/doffset = dL/dz dz/doffset
     shift = (q.qmax - q.qmin) * rate * float(layer.learned["shift"])  # in steps of the grid, before it is rounded
@@ -167,7 +167,7 @@ def test_a_step_of_adam_changes_every_scale_by_the_same_factor(gradient):
     optimizer = keras.optimizers.Adam(0.01)
     found = slopes(layer, samples(), np.ones((64, 3), np.float32))
     optimizer.apply([tf.constant(found["log_scale"])], layer.trainable_variables)
-    factors = layer.to_qparams().scale / q.scale
+    factors = layer.to_grid().scale / q.scale
     np.testing.assert_allclose(np.abs(np.log(factors)), 0.02, rtol=1e-3)
     np.testing.assert_array_equal(np.sign(np.log(factors)), -np.sign(found["log_scale"]))
 
@@ -212,7 +212,7 @@ def test_any_step_leaves_a_positive_scale_and_zero_on_the_grid(gradient, optimiz
         with tf.GradientTape() as tape:
             loss = tf.reduce_sum(weight * layer(x))
         optimizer.apply(tape.gradient(loss, [v.value for v in layer.trainable_variables]), layer.trainable_variables)
-        found = layer.to_qparams()
+        found = layer.to_grid()
         assert (found.scale >= 2.0**-63).all() and (found.scale < 2.0**64).all(), found
         assert (found.qmin <= found.zero_point).all() and (found.zero_point <= found.qmax).all(), found
         scale, zero_point = (np.asarray(v) for v in layer.parameters())
@@ -227,7 +227,7 @@ def test_any_value_of_what_is_learned_is_a_grid(gradient, value):
     layer = layer_of(a_grid_for(gradient), gradient, rate=3.0)
     for v in layer.trainable_variables:
         v.assign(value)
-    q = layer.to_qparams()
+    q = layer.to_grid()
     assert 2.0**-63 <= q.scale < 2.0**64 and q.qmin <= q.zero_point <= q.qmax
 
 
@@ -238,7 +238,7 @@ def test_tied_quantizers_have_one_grid_and_add_their_gradients():
     a, b = (layer_of(g, "lsq+", elements=3, levels=10) for g in (grid(), grid(low=-3.0)))
     apart = [slopes(layer_of(grid(), "lsq+", elements=3, levels=10), samples(s), np.float32(1)) for s in (0, 1)]
     b.tie(a)
-    assert_same_grid(b.to_qparams(), grid())
+    assert_same_grid(b.to_grid(), grid())
     assert {id(v) for v in a.variables} == {id(v) for v in b.variables}
     with tf.GradientTape() as tape:
         loss = tf.reduce_sum(a(samples(0))) + tf.reduce_sum(b(samples(1)))
@@ -246,7 +246,7 @@ def test_tied_quantizers_have_one_grid_and_add_their_gradients():
     for name in found:
         np.testing.assert_allclose(found[name], apart[0][name] + apart[1][name], rtol=1e-4)
     b.learned["log_scale"].assign(0.5)
-    assert a.to_qparams().scale > grid().scale
+    assert a.to_grid().scale > grid().scale
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_files_and_configs_keep_the_grid_and_how_it_learns(gradient, per_channel
     keras.Model(inputs, layer(inputs)).save(tmp_path / "m.keras")
     loaded = keras.saving.load_model(tmp_path / "m.keras").layers[-1]
     assert loaded.settings == layer.settings
-    assert_same_grid(loaded.to_qparams(), layer.to_qparams())
+    assert_same_grid(loaded.to_grid(), layer.to_grid())
     for name, variable in layer.learned.items():
         np.testing.assert_array_equal(loaded.learned[name], variable)
 

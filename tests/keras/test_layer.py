@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from kquant.graph.ops import evaluate
-from kquant.grids.grid import QParams, fake_quantize, quantize, quantize_bias
+from kquant.grids.grid import Grid, fake_quantize, quantize, quantize_bias
 from kquant.keras.layer import FakeQuant, QuantizedLayer, grid_settings
 from kquant.keras.model import extract, insert
 from kquant.quantize.calibrate import quantize_graph
@@ -14,7 +14,7 @@ from kquant.quantize.plan import make_plan
 from tests.toy import calibration, config, toy_data, toy_graph
 
 
-def fake_quant(q: QParams) -> FakeQuant:
+def fake_quant(q: Grid) -> FakeQuant:
     layer = FakeQuant(**grid_settings(q))
     layer.assign(q)
     return layer
@@ -24,13 +24,13 @@ def fake_quant(q: QParams) -> FakeQuant:
 def test_fake_quant_equals_numpy(axis):
     rng = np.random.default_rng(0)
     scale = np.float32(0.07) if axis is None else rng.uniform(0.01, 0.1, 5).astype(np.float32)
-    q = QParams(np.asarray(scale), np.zeros_like(scale, np.int32), -128, 127, axis)
+    q = Grid(np.asarray(scale), np.zeros_like(scale, np.int32), -128, 127, axis)
     x = rng.normal(size=(4, 5, 3)).astype(np.float32) * 10
     np.testing.assert_array_equal(fake_quant(q)(x).numpy(), fake_quantize(x, q))
 
 
 def test_fake_quant_is_the_same_in_eager_graph_and_xla():
-    q = QParams(np.float32(0.0371), np.int32(-5), -128, 127)
+    q = Grid(np.float32(0.0371), np.int32(-5), -128, 127)
     layer, x = fake_quant(q), np.linspace(-9, 9, 10_001, dtype=np.float32)
     eager = layer(x).numpy()
     for jit in (False, True):
@@ -38,7 +38,7 @@ def test_fake_quant_is_the_same_in_eager_graph_and_xla():
 
 
 def test_gradient_is_one_inside_the_grid_and_zero_outside():
-    layer = fake_quant(QParams(np.float32(0.1), np.int32(0), -10, 10))
+    layer = fake_quant(Grid(np.float32(0.1), np.int32(0), -10, 10))
     x = tf.constant([-5.0, -0.93, 0.0, 0.4, 3.0])
     with tf.GradientTape() as tape:
         tape.watch(x)

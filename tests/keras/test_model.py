@@ -10,7 +10,7 @@ from kquant.errors import ModelError
 from kquant.graph.ops import evaluate
 from kquant.graph.quantized import QuantizedGraph
 from kquant.graph.transforms import prepare_graph
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 from kquant.keras.layer import QuantizedLayer
 from kquant.keras.model import QuantizedModel, extract, insert
 from kquant.quantize.calibrate import quantize_graph
@@ -21,7 +21,7 @@ from tests.targets.litert.test_writer import GRAPHS
 from tests.toy import calibration, config, toy_data, toy_graph
 
 
-def assert_same_grid(a: QParams | None, b: QParams | None):
+def assert_same_grid(a: Grid | None, b: Grid | None):
     assert (a is None) == (b is None)
     if a is not None and b is not None:
         np.testing.assert_array_equal(a.scale, b.scale)

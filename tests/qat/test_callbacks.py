@@ -114,10 +114,10 @@ def test_the_log_holds_grids_and_losses(tmp_path):
     assert {step for _, step in events} == {0, 1}
     assert events["epoch_loss", 0] > 0
     for name, quantizer in quantizers_of(model).items():
-        grid = quantizer.to_qparams()
+        grid = quantizer.to_grid()
         assert events[f"scale/{name}", 1] == pytest.approx(np.exp(np.mean(np.log(grid.scale))), rel=1e-6)
     assert events["scale/hidden/weights", 0] != events["scale/hidden/weights", 1]
-    zero_point = int(quantizers_of(model)["hidden"].to_qparams().zero_point)
+    zero_point = int(quantizers_of(model)["hidden"].to_grid().zero_point)
     assert events["zero_point/hidden", 1] == zero_point
 
 

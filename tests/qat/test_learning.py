@@ -14,7 +14,7 @@ from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import GRADIENTS, Training
 from kquant.graph.ir import Graph, Node
 from kquant.graph.quantized import QuantizedGraph
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 from kquant.keras.fake_quant import FakeQuant
 from kquant.keras.layer import QuantizedLayer, weight_unit
 from kquant.keras.model import QuantizedModel, extract
@@ -102,7 +102,7 @@ def test_powers_of_two_learn_as_such_whatever_is_asked(gradient):
     for q in [*weights(model).values(), *outputs(model).values()]:
         for v in q.learned.values():
             v.assign(v + 0.7)
-        mantissa, _ = np.frexp(q.to_qparams().scale)
+        mantissa, _ = np.frexp(q.to_grid().scale)
         np.testing.assert_array_equal(mantissa, 0.5)
 
 
@@ -111,10 +111,10 @@ def test_what_the_config_wants_symmetric_stays_so(gradient):
     for config in ({"preset": "w8a8", "activations": {"symmetric": True}}, "w8a16"):
         model = prepared(many_ends(), config, gradient)
         for q in [*weights(model).values(), *outputs(model).values()]:
-            before = q.to_qparams().zero_point
+            before = q.to_grid().zero_point
             for k, v in enumerate(q.learned.values()):
                 v.assign(v + 0.5 - k)
-            np.testing.assert_array_equal(q.to_qparams().zero_point, before)
+            np.testing.assert_array_equal(q.to_grid().zero_point, before)
 
 
 def test_the_elements_of_lsq_are_the_values_of_a_sample_that_one_scale_quantizes():
@@ -130,7 +130,7 @@ def test_the_levels_of_lsq_are_those_above_zero_when_training_begins():
     assert {q.levels for q in weights(model).values()} == {7}
     for q in outputs(model).values():
         if q.gradient == "lsq":
-            assert q.levels == q.qmax - int(q.to_qparams().zero_point)
+            assert q.levels == q.qmax - int(q.to_grid().zero_point)
 
 
 def test_the_rate_reaches_every_grid_that_learns():
@@ -310,9 +310,9 @@ def one_layer(weight: float, scale: float, zero_point: int, op: str = "dense") -
         },
         *(("x",), ("y",), ("x",), ("y",), "one"),
     )
-    given = QParams(np.float32(1.0), np.int32(-128), -128, 127)  # an image of 0 to 255: a scale of 1 by right
-    grid = QParams(np.float32(scale), np.int32(zero_point), -128, 127)
-    kernel = QParams(np.ones(3, np.float32), np.zeros(3, np.int32), -127, 127, 1)
+    given = Grid(np.float32(1.0), np.int32(-128), -128, 127)  # an image of 0 to 255: a scale of 1 by right
+    grid = Grid(np.float32(scale), np.int32(zero_point), -128, 127)
+    kernel = Grid(np.ones(3, np.float32), np.zeros(3, np.int32), -127, 127, 1)
     return QuantizedGraph(graph, {"x": given, "y": grid}, {"y": kernel})
 
 

@@ -16,7 +16,7 @@ from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import QuantSpec, Training
 from kquant.graph.ops import QUANTIZED_WEIGHT, weight_view
 from kquant.graph.quantized import QuantizedGraph
-from kquant.grids.grid import qparams_from_range
+from kquant.grids.grid import grid_from_range
 from kquant.keras.model import Learning, QuantizedModel, extract, insert
 from kquant.qat.learning import learning_of
 from kquant.qat.prepare import prepare_qat
@@ -265,7 +265,7 @@ def with_16_bits(model: QuantizedModel, training: Training) -> QuantizedModel:
     for name, q in qgraph.weights.items():
         view = weight_view(qgraph.graph[name])
         most = np.abs(view).max(tuple(k for k in range(view.ndim) if k != q.axis))
-        grids[name] = qparams_from_range(-most, most, QuantSpec(bits=16, symmetric=True, narrow_range=True), q.axis)
+        grids[name] = grid_from_range(-most, most, QuantSpec(bits=16, symmetric=True, narrow_range=True), q.axis)
     qgraph = QuantizedGraph(qgraph.graph, qgraph.activations, grids)
     return insert(qgraph, {"target": config.target}, learning_of(qgraph, config, training))
 
@@ -303,7 +303,7 @@ def two_layers(x: np.ndarray, config: Any, scale: float) -> tuple[QuantizedModel
     rules = [{"name": "last", "activations": {"bits": 8, "range": [0, 16]}}]
     model = prepare_qat(model, x, {**config, "rules": rules}, training=Training(), progress=False)
     quantizer = outputs(model)["hidden"]
-    quantizer.assign(replace(quantizer.to_qparams(), scale=np.float32(3 * scale)))
+    quantizer.assign(replace(quantizer.to_grid(), scale=np.float32(3 * scale)))
     return model, quantizer
 
 
@@ -322,7 +322,7 @@ def learn(model: QuantizedModel, quantizer: Any, x: np.ndarray, y: np.ndarray, c
     optimizer.build([variable])
     for _ in range(count):
         step()
-    return float(quantizer.to_qparams().scale)
+    return float(quantizer.to_grid().scale)
 
 
 FOUR_BITS = {"preset": "w8a4", "logits": None, "adaround": False}
@@ -394,6 +394,6 @@ def test_zero_points_at_the_edge_are_exported(config, to):
     assert moved
     for q in moved.values():
         q.learned["shift"].assign(2.0 * to)
-        grid = q.to_qparams()
+        grid = q.to_grid()
         assert int(grid.zero_point) == (grid.qmin if to < 0 else grid.qmax)
     assert_exports(model, x)

@@ -13,7 +13,7 @@ from kquant.config.specs import QuantSpec
 from kquant.errors import ConfigError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import QUANTIZED_WEIGHT, evaluate, weight_view
-from kquant.grids.grid import QParams, dequantize, fake_quantize, qparams_from_range, quantize
+from kquant.grids.grid import Grid, dequantize, fake_quantize, grid_from_range, quantize
 from kquant.grids.ranges import weight_range
 from kquant.quantize.adaround import SOLVERS, AdaRound, adaround
 from tests.toy import toy_data, toy_graph
@@ -21,18 +21,18 @@ from tests.toy import toy_data, toy_graph
 QUICK = {"iterations": 300}
 
 
-def grids(graph: Graph, **spec: Any) -> dict[str, QParams]:
+def grids(graph: Graph, **spec: Any) -> dict[str, Grid]:
     spec = {"bits": 3, "symmetric": True, "per_channel": True, "method": "mse"} | spec
     chosen, found = QuantSpec(**spec), {}
     for node in graph:
         if node.op in ("conv2d", "depthwise_conv2d", "conv2d_transpose", "dense"):
             axis = QUANTIZED_WEIGHT[node.op][1] if chosen.per_channel else None
             view = weight_view(node)
-            found[node.name] = qparams_from_range(*weight_range(chosen.method, view, chosen, axis), chosen, axis)
+            found[node.name] = grid_from_range(*weight_range(chosen.method, view, chosen, axis), chosen, axis)
     return found
 
 
-def nearest(graph: Graph, weights: dict[str, QParams]) -> Graph:
+def nearest(graph: Graph, weights: dict[str, Grid]) -> Graph:
     def rounded(node: Node) -> Node:
         if node.name not in weights:
             return node

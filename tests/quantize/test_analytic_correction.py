@@ -12,7 +12,7 @@ from kquant.config.specs import WEIGHTS
 from kquant.graph.ir import Graph
 from kquant.graph.ops import LINEAR, QUANTIZED_WEIGHT, evaluate, weight_view
 from kquant.graph.transforms import prepare_graph
-from kquant.grids.grid import QParams, fake_quantize, qparams_from_range
+from kquant.grids.grid import Grid, fake_quantize, grid_from_range
 from kquant.grids.ranges import weight_range
 from kquant.quantize.analytic_correction import correct_biases_analytically
 from kquant.quantize.moments import Moments, linear_mean
@@ -21,14 +21,14 @@ from tests.graph.tracing.tracing import build
 L = keras.layers
 
 
-def grids(graph: Graph, bits: int = 3, per_channel: bool = False) -> dict[str, QParams]:
+def grids(graph: Graph, bits: int = 3, per_channel: bool = False) -> dict[str, Grid]:
     """Min-max grids of all linear operations."""
     spec, found = WEIGHTS.override({"bits": bits, "per_channel": per_channel}), {}
     for node in graph:
         if node.op in LINEAR:
             axis = QUANTIZED_WEIGHT[node.op][1] if per_channel else None
             low, high = weight_range("min_max", weight_view(node), spec, axis)
-            found[node.name] = qparams_from_range(low, high, spec, axis)
+            found[node.name] = grid_from_range(low, high, spec, axis)
     return found
 
 

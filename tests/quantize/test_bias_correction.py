@@ -12,20 +12,20 @@ from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import LINEAR, QUANTIZED_WEIGHT, evaluate, weight_view
 from kquant.graph.transforms import prepare_graph
 from kquant.graph.transforms.equalize import equalize
-from kquant.grids.grid import QParams, fake_quantize, qparams_from_range
+from kquant.grids.grid import Grid, fake_quantize, grid_from_range
 from kquant.quantize.bias_correction import accumulator, correct_biases, round_kernel
 from tests.random_models import random_data, random_model
 from tests.toy import calibration, toy_data, toy_graph
 from tools import zoo
 
 
-def grids(graph: Graph, bits: int = 3, per_channel: bool = False) -> dict[str, QParams]:
+def grids(graph: Graph, bits: int = 3, per_channel: bool = False) -> dict[str, Grid]:
     spec, found = QuantSpec(bits=bits), {}
     for node in graph:
         if node.op in LINEAR - {"affine"}:
             view, axis = weight_view(node), QUANTIZED_WEIGHT[node.op][1] if per_channel else None
             others = tuple(a for a in range(view.ndim) if a != axis)
-            found[node.name] = qparams_from_range(view.min(others), view.max(others), spec, axis)
+            found[node.name] = grid_from_range(view.min(others), view.max(others), spec, axis)
     return found
 
 
@@ -41,7 +41,7 @@ def channel_means(graph: Graph, name: str, feeds: list[np.ndarray]) -> np.ndarra
     return y.mean(tuple(range(y.ndim - 1)))
 
 
-def check_means(graph: Graph, weights: dict[str, QParams], feeds: list[np.ndarray]) -> None:
+def check_means(graph: Graph, weights: dict[str, Grid], feeds: list[np.ndarray]) -> None:
     data = [tuple(x[k : k + 7] for x in feeds) for k in range(0, len(feeds[0]), 7)]
     result, shifts = correct_biases(graph, weights, data, progress=False)
     assert set(shifts) == set(weights) and all(np.isfinite(s) and s >= 0 for s in shifts.values())

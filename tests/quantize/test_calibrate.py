@@ -9,7 +9,7 @@ from kquant.config.specs import QuantSpec
 from kquant.errors import CalibrationError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import evaluate
-from kquant.grids.grid import QParams, dequantize, qparams_from_range, quantize_bias
+from kquant.grids.grid import Grid, dequantize, grid_from_range, quantize_bias
 from kquant.grids.observers import Histogram, MinMax, Rows
 from kquant.quantize.calibrate import make_grids, observe, place, quantize_graph, weight_grids
 from kquant.quantize.data import CalibrationData
@@ -41,7 +41,7 @@ def test_min_max_is_that_of_the_float_graph():
     for leader, (name, *others) in plan.observed.items():
         assert not others
         value = np.asarray(evaluate(plan.graph, [x], [name])[0])
-        expected = qparams_from_range(value.min(), value.max(), plan.activations[leader])
+        expected = grid_from_range(value.min(), value.max(), plan.activations[leader])
         np.testing.assert_allclose(found[leader].scale, expected.scale, rtol=1e-6)
         assert found[leader].zero_point == expected.zero_point
 
@@ -69,7 +69,7 @@ def test_a_shared_grid_is_the_hull_of_what_is_observed():
         seen = [(float(observers[n].low), float(observers[n].high)) for n in names if n in observers]
         seen += [(-9.0, 2.0) for n in names if plan.graph[n].op == "const"]
         low, high = min(s[0] for s in seen), max(s[1] for s in seen)
-        expected = qparams_from_range(low, high, plan.activations[leader])
+        expected = grid_from_range(low, high, plan.activations[leader])
         assert found[leader].scale == expected.scale and found[leader].zero_point == expected.zero_point
     for name, leader in plan.groups.items():
         assert found[name] is found[leader]
@@ -78,7 +78,7 @@ def test_a_shared_grid_is_the_hull_of_what_is_observed():
 @pytest.mark.parametrize("bits", [2, 3, 4, 7])
 @pytest.mark.parametrize("low, high, edge", [(0.0, 3.0, "upper"), (-1.0, 3.0, "lower"), (-2.0, 0.0, "lower")])
 def test_small_grids_lie_at_the_edge_that_saturation_clamps(bits, low, high, edge):
-    q = qparams_from_range(low, high, QuantSpec(bits=bits, symmetric=False))
+    q = grid_from_range(low, high, QuantSpec(bits=bits, symmetric=False))
     p = place(q)
     assert p.qmax - p.qmin == 2**bits - 1
     assert p.qmax == 127 if edge == "upper" else p.qmin == -128
@@ -88,9 +88,9 @@ def test_small_grids_lie_at_the_edge_that_saturation_clamps(bits, low, high, edg
 
 def test_grids_of_8_bits_or_more_stay():
     for q in (
-        QParams(np.float32(0.1), np.int32(3), -128, 127),
-        QParams(np.float32(0.1), np.int32(0), -127, 127),
-        QParams(np.float32(0.1), np.int32(0), -32767, 32767),
+        Grid(np.float32(0.1), np.int32(3), -128, 127),
+        Grid(np.float32(0.1), np.int32(0), -127, 127),
+        Grid(np.float32(0.1), np.int32(0), -32767, 32767),
     ):
         assert place(q) is q
 
@@ -189,7 +189,7 @@ def test_a_fixed_range_needs_no_data():
     assert not plan.observed
     found = quantize_graph(plan, None).activations
     for name, (low, high) in (("in", (-1, 1)), ("c1", (-4, 4)), ("cat", (-4, 4)), ("fc", (-4, 4))):
-        expected = qparams_from_range(low, high, QuantSpec())
+        expected = grid_from_range(low, high, QuantSpec())
         assert (found[name].scale, found[name].zero_point) == (expected.scale, expected.zero_point)
     assert float(found["sm"].scale) == 1 / 256  # what the kernel insists on stays
 
@@ -197,7 +197,7 @@ def test_a_fixed_range_needs_no_data():
 def test_a_fixed_range_is_that_of_its_tensor_alone():
     plain = grids().activations
     found = grids(inputs={"range": [-1, 1]}).activations
-    assert found["in"].scale == qparams_from_range(-1, 1, QuantSpec()).scale
+    assert found["in"].scale == grid_from_range(-1, 1, QuantSpec()).scale
     for name in set(plain) - {"in"}:
         np.testing.assert_array_equal(found[name].scale, plain[name].scale)
     small = grids("w8a8", activations={"range": [0, 3], "bits": 4}).activations["c1"]

@@ -10,7 +10,7 @@ import pytest
 from kquant.config.specs import METHODS, AdaRound, QuantSpec
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import evaluate
-from kquant.grids.grid import QParams, fake_quantize, qparams_from_range, quantize
+from kquant.grids.grid import Grid, fake_quantize, grid_from_range, quantize
 from kquant.grids.observers import Histogram, MinMax, Rows
 from kquant.grids.ranges import activation_range
 from kquant.quantize.adaround import SOLVERS, adaround
@@ -47,7 +47,7 @@ def test_every_range_makes_a_grid_with_zero_whatever_the_order_of_the_batches(me
     spec, batches = GRIDS[grid], np.array_split(TENSORS[name], 7)
     ranges = [activation_range(method, seen(method, b), spec) for b in (batches, batches[::-1], [TENSORS[name]])]
     assert len(set(ranges)) == 1
-    q = qparams_from_range(*ranges[0], spec)
+    q = grid_from_range(*ranges[0], spec)
     assert q.qmin <= q.zero_point <= q.qmax and fake_quantize(0.0, q) == 0 and q.scale > 0
 
 
@@ -67,10 +67,10 @@ def one_layer(activation: bool, seed: int = 0) -> tuple[Graph, np.ndarray]:
     return Graph({n.name: n for n in nodes}, ("in",), ("fc",), ("x",), ("y",), "one"), x
 
 
-def grid_of(graph: Graph, bits: int = 3) -> QParams:
+def grid_of(graph: Graph, bits: int = 3) -> Grid:
     spec = QuantSpec(bits=bits, symmetric=True, per_channel=True)
     kernel = graph["fc"].weights["kernel"]
-    return qparams_from_range(kernel.min(0), kernel.max(0), spec, axis=1)
+    return grid_from_range(kernel.min(0), kernel.max(0), spec, axis=1)
 
 
 def squared_error(a: Graph, b: Graph, x: np.ndarray) -> float:

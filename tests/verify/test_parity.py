@@ -13,7 +13,7 @@ from kquant import simulate
 from kquant.errors import CalibrationError, ExportError
 from kquant.graph.ir import Node
 from kquant.graph.quantized import QuantizedGraph
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 from kquant.keras.model import QuantizedModel, insert
 from kquant.quantize.calibrate import quantize_graph
 from kquant.quantize.plan import make_plan
@@ -58,7 +58,7 @@ def with_node(qgraph: QuantizedGraph, name: str, change: Callable[[Node], Node])
     return replace(qgraph, graph=graph.rebuild(change(n) if n.name == name else n for n in graph))
 
 
-def with_scale(grids: dict[str, QParams | None], names: list[str], factor: float) -> dict[str, QParams | None]:
+def with_scale(grids: dict[str, Grid | None], names: list[str], factor: float) -> dict[str, Grid | None]:
     """Some grids stretched."""
     return {k: q and (replace(q, scale=q.scale * np.float32(factor)) if k in names else q) for k, q in grids.items()}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 
 Clip = tuple[float | None, float | Sequence[float] | None]  # the upper bound may be a list, a cap per channel
 
@@ -46,7 +46,7 @@ def container_range(bits: int) -> tuple[int, int]:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
-def integer_bounds(q: QParams, clip: tuple[float | None, float | None] = (None, None)) -> tuple[int, int]:
+def integer_bounds(q: Grid, clip: tuple[float | None, float | None] = (None, None)) -> tuple[int, int]:
     """Smallest and largest integer that the output may take: its grid's, tightened by the clip."""
     lower, upper = q.qmin, q.qmax
     if clip[0] is not None:
@@ -56,7 +56,7 @@ def integer_bounds(q: QParams, clip: tuple[float | None, float | None] = (None, 
     return min(lower, q.qmax), max(upper, q.qmin)
 
 
-def integer_clamp(q: QParams, clip: Clip, fusable: Sequence[str], given: tuple[int, int] | None = None) -> Clamp:
+def integer_clamp(q: Grid, clip: Clip, fusable: Sequence[str], given: tuple[int, int] | None = None) -> Clamp:
     """The cheapest way to keep an output within its bounds.
 
     Args:
@@ -102,12 +102,12 @@ def float_clamp(clip: Clip, fusable: Sequence[str]) -> Clamp:
     return Clamp("RELU", None, upper) if lo == 0.0 and "RELU" in fusable else Clamp("NONE", lo, upper)
 
 
-def _steps(x: float, q: QParams) -> int:
+def _steps(x: float, q: Grid) -> int:
     steps = float(np.rint(np.float32(x) / np.float32(q.scale)))
     return int(q.zero_point) + int(min(max(steps, -(2**20)), 2**20))
 
 
-def _kernel_steps(x: float, q: QParams) -> int:
+def _kernel_steps(x: float, q: Grid) -> int:
     steps = float(np.float32(x) / np.float32(q.scale))
     rounded = math.copysign(math.floor(abs(steps) + 0.5), steps)
     return int(q.zero_point) + int(min(max(rounded, -(2**20)), 2**20))

@@ -11,9 +11,9 @@ import numpy as np
 from kquant.errors import ExportError
 from kquant.graph.ir import Node, Shape
 from kquant.graph.quantized import QuantizedGraph
-from kquant.grids.grid import QParams, quantize
+from kquant.grids.grid import Grid, quantize
 from kquant.targets.litert.clamps import Clamp
-from kquant.targets.litert.flatbuffer import FlatbufferBuilder, Grid
+from kquant.targets.litert.flatbuffer import FileGrid, FlatbufferBuilder
 from kquant.targets.litert.versions import op_version
 from kquant.targets.target import Target
 
@@ -58,7 +58,7 @@ class Sink:
     """
 
     tensor: int
-    q: QParams | None
+    q: Grid | None
     fused: str = "NONE"
 
 
@@ -81,11 +81,11 @@ class Emitter:
         self._qgraph = qgraph
         self._floats: dict[str, int] = {}
 
-    def grid(self, name: str) -> QParams | None:
+    def grid(self, name: str) -> Grid | None:
         """Grid of a node's output as it is written; None where it is float (or integer ids)."""
         return self._qgraph.activations.get(name) if self.mode == "integer" else None
 
-    def weight_grid(self, name: str) -> QParams | None:
+    def weight_grid(self, name: str) -> Grid | None:
         """Grid of a node's weights as they are written; None where they are not integers."""
         return None if self.mode in ("float32", "float16") else self._qgraph.weights.get(name)
 
@@ -99,17 +99,17 @@ class Emitter:
             )
         return (self.batch, *shape[1:]) if shape and shape[0] is None else shape
 
-    def new_tensor(self, name: str, shape: Shape, q: QParams | None, dtype: str = "FLOAT32") -> int:
+    def new_tensor(self, name: str, shape: Shape, q: Grid | None, dtype: str = "FLOAT32") -> int:
         """An activation tensor: integer where it has a grid, else of type `dtype`."""
         if q is None:
             return self.builder.tensor(name, shape, dtype)
-        return self.builder.tensor(name, shape, f"INT{q.container}", Grid(q.scale, q.zero_point))
+        return self.builder.tensor(name, shape, f"INT{q.container}", FileGrid(q.scale, q.zero_point))
 
-    def helper(self, node: Node, suffix: str, shape: Shape | None = None, q: QParams | None = None) -> int:
+    def helper(self, node: Node, suffix: str, shape: Shape | None = None, q: Grid | None = None) -> int:
         """An intermediate tensor of a node, "<node>/<suffix>"."""
         return self.new_tensor(f"{node.name}/{suffix}", self.shape(node) if shape is None else shape, q, _dtype(node))
 
-    def constant(self, name: str, values: np.ndarray, dtype: str, grid: Grid | None = None) -> int:
+    def constant(self, name: str, values: np.ndarray, dtype: str, grid: FileGrid | None = None) -> int:
         """A constant tensor, whose bytes are counted."""
         index = self.builder.constant(name, values, dtype, grid)
         bits = {"INT4": 4, "INT2": 2, "INT8": 8, "FLOAT16": 16, "INT16": 16, "INT64": 64}.get(dtype, 32)
@@ -120,12 +120,12 @@ class Emitter:
         """A constant int32 tensor, such as a shape or axes."""
         return self.constant(f"{node.name}/{suffix}", np.asarray(values, np.int32), "INT32")
 
-    def real_constant(self, name: str, values: Any, q: QParams | None) -> int:
+    def real_constant(self, name: str, values: Any, q: Grid | None) -> int:
         """Real numbers as a constant: quantized on a per-tensor grid, or float32."""
         values = np.asarray(values, np.float32)
         if q is None:
             return self.constant(name, values, "FLOAT32")
-        return self.constant(name, quantize(values, q), f"INT{q.container}", Grid(q.scale, q.zero_point))
+        return self.constant(name, quantize(values, q), f"INT{q.container}", FileGrid(q.scale, q.zero_point))
 
     def read(self, name: str, integer: bool) -> int:
         """The tensor in which a reader finds a node's output: as it is, or dequantized (once) for float readers."""
@@ -184,10 +184,10 @@ class Emitter:
             self.op(builtin, [source, limit], [result])
             source = result
 
-    def _bound(self, name: str, value: Any, q: QParams | None) -> int:
+    def _bound(self, name: str, value: Any, q: Grid | None) -> int:
         if q is None:
             return self.constant(name, np.asarray(value), "FLOAT32")
-        return self.constant(name, np.asarray(value), f"INT{q.container}", Grid(q.scale, q.zero_point))
+        return self.constant(name, np.asarray(value), f"INT{q.container}", FileGrid(q.scale, q.zero_point))
 
 
 def _dtype(node: Node) -> str:

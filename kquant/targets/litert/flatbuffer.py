@@ -29,7 +29,7 @@ _ALIGNMENT = 16
 
 
 @dataclass(frozen=True, eq=False)
-class Grid:
+class FileGrid:
     """Quantization parameters as the file has them: real = scale * (q - zero_point).
 
     Attributes:
@@ -94,7 +94,12 @@ class FlatbufferBuilder:
         self._names: set[str] = set()
 
     def tensor(
-        self, name: str, shape: Sequence[int | None], dtype: str, grid: Grid | None = None, data: bytes | None = None
+        self,
+        name: str,
+        shape: Sequence[int | None],
+        dtype: str,
+        grid: FileGrid | None = None,
+        data: bytes | None = None,
     ) -> int:
         """Add a tensor.
 
@@ -123,7 +128,7 @@ class FlatbufferBuilder:
             t.buffer = self.buffer(data)
         return self.add_tensor(t)
 
-    def constant(self, name: str, values: np.ndarray, dtype: str, grid: Grid | None = None) -> int:
+    def constant(self, name: str, values: np.ndarray, dtype: str, grid: FileGrid | None = None) -> int:
         """Add a constant tensor, its values converted to (or packed into) `dtype`."""
         values = np.asarray(values)
         stored = pack(values, _PACKED[dtype]) if dtype in _PACKED else values.astype(DTYPES[dtype])

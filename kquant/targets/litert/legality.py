@@ -7,7 +7,7 @@ import numpy as np
 from kquant.errors import ExportError
 from kquant.graph.ir import Node
 from kquant.graph.ops import LINEAR
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 from kquant.targets.litert.emitter import Emitter
 from kquant.targets.litert.ops import RULES
 from kquant.targets.target import Target
@@ -53,7 +53,7 @@ def check(e: Emitter, node: Node) -> None:
         )
 
 
-def _check_grid(node: Node, q: QParams) -> None:
+def _check_grid(node: Node, q: Grid) -> None:
     if np.size(q.scale) != 1:
         raise ExportError(f"{node.name!r}: an activation needs one scale, found {np.size(q.scale)}; {_REPLAN}.")
     if not (np.isfinite(q.scale) and q.scale > 0):
@@ -70,7 +70,7 @@ def _check_grid(node: Node, q: QParams) -> None:
         )
 
 
-def _check_inputs(e: Emitter, node: Node, q: QParams) -> None:
+def _check_inputs(e: Emitter, node: Node, q: Grid) -> None:
     tied = node.op in e.target.same_scale or node.op in e.target.inputs_share_output
     for name in node.inputs:
         source = e.grid(name)
@@ -92,7 +92,7 @@ def _check_inputs(e: Emitter, node: Node, q: QParams) -> None:
             )
 
 
-def _check_output(target: Target, node: Node, q: QParams) -> None:
+def _check_output(target: Target, node: Node, q: Grid) -> None:
     fixed = target.fixed_output(node.op, q.container)
     if fixed is not None and (np.float32(q.scale), int(q.zero_point)) != (np.float32(fixed[0]), fixed[1]):
         raise ExportError(
@@ -101,10 +101,10 @@ def _check_output(target: Target, node: Node, q: QParams) -> None:
         )
 
 
-def same_grid(a: QParams, b: QParams) -> bool:
+def same_grid(a: Grid, b: Grid) -> bool:
     """Whether the integers of two grids mean the same numbers."""
     return np.float32(a.scale) == np.float32(b.scale) and int(a.zero_point) == int(b.zero_point)
 
 
-def _text(q: QParams) -> str:
+def _text(q: Grid) -> str:
     return f"scale {float(q.scale):.6g}, zero point {int(q.zero_point)}"

@@ -11,9 +11,9 @@ import numpy as np
 from kquant.errors import ExportError
 from kquant.graph.ir import Node
 from kquant.graph.ops import QUANTIZED_WEIGHT, weight_view
-from kquant.grids.grid import BIAS_MAX, QParams, quantize, quantize_bias
+from kquant.grids.grid import BIAS_MAX, Grid, quantize, quantize_bias
 from kquant.targets.litert.emitter import Emitter, Sink
-from kquant.targets.litert.flatbuffer import Grid
+from kquant.targets.litert.flatbuffer import FileGrid
 
 PADDING = {"same": 0, "valid": 1}
 ACTIVATION = {"NONE": 0, "RELU": 1, "RELU_N1_TO_1": 2, "RELU6": 3}
@@ -97,7 +97,7 @@ def _float_kernel(e: Emitter, name: str, values: np.ndarray) -> int:
     return kernel
 
 
-def _integer_kernel(e: Emitter, node: Node, name: str, q: QParams, out: QParams | None, expand: bool) -> int:
+def _integer_kernel(e: Emitter, node: Node, name: str, q: Grid, out: Grid | None, expand: bool) -> int:
     layout = LAYOUTS[node.op]
     values = layout.to_file(quantize(weight_view(node), q))
     activation = 8 if out is None else out.container
@@ -118,7 +118,7 @@ def _integer_kernel(e: Emitter, node: Node, name: str, q: QParams, out: QParams 
     if expand and q.axis is None:  # these kernels read one scale per channel
         scale = np.full(values.shape[layout.axis], q.scale, np.float32)
     suffix = "" if out is not None or expand else f"/int{container}"
-    return e.constant(name + suffix, values, f"INT{container}", Grid(scale, zero_point, layout.axis))
+    return e.constant(name + suffix, values, f"INT{container}", FileGrid(scale, zero_point, layout.axis))
 
 
 def _dequantized(e: Emitter, name: str, kernel: int, view: np.ndarray, layout: Layout, per_channel: bool) -> int:
@@ -127,7 +127,7 @@ def _dequantized(e: Emitter, name: str, kernel: int, view: np.ndarray, layout: L
     return result
 
 
-def _bias(e: Emitter, node: Node, layout: Layout, q: QParams | None, out: Sink) -> int:
+def _bias(e: Emitter, node: Node, layout: Layout, q: Grid | None, out: Sink) -> int:
     if layout.bias not in node.weights:
         return -1
     name, bias = f"{node.name}/{layout.bias}", node.weights[layout.bias]
@@ -142,7 +142,7 @@ def _bias(e: Emitter, node: Node, layout: Layout, q: QParams | None, out: Sink) 
             "raise the scale of the weights (kquant.grids.grid.fit_bias) or keep the layer float."
         )
     scale = np.float32(source.scale) * np.asarray(q.scale, np.float32)
-    return e.constant(name, stored, "INT64" if out.q.container == 16 else "INT32", Grid(scale, 0))
+    return e.constant(name, stored, "INT64" if out.q.container == 16 else "INT32", FileGrid(scale, 0))
 
 
 def conv2d(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:

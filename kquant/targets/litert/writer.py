@@ -16,7 +16,7 @@ import numpy as np
 from kquant.errors import ExportError
 from kquant.graph.ir import Node
 from kquant.graph.quantized import QuantizedGraph
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 from kquant.targets.litert.clamps import (
     Clamp,
     container_range,
@@ -25,7 +25,7 @@ from kquant.targets.litert.clamps import (
     integer_clamp,
 )
 from kquant.targets.litert.emitter import MODES, Emitter, Sink
-from kquant.targets.litert.flatbuffer import Grid
+from kquant.targets.litert.flatbuffer import FileGrid
 from kquant.targets.litert.islands import splice_island
 from kquant.targets.litert.legality import check, same_grid
 from kquant.targets.litert.ops import RULES
@@ -194,7 +194,7 @@ class _Writer:
         e.op("QUANTIZE", [source], [result])
         return result
 
-    def _converted(self, node: Node, q: QParams, io_type: str, suffix: str) -> int:
+    def _converted(self, node: Node, q: Grid, io_type: str, suffix: str) -> int:
         """A tensor of another type at the edge of the graph."""
         name, shape = f"{node.name}/{suffix}", self.emitter.shape(node)
         if io_type == "float32":
@@ -237,7 +237,7 @@ class _Writer:
         if bounded:
             e.clamp(node, clamp, result, Sink(out, q))
 
-    def _clamp(self, node: Node, q: QParams | None) -> Clamp:
+    def _clamp(self, node: Node, q: Grid | None) -> Clamp:
         """What bounds the output of a node."""
         attrs, fuses = node.attrs, RULES[node.op].fuses
         clip = (attrs["lo"], attrs["hi"]) if node.op == "clip" else tuple(attrs.get("clip", (None, None)))
@@ -253,13 +253,13 @@ class _Writer:
             given = integer_bounds(q)
         return integer_clamp(q, clip, fuses, given)
 
-    def _source_grid(self, node: Node) -> QParams:
+    def _source_grid(self, node: Node) -> Grid:
         q = self.emitter.grid(node.inputs[0])
         assert q is not None, "checked before"
         return q
 
 
-def _bound_anyway(clamp: Clamp, q: QParams | None) -> Clamp:
+def _bound_anyway(clamp: Clamp, q: Grid | None) -> Clamp:
     """A clip that changes nothing still makes a tensor of its own name."""
     return Clamp("NONE", float(np.finfo(np.float32).min) if q is None else container_range(q.container)[0])
 
@@ -269,13 +269,13 @@ def _require_float(node: Node, io_type: str | None, what: str) -> None:
         raise ExportError(f"{node.name!r} is float in this file and has no grid for {what}={io_type!r}; use 'float32'.")
 
 
-def _edge_grid(q: QParams, io_type: str) -> Grid:
+def _edge_grid(q: Grid, io_type: str) -> FileGrid:
     """The grid of an input or output in another integer type, covering the same range."""
     bits = 16 if io_type == "int16" else 8
     if bits == q.container:  # int8 as uint8: the same grid, moved
-        return Grid(q.scale, int(q.zero_point) + 128)
+        return FileGrid(q.scale, int(q.zero_point) + 128)
     scale, zero_point = np.float64(q.scale), int(q.zero_point)
     if bits == 16:
         reach = max(q.qmax - zero_point, zero_point - q.qmin)
-        return Grid(np.float32(scale * reach / 32767), 0)
-    return Grid(np.float32(scale * max(q.qmax, -q.qmin) / 127), 128 if io_type == "uint8" else 0)
+        return FileGrid(np.float32(scale * reach / 32767), 0)
+    return FileGrid(np.float32(scale * max(q.qmax, -q.qmin) / 127), 128 if io_type == "uint8" else 0)

@@ -19,7 +19,7 @@ from kquant.graph.transforms import prepare_graph
 from kquant.graph.transforms.dead_channels import DeadChannels
 from kquant.graph.transforms.equalize import SPREAD, EqualizeReport, equalize
 from kquant.graph.transforms.magnitudes import input_ranges, magnitudes, output_ranges
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 from kquant.keras.model import QuantizedModel, insert
 from kquant.quantize.calibrate import quantize_graph
 from kquant.quantize.data import CalibrationData
@@ -350,7 +350,7 @@ def test_tiny_and_huge_weights_stay_finite() -> None:
     assert report.converged
 
 
-Q8 = QParams(np.float32(0.1), np.int32(-128), -128, 127)
+Q8 = Grid(np.float32(0.1), np.int32(-128), -128, 127)
 FUSED = ("NONE", "RELU", "RELU6")
 
 
@@ -381,7 +381,7 @@ def test_caps_bound_every_channel_as_its_own_cap_would(
     caps: list[float], offset: int, low: float | None, bits: int
 ) -> None:
     zero = -128 + offset
-    q = QParams(np.float32(0.1), np.int32(zero), -128, -128 + 2**bits - 1)
+    q = Grid(np.float32(0.1), np.int32(zero), -128, -128 + 2**bits - 1)
     clamp = integer_clamp(q, (low, caps), FUSED)
     x = np.arange(-400, 400)[:, None]
     y = np.clip(x, -128, 127)

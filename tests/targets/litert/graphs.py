@@ -10,7 +10,7 @@ import numpy as np
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import QUANTIZED_WEIGHT, compute, evaluate, weight_view
 from kquant.graph.quantized import QuantizedGraph
-from kquant.grids.grid import QParams, dequantize, fake_quantize, quantize
+from kquant.grids.grid import Grid, dequantize, fake_quantize, quantize
 from tests.targets.litert.build import Resolver, run
 
 KERNELS = {
@@ -27,17 +27,17 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def grid(low: float, high: float, bits: int = 8, container: int = 8) -> QParams:
+def grid(low: float, high: float, bits: int = 8, container: int = 8) -> Grid:
     """An asymmetric grid of `bits` bits; symmetric where the container is int16."""
     if container == 16:
         half = 2 ** (bits - 1) - 1
-        return QParams(np.float32(max(-low, high) / half), np.int32(0), -half, half)
+        return Grid(np.float32(max(-low, high) / half), np.int32(0), -half, half)
     qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     scale = np.float32((max(high, 0.0) - min(low, 0.0)) / (qmax - qmin))
-    return QParams(scale, np.int32(np.clip(np.rint(qmin - min(low, 0.0) / scale), qmin, qmax)), qmin, qmax)
+    return Grid(scale, np.int32(np.clip(np.rint(qmin - min(low, 0.0) / scale), qmin, qmax)), qmin, qmax)
 
 
-def weight_grid(node: Node, bits: int = 8, per_channel: bool = True) -> QParams | None:
+def weight_grid(node: Node, bits: int = 8, per_channel: bool = True) -> Grid | None:
     """A symmetric grid that covers a node's weights."""
     if node.op not in QUANTIZED_WEIGHT or node.op == "embedding":
         return None
@@ -46,7 +46,7 @@ def weight_grid(node: Node, bits: int = 8, per_channel: bool = True) -> QParams 
     half = 2 ** (bits - 1) - 1
     largest = np.abs(view).max() if axis is None else np.abs(view).max(tuple(k for k in range(view.ndim) if k != axis))
     scale = np.asarray(largest / half, np.float32)
-    return QParams(scale, np.zeros(scale.shape, np.int32), -half, half, axis)
+    return Grid(scale, np.zeros(scale.shape, np.int32), -half, half, axis)
 
 
 def chain(shape: Sequence[int], *nodes: Node, consts: Sequence[Node] = (), dtype: str = "float32") -> Graph:
@@ -72,12 +72,12 @@ def quantized(
     weight_bits: int = 8,
     per_channel: bool = True,
     floats: frozenset[str] = frozenset(),
-    grids: Mapping[str, QParams | None] | None = None,
+    grids: Mapping[str, Grid | None] | None = None,
 ) -> QuantizedGraph:
     """Grids from the float values that `feeds` produce, as the kernels need them."""
     names = list(graph.nodes)
     values = dict(zip(names, evaluate(graph, feeds, names), strict=True))
-    activations: dict[str, QParams | None] = {}
+    activations: dict[str, Grid | None] = {}
     for node in graph:
         if node.dtype != "float32" or node.name in floats or node.op == "float":
             activations[node.name] = None
@@ -86,7 +86,7 @@ def quantized(
         elif node.op in _FIXED:
             scale, zero = _FIXED[node.op] if container == 8 else (1 / 32768, 0)
             limit = 2 ** (container - 1)
-            activations[node.name] = QParams(np.float32(scale), np.int32(zero), -limit, limit - 1)
+            activations[node.name] = Grid(np.float32(scale), np.int32(zero), -limit, limit - 1)
         elif node.op in _TIED:
             activations[node.name] = activations[node.inputs[0]]
         else:

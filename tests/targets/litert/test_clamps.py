@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 from kquant.targets.litert.clamps import (
     ACTIVATIONS,
     Clamp,
@@ -20,11 +20,11 @@ from kquant.targets.litert.clamps import (
 ALL = tuple(ACTIVATIONS)
 
 
-def q8(scale: float, zero_point: int, qmin: int = -128, qmax: int = 127) -> QParams:
-    return QParams(np.float32(scale), np.int32(zero_point), qmin, qmax)
+def q8(scale: float, zero_point: int, qmin: int = -128, qmax: int = 127) -> Grid:
+    return Grid(np.float32(scale), np.int32(zero_point), qmin, qmax)
 
 
-def kernel(x: np.ndarray, q: QParams, fused: str) -> np.ndarray:
+def kernel(x: np.ndarray, q: Grid, fused: str) -> np.ndarray:
     """A kernel's saturation and fused activation (CalculateActivationRange in kernel_util.cc)."""
     low, high = container_range(q.container)
     for bound, pick in zip(ACTIVATIONS[fused], (max, min), strict=True):
@@ -75,7 +75,7 @@ def test_result_is_bounded_exactly(
         (q8(0.1, 0), (0.0, 0.5), Clamp("RELU", upper=5)),
     ],
 )
-def test_cheapest_clamp(q: QParams, clip: tuple[float | None, float | None], clamp: Clamp) -> None:
+def test_cheapest_clamp(q: Grid, clip: tuple[float | None, float | None], clamp: Clamp) -> None:
     assert integer_clamp(q, clip, ALL) == clamp
 
 

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from kquant.errors import ExportError
 from kquant.targets.litert.arithmetic import unpack
-from kquant.targets.litert.flatbuffer import FlatbufferBuilder, Grid, only_integer_ops, pack, read_tensors, summary
+from kquant.targets.litert.flatbuffer import FileGrid, FlatbufferBuilder, only_integer_ops, pack, read_tensors, summary
 from tests.targets.litert.build import run
 
 
 def small_file(scale: float = 0.5, description: str = "") -> bytes:
     """int8 x + constant, with a resizable batch."""
     b = FlatbufferBuilder()
-    g = Grid(np.float32(scale), 3)
+    g = FileGrid(np.float32(scale), 3)
     x, y = b.tensor("x", (None, 4), "INT8", g), b.tensor("y", (None, 4), "INT8", g)
     c = b.constant("c", np.arange(4), "INT8", g)
     b.operator("ADD", [x, c], [y], 2, "AddOptions", {"fusedActivationFunction": 0})
@@ -121,7 +121,7 @@ def test_read_tensors_gives_grids_and_constants() -> None:
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_only_integer_ops_allows_conversions_at_the_ends(inside: bool) -> None:
-    b, g = FlatbufferBuilder(), Grid(np.float32(0.5), 0)
+    b, g = FlatbufferBuilder(), FileGrid(np.float32(0.5), 0)
     x, q = b.tensor("x", (1, 4), "FLOAT32"), b.tensor("q", (1, 4), "INT8", g)
     y = b.tensor("y", (1, 4), "FLOAT32")
     b.operator("QUANTIZE", [x], [q])

@@ -10,7 +10,7 @@ import pytest
 from kquant.errors import ExportError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.quantized import QuantizedGraph
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 from kquant.targets.litert.writer import write_tflite
 from tests.targets.litert.graphs import chain, conv, dense, grid, op, quantized, rng
 
@@ -19,7 +19,7 @@ A, B = grid(-1.0, 2.0), grid(-3.0, 2.0)
 WIDE = grid(-1.0, 2.0, 16, 16)
 
 
-def refused(graph: Graph, grids: dict[str, QParams | None], match: str) -> None:
+def refused(graph: Graph, grids: dict[str, Grid | None], match: str) -> None:
     with pytest.raises(ExportError, match=match):
         write_tflite(QuantizedGraph(graph, grids, {}))
 
@@ -54,7 +54,7 @@ def test_operands_need_the_grid_of_the_output(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["softmax", "logistic", "tanh"])
 @pytest.mark.parametrize("q", [A, WIDE])
-def test_fixed_outputs(kind: str, q: QParams) -> None:
+def test_fixed_outputs(kind: str, q: Grid) -> None:
     refused(
         chain(SHAPE, op(kind, SHAPE)), {"x": q, kind: q}, f"'{kind}': the kernel of {kind} writes on scale .*requantize"
     )
@@ -78,7 +78,7 @@ def test_weights_with_a_zero_point(node: Node, per_channel: bool) -> None:
 
 
 def test_int16_with_a_zero_point() -> None:
-    q = QParams(np.float32(1e-3), np.int32(5), -32767, 32767)
+    q = Grid(np.float32(1e-3), np.int32(5), -32767, 32767)
     refused(
         chain(SHAPE, op("leaky_relu", SHAPE, alpha=0.1)), {"x": WIDE, "leaky_relu": q}, "int16.*zero point 0, found 5"
     )
@@ -98,7 +98,7 @@ def test_integer_operation_on_a_float_tensor() -> None:
 
 @pytest.mark.parametrize("scale", [0.0, np.inf, np.nan, -1.0])
 def test_scales_that_are_no_scales(scale: float) -> None:
-    q = QParams(np.float32(scale), np.int32(0), -128, 127)
+    q = Grid(np.float32(scale), np.int32(0), -128, 127)
     refused(
         chain(SHAPE, op("leaky_relu", SHAPE, alpha=0.1)), {"x": A, "leaky_relu": q}, "'leaky_relu': scale .*calibrate"
     )
@@ -106,11 +106,11 @@ def test_scales_that_are_no_scales(scale: float) -> None:
 
 def test_grids_that_no_activation_tensor_holds() -> None:
     graph = chain(SHAPE, op("leaky_relu", SHAPE, alpha=0.1))
-    several = QParams(np.float32([1, 2, 3]), np.int32([0, 0, 0]), -128, 127, 3)
+    several = Grid(np.float32([1, 2, 3]), np.int32([0, 0, 0]), -128, 127, 3)
     refused(graph, {"x": A, "leaky_relu": several}, "'leaky_relu': an activation needs one scale, found 3")
-    outside = QParams(np.float32(1), np.int32(9), -8, 7)
+    outside = Grid(np.float32(1), np.int32(9), -8, 7)
     refused(graph, {"x": A, "leaky_relu": outside}, r"'leaky_relu': zero point 9 on \[-8, 7\]")
-    refused(graph, {"x": A, "leaky_relu": QParams(np.float32(1), np.int32(0), -70000, 70000)}, "does not fit 16 bits")
+    refused(graph, {"x": A, "leaky_relu": Grid(np.float32(1), np.int32(0), -70000, 70000)}, "does not fit 16 bits")
 
 
 def test_operations_and_shapes_that_cannot_be_written() -> None:

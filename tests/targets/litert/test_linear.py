@@ -12,7 +12,7 @@ from kquant.errors import ExportError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import QUANTIZED_WEIGHT, compute, evaluate, weight_view
 from kquant.graph.quantized import QuantizedGraph
-from kquant.grids.grid import QParams, dequantize, fake_quantize, quantize
+from kquant.grids.grid import Grid, dequantize, fake_quantize, quantize
 from kquant.targets.litert.flatbuffer import read_tensors
 from kquant.targets.litert.linear import LAYOUTS
 from kquant.targets.litert.writer import write_tflite
@@ -205,7 +205,7 @@ def test_int4_depthwise_with_int16_activations_is_refused_whatever_the_target_sa
 def test_weight_grids_of_more_than_8_bits_are_refused() -> None:
     graph = chain((4,), dense(cin=4, cout=3))
     qgraph = quantized(graph, [_feed(graph)])
-    wide = QParams(np.float32(1e-4), np.int32(0), -2047, 2047)
+    wide = Grid(np.float32(1e-4), np.int32(0), -2047, 2047)
     with pytest.raises(ExportError, match="'dense'.*do not fit int8"):
         write_tflite(replace(qgraph, weights={"dense": wide}))
 

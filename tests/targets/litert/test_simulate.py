@@ -9,7 +9,7 @@ import tensorflow as tf
 from kquant.graph.ir import Node
 from kquant.graph.ops import compute
 from kquant.graph.quantized import QuantizedGraph
-from kquant.grids.grid import QParams
+from kquant.grids.grid import Grid
 from kquant.keras.model import insert
 from kquant.quantize.calibrate import place
 from kquant.targets.litert.runtime import TFLiteModel
@@ -51,7 +51,7 @@ def check(qgraph: QuantizedGraph, x, container: int, lsb: int = 0):
 def with_ties(q: QuantizedGraph) -> QuantizedGraph:
     """The graph on the nearest grids with powers of two for scales, where many values are ties."""
 
-    def near(g: QParams | None) -> QParams | None:
+    def near(g: Grid | None) -> Grid | None:
         return g and replace(g, scale=np.exp2(np.rint(np.log2(g.scale))).astype(np.float32))
 
     return QuantizedGraph(q.graph, *({k: near(g) for k, g in grids.items()} for grids in (q.activations, q.weights)))
@@ -116,7 +116,7 @@ def test_changes_of_grid(source, result):
     graph = chain((500,), op("requantize", (500,), input_bits=source))
     x = feeds(graph)
     grids = {8: (np.float32(0.031), np.int32(-9), -128, 127), 16: (np.float32(0.00013), np.int32(0), -32767, 32767)}
-    finer = [QParams(grids[b][0] * np.float32(f), *grids[b][1:]) for b, f in ((source, 1.0), (result, 0.77))]
+    finer = [Grid(grids[b][0] * np.float32(f), *grids[b][1:]) for b, f in ((source, 1.0), (result, 0.77))]
     q = QuantizedGraph(graph, dict(zip(graph.nodes, finer, strict=True)), {})
     check(q, x, result)
 

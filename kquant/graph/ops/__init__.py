@@ -197,7 +197,7 @@ def weight_view(node: Node, weight: Any = None) -> Any:
     """The weight that `QuantizedGraph.weights` describes, with its output channels on one axis.
 
     A depthwise kernel [h, w, c, m] is viewed as [h, w, c * m], since each of the c * m outputs has
-    its own scale; everything else is viewed as it is. `QParams.axis` refers to this view.
+    its own scale; everything else is viewed as it is. `Grid.axis` refers to this view.
     """
     w = node.weights[QUANTIZED_WEIGHT[node.op][0]] if weight is None else weight
     if node.op != "depthwise_conv2d":
