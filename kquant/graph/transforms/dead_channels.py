@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kquant.graph.ir import Graph, Node
-from kquant.graph.transforms.channels import Scaling
+from kquant.graph.scaling import Scaling
 from kquant.graph.transforms.fold_batch_norm import scale_input, scale_output, sees_offset
 from kquant.graph.transforms.magnitudes import input_ranges, magnitudes, output_ranges
 from kquant.graph.transforms.regions import JOINS, Region, clip_of

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kquant.graph.ir import Graph, Node
-from kquant.graph.transforms.channels import Scaling
+from kquant.graph.scaling import Scaling
 from kquant.graph.transforms.dead_channels import DeadChannels, constant_outputs, resolve_dead_channels
 from kquant.graph.transforms.fold_batch_norm import scale_input, scale_output
 from kquant.graph.transforms.magnitudes import input_ranges, magnitudes, output_ranges, scale_magnitudes
