@@ -55,34 +55,43 @@ class Scaling:
 class Channels:
     """How an operation passes the channels of its inputs on to its output.
 
-    f(x * s + o) = f(x) * s' + o' holds exactly for operations that only move elements, that average with weights of
-    sum one, and, for s > 0, for the maximum; f(x * s) = f(x) * s' for s > 0 also for a ReLU and its relatives.
+    f(x * s + o) = f(x) * s' + o' holds exactly for operations that only move elements (reshape, transpose, slice), that
+    average with weights of sum one (mean, average pooling without the padding, resize), and, for s > 0, for the
+    maximum. s' is s in the channel order of the output. f(x * s) = f(x) * s for s > 0 holds for a ReLU and its
+    relatives, and for sums of several inputs.
 
     Attributes:
         behind: f(node, shape of the input, s) -> the scaling of the output that equals `s` on the input; None if the
             two do not commute.
         in_front: f(node, shapes of the inputs, s) -> the scalings of the inputs, one for each, that equal `s` on the
             output; None if there are none.
-        carry: f(node, shape of the input, index) -> the input channel of every output channel, where positive factors
-            commute (the lower bound of a clip aside); None if it does not keep the channels apart.
+        equivariant: element by element, f(x * s) = f(x) * s for s > 0 (the bounds of a clip aside), or f(x * s, y * s)
+            = f(x, y) * s.
+        carry: f(node, index) -> the input channel of every output channel where factors commute though `behind` says
+            nothing, index being that of the input; None if it does not keep the channels apart.
         offset: f(node) -> whether an offset passes where a factor does.
         constant: f(node, x) -> the output where the input is constant in each channel [channels]; NaN for no constant.
     """
 
     behind: Callable[[Node, Shape, Scaling], Scaling | None] = lambda node, source, s: None
     in_front: Callable[[Node, Sequence[Shape], Scaling], Sequence[Scaling] | None] = lambda node, sources, s: None
-    carry: Callable[[Node, Shape, Array], Array | None] | None = None
+    equivariant: bool = False
+    carry: Callable[[Node, Array], Array | None] | None = None
     offset: Callable[[Node], bool] = lambda node: False
     constant: Callable[[Node, Array], Array] = lambda node, x: x
 
     def index_behind(self, node: Node, source: Shape, index: Array) -> Array | None:
-        """What `carry` returns; where it is not given, numbers of channels travel as factors do."""
+        """The channel of every entry of the output's last axis behind positive factors; None if they do not commute.
+
+        Args:
+            node: of this operation.
+            source: shape of the input.
+            index: the channels of the input.
+        """
+        if self.equivariant:
+            return index if node.shape[-1] == source[-1] else None
         if self.carry is not None:
-            return self.carry(node, source, index)
+            return self.carry(node, index)
+        # numbers of channels travel as factors do
         moved = self.behind(node, source, Scaling.factors(index + 1.0))
         return None if moved is None else (moved.scale - 1).astype(int)
-
-
-def keep_channels(node: Node, source: Shape, index: Array) -> Array | None:
-    """`Channels.carry` of what works on each element alone."""
-    return index if node.shape[-1] == source[-1] else None

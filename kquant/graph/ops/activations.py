@@ -24,7 +24,7 @@ import tensorflow as tf
 from kquant.graph.ir import Node
 from kquant.graph.moments import Array, Moments, through
 from kquant.graph.ops.record import Compute, Op, Tensor, Weight, collect, same_moments
-from kquant.graph.scaling import Channels, keep_channels
+from kquant.graph.scaling import Channels
 
 Bounds = tuple[float | None, float | list[float] | None]
 
@@ -98,21 +98,21 @@ RECORDS = collect(
     _elementwise(
         "clip",
         lambda n, xs, w: clip_tensor(xs[0], n.attrs["lo"], n.attrs["hi"]),
-        channels=Channels(carry=keep_channels, constant=clip_array),
+        channels=Channels(equivariant=True, constant=clip_array),
         moments=same_moments,  # who propagates moments applies the bounds of any node, see `clip_of`
         merge=_merge_clips,
     ),
     _elementwise(
         "leaky_relu",
         lambda n, xs, w: tf.nn.leaky_relu(xs[0], n.attrs["alpha"]),
-        channels=Channels(carry=keep_channels, constant=lambda n, x: np.where(x < 0, x * n.attrs["alpha"], x)),
+        channels=Channels(equivariant=True, constant=lambda n, x: np.where(x < 0, x * n.attrs["alpha"], x)),
     ),
     Op(
         name="prelu",
         compute=lambda n, xs, w: tf.where(xs[0] >= 0, xs[0], xs[0] * w["alpha"]),
         weight=Weight(name="alpha"),
         # slopes may differ from place to place
-        channels=Channels(carry=keep_channels, constant=lambda n, x: np.where(x < 0, np.nan, x)),
+        channels=Channels(equivariant=True, constant=lambda n, x: np.where(x < 0, np.nan, x)),
         moments=_through_function,
     ),
     _elementwise("logistic", lambda n, xs, w: tf.sigmoid(xs[0])),

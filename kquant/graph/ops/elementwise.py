@@ -17,7 +17,7 @@ from kquant.graph.ir import Node, Shape
 from kquant.graph.moments import FAR, Array, Moments, density, phi, through
 from kquant.graph.ops.activations import function_of
 from kquant.graph.ops.record import MomentRule, Op, Tensor, Tie, collect
-from kquant.graph.scaling import Channels, Scaling, keep_channels
+from kquant.graph.scaling import Channels, Scaling
 
 Join = Callable[[Moments, Moments], Moments]
 
@@ -79,7 +79,7 @@ def _addends(node: Node, sources: Sequence[Shape], s: Scaling) -> Sequence[Scali
 
 _ADDITIVE = Channels(
     in_front=_addends,
-    carry=keep_channels,
+    equivariant=True,
     constant=lambda node, x: np.full_like(x, np.nan),  # of two tensors
 )
 
@@ -89,8 +89,8 @@ def _op(name: str, function: Callable[[Tensor, Tensor], Tensor], join: Join, **f
 
 
 RECORDS = collect(
-    _op("add", tf.add, _add, additive=True, fuses_clip=True, channels=_ADDITIVE),
-    _op("sub", tf.subtract, lambda a, b: _add(a, _negative(b)), additive=True, fuses_clip=True, channels=_ADDITIVE),
+    _op("add", tf.add, _add, fuses_clip=True, channels=_ADDITIVE),
+    _op("sub", tf.subtract, lambda a, b: _add(a, _negative(b)), fuses_clip=True, channels=_ADDITIVE),
     _op("mul", tf.multiply, _mul, fuses_clip=True),
     _op("maximum", tf.maximum, _maximum, grid=Tie.SHARED),
     _op("minimum", tf.minimum, lambda a, b: _negative(_maximum(_negative(a), _negative(b))), grid=Tie.SHARED),

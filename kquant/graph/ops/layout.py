@@ -89,7 +89,7 @@ def _pad(n: Node, xs: Sequence[Tensor], w: Mapping[str, Tensor]) -> Tensor:
     return tf.pad(xs[0], n.attrs["paddings"], n.attrs["mode"].upper(), n.attrs.get("value", 0.0))
 
 
-def _pad_carry(node: Node, source: Shape, index: Array) -> Array | None:
+def _pad_carry(node: Node, index: Array) -> Array | None:
     commutes = pads_zeros(node) or node.attrs["mode"] != "constant"
     return index if commutes and not any(node.attrs["paddings"][-1]) else None
 

@@ -57,7 +57,6 @@ class Op:
         grid: how the output's grid is tied.
         fuses_clip: a clip behind it may be part of it (attribute `clip`).
         elementwise: the same function of every element.
-        additive: it adds its inputs up, with signs: f(s a, s b) = s f(a, b).
         averages: on the grid of its input, with values between the steps of it.
         inserts: on the grid of its input, with values of its own beside those of the input.
         channels: how it passes channels on; None where it does not keep them apart.
@@ -78,7 +77,6 @@ class Op:
     grid: Tie = Tie.OWN
     fuses_clip: bool = False
     elementwise: bool = False
-    additive: bool = False
     averages: bool = False
     inserts: bool = False
     channels: Channels | None = None
