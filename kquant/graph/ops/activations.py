@@ -23,7 +23,7 @@ import tensorflow as tf
 
 from kquant.graph.ir import Node
 from kquant.graph.moments import Array, Moments, through
-from kquant.graph.ops.record import Compute, Op, Tensor, Weight, collect, same_moments
+from kquant.graph.ops.record import Compute, MomentRule, Op, Tensor, Weight, collect, same_moments
 from kquant.graph.scaling import Channels
 
 Bounds = tuple[float | None, float | list[float] | None]
@@ -90,8 +90,8 @@ def _softmax(node: Node, sources: Sequence[Node], xs: Sequence[Moments]) -> Mome
     return Moments(mean, np.sqrt(mean * (1 - mean)), np.zeros_like(mean), np.ones_like(mean))
 
 
-def _elementwise(name: str, compute: Compute, **facts: Any) -> Op:
-    return Op(**{"name": name, "compute": compute, "elementwise": True, "moments": _through_function} | facts)
+def _elementwise(name: str, compute: Compute, moments: MomentRule = _through_function, **facts: Any) -> Op:
+    return Op(name=name, compute=compute, moments=moments, elementwise=True, **facts)
 
 
 RECORDS = collect(

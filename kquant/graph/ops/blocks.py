@@ -55,7 +55,7 @@ class Linear:
         groups, taps, inputs, outputs = (b := self.blocks(node, weight)).shape
         return b.reshape(groups, taps * inputs, outputs)
 
-    def from_matrices(self, node: Node, matrices: Array, shape: tuple[int, ...]) -> Array:
+    def from_matrices(self, matrices: Array, shape: tuple[int, ...]) -> Array:
         """The inverse of `matrices`."""
         taps = shape[0] * shape[1] if self.window else 1
         groups, rows, outputs = matrices.shape

@@ -85,7 +85,7 @@ def _sink_reshape(graph: Graph, node: Node) -> Graph | None:
 def _replace(graph: Graph, node: Node) -> Graph | None:
     """Take the simpler of two operations that compute the same."""
     simpler = op_of(node).simpler(node, graph[node.inputs[0]].shape) if len(node.inputs) == 1 else None
-    return simpler and graph.rebuild([simpler if n.name == node.name else n for n in graph])
+    return None if simpler is None else graph.rebuild([simpler if n.name == node.name else n for n in graph])
 
 
 RULES: tuple[Callable[[Graph, Node], Graph | None], ...] = (_drop, _merge, _sink_reshape, _replace)
