@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -84,7 +84,7 @@ class Case:
 
     def score(self, model: kquant.QuantizedModel) -> float:
         """Top-1 of the exported file, or of the simulation where only activations are quantized."""
-        weights, activations = (model.quantization["config"][k] is not None for k in ("weights", "activations"))
+        weights, activations = (getattr(model.quantization.config, k) is not None for k in ("weights", "activations"))
         if activations and not weights:
             return zoo.float_top1(model, self.batches)
         content = kquant.export_tflite(model).content if activations else rounded_file(model)
@@ -106,9 +106,7 @@ def quantized(
 ) -> kquant.QuantizedModel:
     """As `kquant.quantize_model`, from a graph that was transformed before."""
     settings = QuantConfig.load(config)
-    plan, qgraph, _ = quantize_after_training(graph, settings, data, seed=seed, progress=False)
-    facts = {"target": plan.target.name, "config": settings.to_dict(), "float": [asdict(s) for s in plan.skipped]}
-    return insert(qgraph, facts)
+    return insert(*quantize_after_training(graph, settings, data, seed=seed, progress=False))
 
 
 def subset(name: str, seed: int) -> np.ndarray:

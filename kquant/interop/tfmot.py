@@ -24,10 +24,9 @@ from kquant.graph.transforms.simplify import absorb_padding, simplify
 from kquant.grids.grid import Array, Grid, dequantize, fit_bias, quantize
 from kquant.interop.tfmot_model import Range, read_model
 from kquant.interop.tfmot_ranges import Grids, activation_grids, float_layers, place_ranges
-from kquant.keras.model import QuantizedModel, insert
-from kquant.keras.quantize_model import facts_of
+from kquant.keras.model import Learning, QuantizedModel, insert
 from kquant.quantize.calibrate import weight_grids
-from kquant.quantize.pipeline import Step
+from kquant.quantize.pipeline import Step, record_of
 from kquant.quantize.plan import Plan, make_plan
 from kquant.targets.target import get_target
 
@@ -83,7 +82,7 @@ def from_tfmot(model: Any) -> QuantizedModel:
     config = replace(_SCHEME, rules=tuple(rules))
     plan = make_plan(graph, config)
     qgraph = _with_kernels(plan, activation_grids(plan, grids), _kernels(traced, twin.weights))
-    return insert(qgraph, facts_of(plan, qgraph, [_step(plan, twin.weights)], config, seed=0))
+    return insert(qgraph, record_of(plan, config, 0, [_step(plan, twin.weights)]), Learning())
 
 
 def _load(path: str | os.PathLike[str]) -> Any:

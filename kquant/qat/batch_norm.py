@@ -16,6 +16,7 @@ mean of its output, so that training starts from the folded network exactly.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -84,14 +85,14 @@ class BatchNormLayer(QuantizedLayer):
             return scale
         return scale * tf.abs(self._ratio(tf.convert_to_tensor(self.moving_variance)))
 
-    def deployed(self) -> tuple[dict[str, np.ndarray], Grid | None]:
-        weights, grid = super().deployed()
+    def deployed(self) -> tuple[dict[str, np.ndarray], Grid | None, np.ndarray | None]:
+        weights, grid, decided = super().deployed()
         if grid is None or self.batch_norm != "keep":
-            return weights, grid
+            return weights, grid, decided
         key = QUANTIZED_WEIGHT[self.node.op][0]
         scale = np.asarray(self.weight_scale().numpy(), np.float32)
         real = np.asarray(self._quantized_weight()[1].numpy(), np.float32)
-        return {**weights, key: real}, Grid(scale, grid.zero_point, grid.qmin, grid.qmax, grid.axis)
+        return {**weights, key: real}, replace(grid, scale=scale), decided
 
     def _quantized_weight(self) -> tuple[Tensor, Tensor]:
         if self.weight_quantizer is None or self.batch_norm != "keep":

@@ -20,14 +20,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from kquant.config.specs import AdaRound
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import weight_view
-from kquant.grids.grid import Grid, fake_quantize
+from kquant.graph.ops import BIAS, weight_view
+from kquant.grids.grid import Grid, fake_quantize, fit_bias
 from kquant.quantize.descent import Quadratic, descent, sequential
 from kquant.quantize.gram import (
     MATRIX_OPS,
@@ -52,7 +53,8 @@ class LayerRounding:
 
     Attributes:
         node: its name.
-        grid: of its weights; not the given one where `AdaRound.scales` offers others.
+        grid: of its weights; not the given one where `AdaRound.scales` offers others, or the bias would not fit.
+        integers: its weights on that grid, in the shape of the `weight_view`.
         rows: how many patches were seen.
         power: variance of the float output: what the errors compare to.
         nearest_loss: error with weights rounded to nearest on the given grid, at the best bias.
@@ -62,6 +64,7 @@ class LayerRounding:
 
     node: str
     grid: Grid = field(repr=False)
+    integers: Array = field(repr=False)
     rows: int
     power: float
     nearest_loss: float
@@ -115,6 +118,7 @@ def adaround(
     seed: int = 0,
     progress: bool = True,
     memory: int = 3 << 28,
+    input_bits: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[Graph, list[LayerRounding]]:
     """Round the weights of linear operations with the output in view.
 
@@ -127,6 +131,8 @@ def adaround(
         seed: of the positions and minibatches.
         progress: show a bar.
         memory: bytes for activations, see `walk.layer_by_layer`.
+        input_bits: node -> bits of the grid that its input will have, so that the bias fits 32 bits beside the integers
+            that are decided here (`fit_bias`); without an entry it is not looked at.
 
     Returns:
         The graph with kernels on the grids that the report names and biases that fit them, and a report per layer in
@@ -140,7 +146,7 @@ def adaround(
 
     def solve(node: Node, batches: Batches) -> Node:
         inputs = batches if settings.asymmetric else lambda: ((x, x) for x, _ in batches())
-        node, row = round_layer(node, inputs, weights[node.name], settings, seed)
+        node, row = round_layer(node, inputs, weights[node.name], settings, seed, input_bits.get(node.name))
         report.append(row)
         return node
 
@@ -149,22 +155,25 @@ def adaround(
 
 
 def round_layer(
-    node: Node, batches: Batches, grid: Grid, settings: AdaRound, seed: int = 0
+    node: Node, batches: Batches, grid: Grid, settings: AdaRound, seed: int = 0, input_bits: int | None = None
 ) -> tuple[Node, LayerRounding]:
     """One layer of `adaround`, from passes over its inputs (x, x^)."""
-    kernel = node.weights["kernel"]
+    kernel, view = node.weights["kernel"], weight_view(node)
     w = to_matrices(node, kernel)
     m = moments(node, batches(), positions=_positions(node, settings), seed=seed)
     target, metric = m.target(w, settings.damping)
+    grid = grid if input_bits is None else _with_room(node, grid, m, input_bits)
     best = _rescaled(node, grid, target, metric, settings.scales)
     problem, scale = _problem(node, best, target, metric)
     u = SOLVERS[settings.solver](_Layer(node, batches, m, problem, scale), settings, seed)
     rounded = (u * scale).astype(np.float32)
-    nearest = to_matrices(node, fake_quantize(weight_view(node), grid).reshape(kernel.shape))
+    nearest = to_matrices(node, fake_quantize(view, grid).reshape(kernel.shape))
     steps = np.rint(nearest / channels_to_groups(node, grid.scale))
+    integers = from_matrices(node, u).reshape(view.shape) + best.spread(best.zero_point, view.shape)
     row = LayerRounding(
         node=node.name,
         grid=best,
+        integers=integers.astype(np.int8 if best.container == 8 else np.int16),
         rows=m.rows,
         power=float(m.power.sum()),
         nearest_loss=float(m.loss(nearest).sum()),
@@ -174,6 +183,16 @@ def round_layer(
     return node.with_weights(kernel=from_matrices(node, rounded), bias=m.bias(rounded).astype(np.float32)), row
 
 
+def _with_room(node: Node, grid: Grid, m: Moments, input_bits: int) -> Grid:
+    """The grid, coarser in channels whose bias would not fit: those that are dead, with weights near zero.
+
+    No range is smaller than the root mean square of the values in it, so that half of that has room for what clips.
+    """
+    rms = float(np.sqrt(np.max(np.diagonal(m.gram, axis1=1, axis2=2) + np.square(m.x_mean[:, 0]))))
+    least = rms / 2**input_bits / 2
+    return fit_bias(grid, node.weights[BIAS[node.op]], least) if least > 0 else grid
+
+
 def _positions(node: Node, settings: AdaRound) -> int:
     return -(-settings.positions // 4) if node.op == "depthwise_conv2d" else settings.positions
 
@@ -181,7 +200,16 @@ def _positions(node: Node, settings: AdaRound) -> int:
 def _problem(node: Node, grid: Grid, target: Array, metric: Array) -> tuple[Quadratic, Array]:
     scale = channels_to_groups(node, grid.scale)
     zero = channels_to_groups(node, grid.zero_point)
-    return Quadratic(metric, target / scale.astype(np.float64), grid.qmin - zero, grid.qmax - zero), scale
+    levels = None if grid.table is None else _levels(node, grid)
+    steps = target / scale.astype(np.float64)
+    return Quadratic(metric, steps, grid.qmin - zero, grid.qmax - zero, levels), scale
+
+
+def _levels(node: Node, grid: Grid) -> Array:
+    """The allowed integers less the zero point as `to_matrices` has the weights [levels, groups, k, m]."""
+    shape = weight_view(node).shape
+    kernel = node.weights["kernel"].shape
+    return np.stack([to_matrices(node, np.broadcast_to(v, shape).reshape(kernel)) for v in grid.levels(shape)])
 
 
 def _rescaled(node: Node, grid: Grid, target: Array, metric: Array, factors: tuple[float, ...]) -> Grid:

@@ -125,20 +125,28 @@ def weight_grids(plan: Plan) -> dict[str, Grid]:
     return grids
 
 
-def make_grids(plan: Plan, weights: Mapping[str, Grid], statistics: Mapping[str, Any]) -> QuantizedGraph:
+def make_grids(
+    plan: Plan,
+    weights: Mapping[str, Grid],
+    statistics: Mapping[str, Any],
+    integers: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> QuantizedGraph:
     """All grids: those of activations from statistics, and those of weights, where a bias must fit its accumulator.
 
     Args:
         plan: what is quantized.
         weights: from `weight_grids`.
         statistics: tensor -> its observer, or its moments for "batch_norm".
+        integers: node -> the integers of its weight on that grid, where a step has decided them; others are the nearest
+            ones. They are decided anew only where the bias leaves no room for them.
     """
     leaders = {leader: _activation_grid(plan, leader, statistics) for leader in plan.sources} | plan.fixed
     activations: dict[str, Grid | None] = {n.name: None for n in plan.graph}
     activations.update({name: leaders[leader] for name, leader in plan.groups.items()})
     chosen: dict[str, Grid | None] = {n: _with_room(plan.graph[n], q, activations) for n, q in weights.items()}
+    decided = {n: q for n, q in integers.items() if chosen[n] is weights[n]}
     chosen |= {n.name: activations[n.name] for n in plan.graph if n.op == "embedding"}
-    return QuantizedGraph(plan.graph, activations, chosen)
+    return QuantizedGraph(plan.graph, activations, chosen, decided)
 
 
 def _with_room(node: Node, weights: Grid, activations: Mapping[str, Grid | None]) -> Grid:

@@ -9,8 +9,8 @@ The config switches each step on or off; where it says None, the step is taken w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -31,28 +31,14 @@ from kquant.quantize.data import CalibrationData
 from kquant.quantize.input_moments import estimate_inputs
 from kquant.quantize.moments import Moments, propagate
 from kquant.quantize.plan import Plan, make_plan
+from kquant.quantize.record import Quantization, Step
 
 _NAMED = 8  # at most so many tensors are listed in a message
 
 
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One step of the pipeline.
-
-    Attributes:
-        name: field of `QuantConfig` that switches it, or what it sets.
-        taken: whether it was.
-        note: what it did, or why it was left out.
-    """
-
-    name: str
-    taken: bool
-    note: str
-
-
 def quantize_after_training(
     graph: Graph, config: QuantConfig, data: CalibrationData | None, *, seed: int = 0, progress: bool = True
-) -> tuple[Plan, QuantizedGraph, list[Step]]:
+) -> tuple[QuantizedGraph, Quantization]:
     """Quantize a float graph after training.
 
     Args:
@@ -63,7 +49,7 @@ def quantize_after_training(
         progress: show progress bars.
 
     Returns:
-        The plan, the quantized graph, and the steps in order, taken or not.
+        The quantized graph, and how it was quantized.
 
     Raises:
         ConfigError: the config is impossible for its target, or asks without data for what needs data.
@@ -78,11 +64,15 @@ def quantize_after_training(
         log.note("absorb_bias", note)
     plan = make_plan(graph, config)
     weights = weight_grids(plan)
+    integers: dict[str, np.ndarray] = {}
     linear = {n: q for n, q in weights.items() if plan.graph[n].op in CORRECTED}
     if log.takes("adaround") and data is not None:
         settings = config.adaround if isinstance(config.adaround, AdaRound) else AdaRound()
-        graph, rows = adaround(plan.graph, linear, data, settings, seed=seed, progress=progress)
+        graph, rows = adaround(
+            plan.graph, linear, data, settings, seed=seed, progress=progress, input_bits=_input_bits(plan, linear)
+        )
         plan, weights = replace(plan, graph=graph), weights | {r.node: r.grid for r in rows}
+        integers = {r.node: r.integers for r in rows}
         ratio = np.mean([r.loss / r.nearest_loss for r in rows if r.nearest_loss > 0] or [1.0])
         log.note(
             "adaround", f"{settings.solver}, {len(rows)} layers, {ratio:.2f} of nearest rounding's error on average"
@@ -97,7 +87,20 @@ def quantize_after_training(
         statistics, notes = (observe(plan, data, progress) if plan.observed else {}), _methods(plan)
     for note in notes:
         log.note("activation ranges", note)
-    return plan, make_grids(plan, weights, statistics), log.steps
+    return make_grids(plan, weights, statistics, integers), record_of(plan, config, seed, log.steps)
+
+
+def _input_bits(plan: Plan, names: Iterable[str]) -> dict[str, int]:
+    """Linear operation -> bits of the grid of its input, where that is in integers."""
+    specs = {n: plan.activations.get(plan.graph[n].inputs[0]) for n in names if n in plan.activations}
+    return {n: spec.bits for n, spec in specs.items() if spec is not None}
+
+
+def record_of(plan: Plan, config: QuantConfig, seed: int, steps: Sequence[Step]) -> Quantization:
+    """What is remembered of a plan and the steps that were taken."""
+    return Quantization(
+        config=config, seed=seed, steps=tuple(steps), skipped=plan.skipped, shared=plan.shared, fixed=plan.dictated
+    )
 
 
 class _Log:

@@ -18,16 +18,8 @@ from kquant.errors import ConfigError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import LINEAR, QUANTIZED_WEIGHT
 from kquant.grids.grid import Grid
+from kquant.quantize.record import Skip
 from kquant.targets.target import Target, get_target
-
-
-@dataclass(frozen=True)
-class Skip:
-    """A node that stays float, and why."""
-
-    node: str
-    layer: str
-    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +45,16 @@ class Plan:
     sources: dict[str, tuple[str, ...]]
     skipped: tuple[Skip, ...]
     target: Target
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """Node -> the first tensor on its grid, where that is another and the target does not dictate the grid."""
+        return {n: first for n, first in self.groups.items() if n != first and first not in self.fixed}
+
+    @property
+    def dictated(self) -> tuple[str, ...]:
+        """The nodes whose grid the target dictates."""
+        return tuple(n for n, first in self.groups.items() if first in self.fixed)
 
     @property
     def observed(self) -> dict[str, tuple[str, ...]]:
@@ -100,7 +102,9 @@ def make_plan(graph: Graph, config: QuantConfig) -> Plan:
         groups=groups,
         fixed=fixed,
         sources=sources,
-        skipped=tuple(Skip(n, graph[n].origin or n, r) for n, r in reasons.items() if graph[n].op != "const"),
+        skipped=tuple(
+            Skip(node=n, layer=graph[n].origin or n, reason=r) for n, r in reasons.items() if graph[n].op != "const"
+        ),
         target=target,
     )
 

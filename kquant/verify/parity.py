@@ -22,9 +22,9 @@ import numpy as np
 from kquant.config.text import table
 from kquant.errors import CalibrationError, ExportError
 from kquant.graph.ir import Node
-from kquant.graph.ops import QUANTIZED_WEIGHT, evaluate, weight_view
+from kquant.graph.ops import QUANTIZED_WEIGHT, evaluate
 from kquant.graph.quantized import QuantizedGraph
-from kquant.grids.grid import quantize, quantize_bias
+from kquant.grids.grid import quantize_bias
 from kquant.keras.layer import QuantizedLayer
 from kquant.keras.model import QuantizedModel, extract
 from kquant.quantize.data import CalibrationData
@@ -236,7 +236,7 @@ def _wrong_constants(qgraph: QuantizedGraph, node: Node, tensors: Mapping[str, T
     if w is None:
         return
     layout, key = LAYOUTS[node.op], QUANTIZED_WEIGHT[node.op][0]
-    expected = {f"{node.name}/{key}": (layout.to_file(quantize(weight_view(node), w)), w.scale)}
+    expected = {f"{node.name}/{key}": (layout.to_file(qgraph.integers[node.name]), w.scale)}
     x = qgraph.activations.get(node.inputs[0])
     if x is not None and layout.bias in node.weights:
         bias = quantize_bias(node.weights[layout.bias], x.scale, w.scale)

@@ -21,6 +21,7 @@ from kquant.keras.model import Learning, QuantizedModel, extract, insert
 from kquant.qat.learning import learning_of
 from kquant.qat.prepare import prepare_qat
 from tests.support.quantizers import TQT, layer_table, outputs, weights
+from tests.support.toy import asked
 
 CLASSES = 3
 
@@ -267,14 +268,14 @@ def with_16_bits(model: QuantizedModel, training: Training) -> QuantizedModel:
         most = np.abs(view).max(tuple(k for k in range(view.ndim) if k != q.axis))
         grids[name] = grid_from_range(-most, most, QuantSpec(bits=16, symmetric=True, narrow_range=True), q.axis)
     qgraph = QuantizedGraph(qgraph.graph, qgraph.activations, grids)
-    return insert(qgraph, {"target": config.target}, learning_of(qgraph, config, training))
+    return insert(qgraph, asked(config.target), learning_of(qgraph, config, training))
 
 
 def without_grids(model: QuantizedModel, training: Training) -> QuantizedModel:
     """The same network and the same variables of weights, in float."""
     graph, none = extract(model).graph, dict.fromkeys(extract(model).graph.nodes)
     learning = Learning(relative_weights=training.relative_weights)
-    return insert(QuantizedGraph(graph, none, none), {"target": model.target.name}, learning)
+    return insert(QuantizedGraph(graph, none, none), asked(model.target.name), learning)
 
 
 @pytest.mark.parametrize("relative", [False, True], ids=["weights as they are", "weights in units"])

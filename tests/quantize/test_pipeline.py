@@ -21,6 +21,7 @@ from kquant.graph.transforms.absorb_bias import absorb_bias
 from kquant.graph.transforms.equalize import equalize
 from kquant.grids.grid import quantize
 from kquant.keras.model import extract
+from kquant.keras.report import layer_rows
 from kquant.quantize.adaround import adaround
 from kquant.quantize.analytic_correction import correct_biases_analytically
 from kquant.quantize.bias_correction import CORRECTED, correct_biases, round_kernel
@@ -74,11 +75,11 @@ def run(settings: Any, data: Any = "images", seed: int = 0) -> kquant.QuantizedM
 
 
 def taken(qmodel: kquant.QuantizedModel) -> list[str]:
-    return [s["name"] for s in qmodel.quantization["steps"] if s["taken"]]
+    return [s.name for s in qmodel.quantization.steps if s.taken]
 
 
 def note(qmodel: kquant.QuantizedModel, name: str) -> str:
-    return " | ".join(s["note"] for s in qmodel.quantization["steps"] if s["name"] == name)
+    return " | ".join(s.note for s in qmodel.quantization.steps if s.name == name)
 
 
 def assert_same_weights(a: Graph, b: Graph) -> None:
@@ -174,7 +175,7 @@ def test_adaround_without_data_is_refused():
 def test_the_steps_are_reported_in_order(data, tmp_path):
     everything = {"preset": "w8a8-per_tensor", "equalize": True, "absorb_bias": True}
     qmodel = run(everything, "images" if data else None)
-    rows = qmodel.quantization["steps"]
+    rows = qmodel.quantization.steps
     assert list(dict.fromkeys(r["name"] for r in rows)) == [*SWITCHES, "activation ranges"]
     assert [r["name"] for r in rows if not r["taken"]] == ["adaround"]
     assert all(r["note"] and f"{r['name']} " in qmodel.report and r["note"] in qmodel.report for r in rows)
@@ -184,7 +185,7 @@ def test_the_steps_are_reported_in_order(data, tmp_path):
     assert data or "'image' is estimated to be within" in note(qmodel, "activation ranges")
     qmodel.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert loaded.report == qmodel.report and loaded.quantization["steps"] == rows
+    assert loaded.report == qmodel.report and loaded.quantization.steps == rows
 
 
 def test_the_report_of_adaround():
@@ -220,9 +221,9 @@ def test_the_data_free_pipeline_is_its_steps_one_after_the_other():
 
 def test_without_a_step_it_is_the_plain_quantization():
     settings = config("w8a8")
-    plan, qgraph, steps = quantize_after_training(toy_graph(), settings, calibration(toy_data()), progress=False)
+    qgraph, quantization = quantize_after_training(toy_graph(), settings, calibration(toy_data()), progress=False)
     plain = quantize_graph(make_plan(toy_graph(), settings), calibration(toy_data()), progress=False)
-    assert [s.name for s in steps if s.taken] == ["activation ranges"]
+    assert [s.name for s in quantization.steps if s.taken] == ["activation ranges"]
     assert_same_weights(plain.graph, qgraph.graph)
     for name, grid in plain.activations.items():
         np.testing.assert_array_equal(grid.scale, qgraph.activations[name].scale)
@@ -251,7 +252,7 @@ def test_the_automatic_choice_is_better_than_none(preset):
     want = evaluate(graph, [x], [logits])[0]
 
     def error(settings: Any) -> float:
-        _, q, _ = quantize_after_training(graph, config(**settings), calibration(images(128)), progress=False)
+        q, _ = quantize_after_training(graph, config(**settings), calibration(images(128)), progress=False)
         # rounded weights, float activations: the part that the steps are about
         rounded = q.graph.rebuild(
             n if q.weights.get(n.name) is None else round_kernel(n, q.weights[n.name]) for n in q.graph
@@ -274,7 +275,7 @@ def test_the_integers_of_adaround_are_those_of_the_file(solver):
     qmodel = run(settings)
     assert_stored(graph, {r.node: r.grid for r in rows}, assert_parity(qmodel))
     assert note(qmodel, "adaround").startswith(f"{solver}, 5 layers")
-    assert QuantConfig.from_dict(qmodel.quantization["config"]) == settings
+    assert qmodel.quantization.config == settings
 
 
 def test_corrected_weights_are_rounded_to_nearest_in_the_file():
@@ -307,7 +308,7 @@ def test_without_data_the_outputs_are_those_of_the_float_model(preset):
     x, qmodel = images(256, seed=4), run(preset, None)
     want, got = mobile().predict(x, verbose=0), qmodel.predict(x, verbose=0)
     assert np.abs(got - want).max() < 0.08 and np.abs(got - want).mean() < 0.012
-    ranges = {r["node"]: r["range"] for r in qmodel.quantization["layers"]}
+    ranges = {r["node"]: r["range"] for r in layer_rows(qmodel.quantization, extract(qmodel))}
     low, high = ranges["image"]
     assert low < 0 < high and 0.5 < (high - low) / (images().max() - images().min()) < 2
 
@@ -358,7 +359,7 @@ def test_a_fixed_input_range_is_enough_for_one_layer(layer, channels):
         kquant.quantize_model(model, progress=False)
     qmodel = kquant.quantize_model(model, config={"inputs": {"range": [-1, 3]}}, progress=False)
     want, got = model.predict(x, verbose=0), qmodel.predict(x, verbose=0)
-    at_input, at_output = (np.asarray(row["range"]) for row in qmodel.quantization["layers"])
+    at_input, at_output = (np.asarray(row["range"]) for row in layer_rows(qmodel.quantization, extract(qmodel)))
     np.testing.assert_allclose(at_input, [-1, 3], atol=0.02)
     assert np.mean(np.abs(got - want) > 0.015 * np.ptp(want)) < 0.002  # few values are clipped,
     assert np.ptp(at_output) < 2 * np.ptp(want)  # and no whole bit is wasted
@@ -393,7 +394,7 @@ def test_the_same_seed_gives_the_same_file(preset):
     files = [kquant.export_tflite(run(settings, seed=s)).content for s in (1, 1, 2)]
     assert files[0] == files[1]
     assert (files[0] != files[2]) == (preset == "w4a8")  # only the positions of AdaRound are drawn
-    assert run(settings, seed=3).quantization["seed"] == 3
+    assert run(settings, seed=3).quantization.seed == 3
 
 
 def batches(size: int = 16) -> Any:

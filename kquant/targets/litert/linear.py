@@ -11,7 +11,7 @@ import numpy as np
 from kquant.errors import ExportError
 from kquant.graph.ir import Node
 from kquant.graph.ops import QUANTIZED_WEIGHT, weight_view
-from kquant.grids.grid import BIAS_MAX, Grid, quantize, quantize_bias
+from kquant.grids.grid import BIAS_MAX, Grid, quantize_bias
 from kquant.targets.litert.emitter import Emitter, Sink
 from kquant.targets.litert.flatbuffer import FileGrid
 
@@ -99,9 +99,9 @@ def _float_kernel(e: Emitter, name: str, values: np.ndarray) -> int:
 
 def _integer_kernel(e: Emitter, node: Node, name: str, q: Grid, out: Grid | None, expand: bool) -> int:
     layout = LAYOUTS[node.op]
-    values = layout.to_file(quantize(weight_view(node), q))
+    values = layout.to_file(e.integers(node.name))
     activation = 8 if out is None else out.container
-    container = e.target.weight_container(node.op, q.bits, activation)
+    container = e.target.weight_container(node.op, q.width, activation)
     if out is None and (expand or container == 2):
         container = 8  # the hybrid kernels and DEQUANTIZE
     if container == 4 and activation == 16 and node.op in ("depthwise_conv2d", "affine"):

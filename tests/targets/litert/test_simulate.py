@@ -19,6 +19,7 @@ from kquant.targets.litert.writer import write_tflite
 from kquant.targets.operand import Operand
 from tests.support.graphs import chain, conv, dense, depthwise, integers, op, quantized, rng
 from tests.support.operations import GRAPHS, INT8_ONLY, LINEAR
+from tests.support.toy import asked
 
 TARGETS = {8: "tflite_int8", 16: "tflite_int16x8"}
 LSB = {"prelu": 1, "hard_swish": 1}  # the real function, rounded; the kernels have a fixed-point formula
@@ -40,7 +41,7 @@ def check(qgraph: QuantizedGraph, x, container: int, lsb: int = 0):
     content, _ = write_tflite(qgraph)
     found = TFLiteModel(content).run(integers(qgraph, x))[0].astype(np.int64)
     q = qgraph.activations[qgraph.graph.outputs[0]]
-    y = np.asarray(insert(qgraph, {"target": TARGETS[container]})(x if len(x) > 1 else x[0]))
+    y = np.asarray(insert(qgraph, asked(TARGETS[container]))(x if len(x) > 1 else x[0]))
     ours = np.rint(y / q.scale).astype(np.int64) + q.zero_point
     # an int16 kernel saturates at -32768, which is no integer of the symmetric grid
     found = np.maximum(found, -32767) if container == 16 else found
