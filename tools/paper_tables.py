@@ -22,7 +22,7 @@ import kquant
 from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import WEIGHT_METHODS, AdaRound
 from kquant.graph.ir import Graph
-from kquant.graph.ops import LINEAR
+from kquant.graph.ops import op_of
 from kquant.graph.transforms import prepare_graph
 from kquant.graph.transforms.absorb_bias import absorb_bias
 from kquant.graph.transforms.equalize import equalize
@@ -196,7 +196,7 @@ def equalization(name: str, options: Options) -> Iterator[Sequence[Any]]:
 
 def _absorbed(graph: Graph, case: Case) -> Graph:
     """By the statistics of batch normalizations, or by the data where there are none."""
-    names = [n.name for n in graph if n.op in LINEAR]
+    names = [n.name for n in graph if op_of(n).linear]
     lows = {} if case.has_statistics else smallest_outputs(graph, names, case.data(), progress=False)
     return absorb_bias(graph, lows=lows)[0]
 

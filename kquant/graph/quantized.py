@@ -21,15 +21,15 @@ class QuantizedGraph:
             their grid where a step decided their integers (AdaRound, bias correction, training).
         activations: node name -> grid of the node's output, None where it stays float (or is an
             integer id tensor).
-        weights: node name -> grid of its kernel, table, scale (op affine) or alpha (op prelu),
-            None or absent where the weights stay float. The bias of an integer linear operation is
+        weights: node name -> grid of its quantized weight (`ops.weight_view`), None or absent where the
+            weights stay float. The bias of an integer linear operation is
             stored at scale s_x * s_w with zero point 0 and has no entry.
         integers: node name -> the integers of the weight that `weights` describes, int8 or int16, in the shape of its
             `weight_view`: decided once, by whoever made the graph. Those that are not given are the nearest ones.
 
     A node runs in integers exactly where `activations[node]` is not None; then each of its inputs
     has a grid too, with two exceptions: "requantize" may read a float tensor (it becomes
-    QUANTIZE), and "embedding" reads ids. A node that runs in float may read an integer tensor,
+    QUANTIZE), and a look-up in a table reads ids. A node that runs in float may read an integer tensor,
     which is dequantized in front of it.
     """
 

@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from kquant.graph.ir import Node
-from kquant.graph.ops import BIAS, LINEAR, QUANTIZED_WEIGHT, compute, weight_view
+from kquant.graph.ops import BIAS, LINEAR, OPS, QUANTIZED_WEIGHT, compute, op_of, weight_of, weight_view
 from kquant.grids.gradients import round_ste
 from kquant.grids.grid import Grid
 from kquant.keras.fake_quant import FakeQuant
@@ -33,8 +33,6 @@ from kquant.targets.operand import Operand
 
 Tensor = Any
 _AVERAGES = ("avg_pool2d", "resize")  # on the grid of their input, and rounded to it
-# the axes of the weight over which an output channel adds up
-UNIT_AXES = {"conv2d": (0, 1, 2), "depthwise_conv2d": (0, 1), "conv2d_transpose": (0, 1, 3), "dense": (0,)}
 
 
 def grid_settings(q: Grid | None, learning: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
@@ -58,13 +56,14 @@ def weight_unit(op: str, weight: np.ndarray) -> np.ndarray:
     for images of 0 to 255), while an optimizer such as Adam moves all values by one amount.
 
     Args:
-        op: one of `UNIT_AXES`.
+        op: one whose weights add up (`Op.matrix`).
         weight: of that operation, in its own shape.
 
     Returns:
         float32, broadcastable to `weight`; a channel of (nearly) zeros has 2^-6 of the largest unit.
     """
-    axes = UNIT_AXES[op]
+    facts = OPS[op].weight
+    axes = () if facts is None else facts.fan_in
     size = np.sqrt(np.mean(np.square(weight, dtype=np.float64), axes, keepdims=True))
     if not (largest := size.max(initial=0.0)) > 0:
         return np.ones(size.shape, np.float32)
@@ -129,7 +128,7 @@ class QuantizedLayer(keras.layers.Layer):
         self.rounds_in_training, self.training_dtype = rounds_in_training, training_dtype
         self.frozen = frozen
         self.variables_by_name = {k: self._own(k, v) for k, v in self.node.weights.items()}
-        key = QUANTIZED_WEIGHT[self.node.op][0] if relative_weight else ""
+        key = weight_of(self.node).name if relative_weight else ""
         self.unit = self._own_unit(key, self.node.weights[key]) if relative_weight else None
         self.constants = {k: self._own(f"constant_{i}", v) for i, (k, v) in enumerate((constants or {}).items())}
         self.constant_quantizers = {
@@ -155,7 +154,8 @@ class QuantizedLayer(keras.layers.Layer):
 
     def _quantized_key(self) -> str:
         """The name of the weight that carries a grid; empty where none does."""
-        return QUANTIZED_WEIGHT.get(self.node.op, ("", None))[0]
+        weight = op_of(self.node).weight
+        return "" if weight is None else weight.name
 
     def _own_unit(self, key: str, weight: Any) -> keras.Variable:
         """The unit of a weight (an array or a shape), whose variable holds it in that unit from now on."""
@@ -237,7 +237,7 @@ class QuantizedLayer(keras.layers.Layer):
         """The output in training, before its quantizer."""
         weights = self.float_weights()
         if self.weight_quantizer is not None:
-            key = QUANTIZED_WEIGHT[self.node.op][0]
+            key = weight_of(self.node).name
             weights[key] = self.fake_quantized(weights[key])
         return self._compute(inputs, weights)
 
@@ -284,7 +284,7 @@ class QuantizedLayer(keras.layers.Layer):
     @property
     def grid_of_weight(self) -> FakeQuant | None:
         """The quantizer of the weight; the table of an embedding has the grid of the output."""
-        return self.output_quantizer if self.node.op == "embedding" else self.weight_quantizer
+        return self.output_quantizer if op_of(self.node).lookup else self.weight_quantizer
 
     def _quantized_weight(self) -> tuple[Tensor, Tensor]:
         """The integers of the weight, less the zero point, and their real values, in the weight's own shape."""

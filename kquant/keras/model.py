@@ -15,11 +15,12 @@ import numpy as np
 
 from kquant.errors import ModelError
 from kquant.graph.ir import Graph, Node
+from kquant.graph.ops import op_of
 from kquant.graph.quantized import QuantizedGraph
 from kquant.graph.tracing.float_call import FloatCall
 from kquant.grids.gradients import checked_loss
 from kquant.grids.grid import Grid
-from kquant.keras.layer import UNIT_AXES, QuantizedLayer, grid_settings
+from kquant.keras.layer import QuantizedLayer, grid_settings
 from kquant.keras.record import ModelRecord, node_from_dict, node_to_dict
 from kquant.keras.report import format_report
 from kquant.quantize.plan import is_final
@@ -203,13 +204,13 @@ def _layer(qgraph: QuantizedGraph, node: Node, target: Target, learning: Learnin
     constant_grids = {i: grid_settings(qgraph.activations[i], grids.get(i)) for i in constants if output is not None}
     layer = learning.layer.get(node.name, QuantizedLayer)(
         node,
-        weight_grid=grid_settings(weight, learning.weights.get(node.name)) if node.op != "embedding" else None,
+        weight_grid=grid_settings(weight, learning.weights.get(node.name)) if not op_of(node).lookup else None,
         output_grid=None if shares else grid_settings(output, grids.get(node.name)),
         shares_grid=shares,
         activation_bits=8 if output is None else output.container,
         constants=constants,
         constant_grids=constant_grids,
-        relative_weight=learning.relative_weights and node.op in UNIT_AXES,
+        relative_weight=learning.relative_weights and op_of(node).matrix,
         rounds_in_training=node.op != "softmax" or not is_final(graph, node),
         name=_keras_name(node),
         training_dtype=dtype,

@@ -27,11 +27,10 @@ import numpy as np
 
 from kquant.config.specs import AdaRound
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import BIAS, weight_view
+from kquant.graph.ops import bias_of, clip_of, linear_of, op_of, weight_of, weight_view
 from kquant.grids.grid import Grid, fake_quantize, fit_bias
 from kquant.quantize.descent import Quadratic, descent, sequential
 from kquant.quantize.gram import (
-    MATRIX_OPS,
     Moments,
     channels_to_groups,
     from_matrices,
@@ -87,18 +86,18 @@ def _stochastic(layer: _Layer, settings: AdaRound, seed: int) -> Array:
     node, m = layer.node, layer.moments
     fits = _ROW_BYTES / (4 * m.gram.shape[0] * m.gram.shape[1] * m.rows)
     positions = max(1, int(min(_positions(node, settings), positions_of(node)) * min(1.0, fits)))
-    w = to_matrices(node, node.weights["kernel"])
-    offset = channels_to_groups(node, node.weights["bias"]) - m.y_mean
+    w = to_matrices(node, node.weights[weight_of(node).name])
+    offset = channels_to_groups(node, node.weights[bias_of(node)]) - m.y_mean
     found, wanted = [], []
     for x, x_hat in sampled_rows(node, layer.batches(), positions, seed):
         found.append(x_hat.numpy() - m.x_mean)
         wanted.append(x.numpy() @ w + offset)
     rows = np.concatenate(found, axis=1), np.concatenate(wanted, axis=1)
-    lo, hi = node.attrs.get("clip", (None, None))
+    lo, hi = clip_of(node)
     clip = (-np.inf if lo is None else lo, np.inf if hi is None else hi)
-    lo, hi = (channels_to_groups(node, np.asarray(v, np.float64)) - m.y_mean for v in clip)
+    low, high = (channels_to_groups(node, np.asarray(v, np.float64)) - m.y_mean for v in clip)
     return relax_rows(
-        layer.problem, layer.scale, rows, (lo, hi), iterations=settings.iterations, batch=settings.batch, seed=seed
+        layer.problem, layer.scale, rows, (low, high), iterations=settings.iterations, batch=settings.batch, seed=seed
     )
 
 
@@ -141,7 +140,7 @@ def adaround(
     Raises:
         CalibrationError: the data is empty or does not fit, or a tensor is not finite.
     """
-    names = [n.name for n in graph if n.name in weights and n.op in MATRIX_OPS]
+    names = [n.name for n in graph if n.name in weights and op_of(n).matrix]
     report: list[LayerRounding] = []
 
     def solve(node: Node, batches: Batches) -> Node:
@@ -158,7 +157,8 @@ def round_layer(
     node: Node, batches: Batches, grid: Grid, settings: AdaRound, seed: int = 0, input_bits: int | None = None
 ) -> tuple[Node, LayerRounding]:
     """One layer of `adaround`, from passes over its inputs (x, x^)."""
-    kernel, view = node.weights["kernel"], weight_view(node)
+    key = weight_of(node).name
+    kernel, view = node.weights[key], weight_view(node)
     w = to_matrices(node, kernel)
     m = moments(node, batches(), positions=_positions(node, settings), seed=seed)
     target, metric = m.target(w, settings.damping)
@@ -180,7 +180,8 @@ def round_layer(
         loss=float(m.loss(rounded).sum()),
         changed=float(np.mean(u != steps)),
     )
-    return node.with_weights(kernel=from_matrices(node, rounded), bias=m.bias(rounded).astype(np.float32)), row
+    found = {key: from_matrices(node, rounded), bias_of(node): m.bias(rounded).astype(np.float32)}
+    return node.with_weights(**found), row
 
 
 def _with_room(node: Node, grid: Grid, m: Moments, input_bits: int) -> Grid:
@@ -190,11 +191,12 @@ def _with_room(node: Node, grid: Grid, m: Moments, input_bits: int) -> Grid:
     """
     rms = float(np.sqrt(np.max(np.diagonal(m.gram, axis1=1, axis2=2) + np.square(m.x_mean[:, 0]))))
     least = rms / 2**input_bits / 2
-    return fit_bias(grid, node.weights[BIAS[node.op]], least) if least > 0 else grid
+    return fit_bias(grid, node.weights[bias_of(node)], least) if least > 0 else grid
 
 
 def _positions(node: Node, settings: AdaRound) -> int:
-    return -(-settings.positions // 4) if node.op == "depthwise_conv2d" else settings.positions
+    """Positions of a sample: a quarter is enough where the outputs read one channel each."""
+    return -(-settings.positions // 4) if linear_of(node).channelwise else settings.positions
 
 
 def _problem(node: Node, grid: Grid, target: Array, metric: Array) -> tuple[Quadratic, Array]:

@@ -18,18 +18,19 @@ from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import AdaRound
 from kquant.errors import CalibrationError, ConfigError
 from kquant.graph.ir import Graph
-from kquant.graph.ops import LINEAR
+from kquant.graph.moments import Moments
+from kquant.graph.ops import op_of
 from kquant.graph.quantized import QuantizedGraph
 from kquant.graph.transforms.absorb_bias import absorb_bias
 from kquant.graph.transforms.equalize import equalize
 from kquant.grids.grid import Grid
 from kquant.quantize.adaround import adaround
 from kquant.quantize.analytic_correction import correct_biases_analytically
-from kquant.quantize.bias_correction import CORRECTED, correct_biases
+from kquant.quantize.bias_correction import correct_biases
 from kquant.quantize.calibrate import make_grids, observe, smallest_outputs, weight_grids
 from kquant.quantize.data import CalibrationData
 from kquant.quantize.input_moments import estimate_inputs
-from kquant.quantize.moments import Moments, propagate
+from kquant.quantize.moments import propagate
 from kquant.quantize.plan import Plan, make_plan
 from kquant.quantize.record import Quantization, Step
 
@@ -65,7 +66,7 @@ def quantize_after_training(
     plan = make_plan(graph, config)
     weights = weight_grids(plan)
     integers: dict[str, np.ndarray] = {}
-    linear = {n: q for n, q in weights.items() if plan.graph[n].op in CORRECTED}
+    linear = {n: q for n, q in weights.items() if op_of(plan.graph[n]).matrix}
     if log.takes("adaround") and data is not None:
         settings = config.adaround if isinstance(config.adaround, AdaRound) else AdaRound()
         graph, rows = adaround(
@@ -135,7 +136,7 @@ def decide(plan: Plan, config: QuantConfig, has_data: bool) -> dict[str, str]:
     Raises:
         ConfigError: AdaRound is asked for and there is no data.
     """
-    specs = [s for n, s in plan.weights.items() if plan.graph[n].op in CORRECTED]
+    specs = [s for n, s in plan.weights.items() if op_of(plan.graph[n]).matrix]
     per_tensor, coarse = any(not s.per_channel for s in specs), any(s.bits < 8 for s in specs)
     nothing = "" if specs else "no weights are quantized"
     estimated = plan.observed and not has_data
@@ -164,7 +165,7 @@ def _equalize(graph: Graph) -> tuple[Graph, str]:
 
 def _absorb(graph: Graph, data: CalibrationData | None, progress: bool) -> tuple[Graph, str]:
     """With the smallest values seen where there is data, with batch normalization statistics otherwise."""
-    lows = {} if data is None else smallest_outputs(graph, [n.name for n in graph if n.op in LINEAR], data, progress)
+    lows = {} if data is None else smallest_outputs(graph, [n.name for n in graph if op_of(n).linear], data, progress)
     graph, report = absorb_bias(graph, lows=lows)
     counts = [n for c in report.absorbed.values() if (n := int(np.count_nonzero(c)))]
     note = f"{sum(counts)} channels of {len(counts)} layers"

@@ -14,7 +14,7 @@ from keras import layers
 import kquant
 from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import QuantSpec, Training
-from kquant.graph.ops import QUANTIZED_WEIGHT, weight_view
+from kquant.graph.ops import weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import grid_from_range
 from kquant.keras.model import Learning, QuantizedModel, extract, insert
@@ -110,7 +110,7 @@ def test_fit_learns_weights_and_grids():
         assert moved == (after.graph[name].op not in still), name
     for name, q in before.weights.items():
         assert not np.array_equal(after.weights[name].scale, q.scale)
-        key = QUANTIZED_WEIGHT[after.graph[name].op][0]
+        key = weight_of(after.graph[name]).name
         assert not np.array_equal(after.graph[name].weights[key], before.graph[name].weights[key])
 
 

@@ -15,7 +15,7 @@ from keras import layers
 import kquant
 from kquant.config.quant_config import QuantConfig
 from kquant.graph.ir import Graph
-from kquant.graph.ops import LINEAR, QUANTIZED_WEIGHT, evaluate, weight_view
+from kquant.graph.ops import evaluate, op_of, weight_of, weight_view
 from kquant.graph.transforms import prepare_graph
 from kquant.graph.transforms.absorb_bias import absorb_bias
 from kquant.graph.transforms.equalize import equalize
@@ -24,7 +24,7 @@ from kquant.keras.model import extract
 from kquant.keras.report import layer_rows
 from kquant.quantize.adaround import adaround
 from kquant.quantize.analytic_correction import correct_biases_analytically
-from kquant.quantize.bias_correction import CORRECTED, correct_biases, round_kernel
+from kquant.quantize.bias_correction import correct_biases, round_kernel
 from kquant.quantize.calibrate import quantize_graph, smallest_outputs, weight_grids
 from kquant.quantize.pipeline import decide, quantize_after_training
 from kquant.quantize.plan import make_plan
@@ -97,7 +97,7 @@ def assert_stored(graph: Graph, weights: Mapping[str, Any], content: bytes) -> N
     """The file holds the integers of these kernels on these grids."""
     stored = integers(content)
     for name, grid in weights.items():
-        key = QUANTIZED_WEIGHT[graph[name].op][0]
+        key = weight_of(graph[name]).name
         expected = LAYOUTS[graph[name].op].to_file(quantize(weight_view(graph[name]), grid))
         np.testing.assert_array_equal(stored[f"{name}/{key}"], expected, err_msg=name)
 
@@ -200,7 +200,7 @@ def test_the_pipeline_is_its_steps_one_after_the_other():
     settings = config("w8a8-per_tensor", absorb_bias=True)
     graph, data = prepare_graph(mobile()), calibration(images())
     graph, _ = equalize(graph)
-    lows = smallest_outputs(graph, [n.name for n in graph if n.op in LINEAR], data, False)
+    lows = smallest_outputs(graph, [n.name for n in graph if op_of(n).linear], data, False)
     graph, _ = absorb_bias(graph, lows=lows)
     plan = make_plan(graph, settings)
     corrected, _ = correct_biases(plan.graph, weight_grids(plan), data, progress=False)
@@ -269,7 +269,7 @@ def test_the_automatic_choice_is_better_than_none(preset):
 def test_the_integers_of_adaround_are_those_of_the_file(solver):
     settings = config("w4a8", adaround={"solver": solver, "iterations": 50, "scales": [0.9, 1.0]})
     plan = make_plan(prepare_graph(mobile()), settings)
-    weights = {n: q for n, q in weight_grids(plan).items() if plan.graph[n].op in CORRECTED}
+    weights = {n: q for n, q in weight_grids(plan).items() if op_of(plan.graph[n]).matrix}
     graph, rows = adaround(plan.graph, weights, calibration(images()), settings.adaround, progress=False)
     assert np.mean([r.changed for r in rows]) > 0.01
     qmodel = run(settings)
