@@ -18,11 +18,7 @@ from kquant.quantize.plan import make_plan
 from tests.support.graphs import chain, quantized
 from tests.support.operations import GRAPHS
 from tests.support.same import assert_same
-from tests.support.toy import asked, calibration, config, toy_data, toy_graph
-
-
-def toy_qgraph(name="w8a8", **changes):
-    return quantize_graph(make_plan(toy_graph(), config(name, **changes)), calibration(toy_data()), progress=False)
+from tests.support.toy import asked, config, toy_qgraph
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w4a8-per_tensor", "w4a4", "w8a16", "w8"])
