@@ -12,9 +12,8 @@ from absl.testing import flagsaver
 
 import kquant
 from kquant.diagnosis.records import Diagnosis
-from tests.diagnosis.chain import DIGITS, TEST, wide_depthwise
-from tests.diagnosis.test_diagnose import PER_TENSOR
-from tests.test_tools import run_app
+from tests.support.apps import run_app
+from tests.support.digits_chain import DIGITS, PER_TENSOR, TEST, wide_depthwise
 from tools import diagnose
 
 

@@ -17,13 +17,13 @@ from types import SimpleNamespace
 import keras
 import numpy as np
 import pytest
-from absl import app, flags
-from absl.testing import flagsaver
+from absl import app
 from PIL import Image
 
 import kquant
 from models import digits_cnn
-from tools import common, demo, evaluate, export, paper_tables, quantize, tables, training_tables, verify, zoo
+from tests.support.apps import run_app
+from tools import demo, evaluate, export, paper_tables, quantize, tables, training_tables, verify, zoo
 from tools.data import PREPROCESS, load_data, spread
 
 ROOT = Path(__file__).parents[1]
@@ -216,19 +216,6 @@ def test_labels_of_any_usual_form(y):
 
 
 # --- apps ---------------------------------------------------------------------------------------------------------
-
-
-def run_app(module, **values: object) -> int:
-    """Run an app in this process with the given flags; returns its exit status."""
-    arguments = ["app", *(f"--{name}={value}" for name, value in values.items())]
-    with flagsaver.flagsaver():
-        flags.FLAGS.unparse_flags()
-        rest = flags.FLAGS(arguments)
-        try:
-            common.guarded(module.main, rest)
-        except SystemExit as stop:
-            return int(stop.code or 0)
-    return 0
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from keras import layers
 
 import kquant
 from models import digits_cnn, mobilenet_v2_cifar
-from tests.test_tools import run_app
+from tests.support.apps import run_app
 from tools import quantize, train_qat
 from tools.augment import augmented, flip_crop
 
