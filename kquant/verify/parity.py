@@ -240,7 +240,7 @@ def _wrong_constants(
     w, layout = qgraph.weights.get(node.name), target.kernels[node.op].layout if node.op in target.kernels else None
     if w is None or layout is None:
         return
-    key, bias_key = QUANTIZED_WEIGHT[node.op][0], BIAS.get(node.op)
+    key, bias_key = QUANTIZED_WEIGHT[node.op][0], BIAS.get(node.op, "")
     expected = {f"{node.name}/{key}": (layout.to_file(quantize(weight_view(node), w)), w.scale)}
     x = qgraph.activations.get(node.inputs[0])
     if x is not None and bias_key in node.weights:
