@@ -20,8 +20,9 @@ def build(name: str = "w8a8") -> tuple[QuantizedModel, QuantizedGraph]:
 
 
 def with_node(qgraph: QuantizedGraph, name: str, change: Callable[[Node], Node]) -> QuantizedGraph:
-    graph = qgraph.graph
-    return replace(qgraph, graph=graph.rebuild(change(n) if n.name == name else n for n in graph))
+    """The graph with one node changed, its integers rounded anew."""
+    graph = qgraph.graph.rebuild(change(n) if n.name == name else n for n in qgraph.graph)
+    return QuantizedGraph(graph, qgraph.activations, qgraph.weights)
 
 
 def with_scale(grids: dict[str, Grid | None], names: list[str], factor: float) -> dict[str, Grid | None]:

@@ -99,8 +99,8 @@ def _dequantized(e: Emitter, name: str, kernel: int, view: np.ndarray, layout: L
 
 
 def _bias(e: Emitter, node: Node, q: Grid | None, out: Sink) -> int:
-    key = BIAS.get(node.op)
-    if key is None or key not in node.weights:
+    key = BIAS.get(node.op, "")
+    if key not in node.weights:
         return -1
     name, bias = f"{node.name}/{key}", node.weights[key]
     if out.q is None:

@@ -164,19 +164,6 @@ def test_embedding_gathers_rows(mode: str) -> None:
             )
 
 
-def test_int4_depthwise_with_int16_activations_is_refused_whatever_the_target_says() -> None:
-    from kquant.targets.target import Target
-
-    class Careless(Target):
-        def weight_container(self, op: str, bits: int, activation_container: int) -> int:
-            return 4
-
-    graph = LINEAR["depthwise"]()
-    qgraph = quantized(graph, [_feed(graph)], bits=16, container=16, weight_bits=4)
-    with pytest.raises(ExportError, match="'dw'.*int4 depthwise"):
-        write_tflite(qgraph, target=Careless(name="careless", activation_bits=(16,)))
-
-
 def test_weight_grids_of_more_than_8_bits_are_refused() -> None:
     graph = chain((4,), dense(cin=4, cout=3))
     qgraph = quantized(graph, [_feed(graph)])
