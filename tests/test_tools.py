@@ -20,11 +20,11 @@ import pytest
 from absl import app, flags
 from absl.testing import flagsaver
 from PIL import Image
+from tools.data import PREPROCESS, load_data, spread
 
 import kquant
 from models import digits_cnn
 from tools import common, demo, evaluate, export, paper_tables, quantize, tables, training_tables, verify, zoo
-from tools.data import PREPROCESS, load_data, spread
 
 ROOT = Path(__file__).parents[1]
 

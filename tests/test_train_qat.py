@@ -11,12 +11,12 @@ import pytest
 import tensorflow as tf
 from absl import app
 from keras import layers
+from tools.augment import augmented, flip_crop
 
 import kquant
 from models import digits_cnn, mobilenet_v2_cifar
 from tests.test_tools import run_app
 from tools import quantize, train_qat
-from tools.augment import augmented, flip_crop
 
 # --- changes of images ---------------------------------------------------------------------------------------------
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+from tools.screenshot import browser
 
 from kquant.diagnosis.charts import widths
-from tools.screenshot import browser
 
 from . import example
 from .test_report import EMPTY, EVIL

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tools.debug_tables import rank_twice
 
 from kquant.diagnosis import sensitivity as module
 from kquant.diagnosis.metrics import Metric, make_metric, predict, read_samples, sqnr_db
@@ -25,7 +26,6 @@ from kquant.quantize.calibrate import quantize_graph
 from kquant.quantize.plan import make_plan
 from tests.toy import calibration, config, toy_data, toy_graph
 from tests.verify.test_parity import with_node, with_scale
-from tools.debug_tables import rank_twice
 
 X = toy_data(48, seed=7)
 

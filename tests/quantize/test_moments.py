@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from tools.zoo import MODELS, load_model
 
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import evaluate
@@ -16,7 +17,6 @@ from kquant.quantize.input_moments import estimate_inputs, nonnegative_least_squ
 from kquant.quantize.moments import Moments, clipped_normal, linear_mean, propagate
 from tests.graph.tracing.tracing import build
 from tests.toy import toy_graph
-from tools.zoo import MODELS, load_model
 
 L = keras.layers
 FIELDS = ("mean", "std", "low", "high")

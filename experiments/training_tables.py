@@ -1,7 +1,7 @@
-"""The tables of docs/results.md about training on CIFAR-10: against float, and the white paper's tables 7 to 10.
+"""The tables about training on CIFAR-10: against float, and the white paper's tables 7 to 10.
 
-Every network trains on all training images with the recipe of `tools.recipe` (Adam, warm-up, cosine to zero), random
-flips and shifts; what is scored is the exported file on all test images. 7 folding of batch normalization, 8 ranges to
+Every network trains on all training images with the recipe of `kquant_tools.recipe` (Adam, warm-up, cosine to zero),
+random flips and shifts; what is scored is the exported file on all test images. 7 folding of batch normalization, 8 ranges to
 begin with, 9 equalization and bias correction to begin with, 10 bits and granularity (section 4, arXiv 2106.08295).
 """
 
@@ -17,11 +17,11 @@ import numpy as np
 
 import kquant
 from kquant.qat.distill import gives_probabilities
+from kquant_tools.augment import training_batches
+from kquant_tools.recipe import recipe
 
 from . import zoo
-from .augment import training_batches
 from .paper_tables import spread
-from .recipe import recipe
 from .tables import OFF, Options, Table
 
 BATCH_SIZE = 128
@@ -190,7 +190,7 @@ def _table(variants: Mapping[str, tuple[Any, Mapping[str, Any]]]) -> Table:
             yield (*row, spread(trained) if trained else "-") if with_statistics else row
 
     columns = ("model", "variant", "epochs", "before", "trained .tflite")
-    return Table(rows, (*columns, "without re-estimation") if with_statistics else columns)
+    return Table(rows, (*columns, "without re-estimation") if with_statistics else columns, ("model", "variant"))
 
 
 TABLES = {
@@ -202,5 +202,6 @@ TABLES = {
         against_float,
         ("model", "variant", "epochs", "before", "trained", "to float, trained alike")
         + ("reference LSB, LSB op by op, same decision", "seconds an epoch"),
+        ("model", "variant"),
     ),
 }

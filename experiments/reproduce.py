@@ -1,35 +1,42 @@
-r"""Regenerates the tables of docs/results.md on the evaluation data (KQUANT_DATA).
+r"""Measures and prints a table on the evaluation data (KQUANT_DATA); --write keeps it in `experiments.results`.
 
-    python -m tools.reproduce --table=accuracy
-    python -m tools.reproduce --table=parity --models=resnet20 --configs=w8a8,w4a4
-    python -m tools.reproduce --table=5 --models=mobilenet_v2 --variants=descent --seeds=1
-    python -m tools.reproduce --table=training --models=resnet20 --epochs=2
+    python -m experiments.reproduce --table=accuracy
+    python -m experiments.reproduce --table=parity --models=resnet20 --configs=w8a8,w4a4
+    python -m experiments.reproduce --table=5 --models=mobilenet_v2 --variants=descent --seeds=1
+    python -m experiments.reproduce --table=training --models=resnet20 --epochs=2
 
 accuracy: top-1 of the exported file on all evaluation samples, against the float model and the
 TensorFlow converter. parity: the contract of `verify_tflite`, and the share of equal elements. 1 to 6: the tables of
-the white paper, see `tools.paper_tables`. diagnosis, sensitivity: see `tools.debug_tables`. 7 to 10 and
-training: see `tools.training_tables`. Calibration uses the
+the white paper, see `experiments.paper_tables`. diagnosis, sensitivity: see `experiments.debug_tables`. 7 to 10 and
+training: see `experiments.training_tables`. Calibration uses the
 calibration sets only.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
 from . import debug_tables, paper_tables, tables, training_tables, zoo
+from .results import this_command
 
 TABLES = {**tables.TABLES, **paper_tables.TABLES, **debug_tables.TABLES, **training_tables.TABLES}
 
 FLAGS = flags.FLAGS
 TABLE = flags.DEFINE_enum("table", "accuracy", list(TABLES), "What to regenerate.")
-MODELS = flags.DEFINE_list("models", list(zoo.MODELS), "Keys of tools.zoo.MODELS, or of zoo.OWN.")
+MODELS = flags.DEFINE_list("models", list(zoo.MODELS), "Keys of experiments.zoo.MODELS, or of zoo.OWN.")
 CONFIGS = flags.DEFINE_list("configs", ["w8a8", "w8a8-per_tensor", "w4a8", "w8a16", "w4a4"], "Presets.")
 SAMPLES = flags.DEFINE_integer("samples", None, "Evaluate on at most this many samples, spread evenly.")
 CALIBRATION = flags.DEFINE_integer("calibration", None, "Samples to calibrate the table configs with.", lower_bound=1)
 SEEDS = flags.DEFINE_integer("seeds", 3, "How often to repeat what depends on chance.", lower_bound=1)
 EPOCHS = flags.DEFINE_integer("epochs", 2, "Passes over the training data, for the tables about training.", 1)
+FILES = flags.DEFINE_string("files", None, "Folder that keeps the exported files of the tables accuracy and configs.")
+WRITE = flags.DEFINE_boolean("write", False, "Write the rows into the files of experiments/results.")
+NOTE = flags.DEFINE_string("note", "", "What --write says of the rows, e.g. where they were measured.")
 VARIANTS = flags.DEFINE_string("variants", "", "Regular expression for the variants of tables 1 to 10; empty for all.")
 
 
@@ -42,9 +49,13 @@ def main(argv: list[str]) -> None:
         seeds=SEEDS.value,
         epochs=EPOCHS.value,
         variants=VARIANTS.value,
+        files=Path(FILES.value) if FILES.value else None,
     )
-    for line in table.markdown(MODELS.value, options):
+    found: list[Sequence[Any]] = []
+    for line in table.markdown(MODELS.value, options, found):
         print(line, flush=True)
+    if WRITE.value:
+        table.results(TABLE.value).update(found, command=this_command(), note=NOTE.value)
     print(f"\n{time.perf_counter() - start:.0f} s")
 
 

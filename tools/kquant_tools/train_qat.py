@@ -210,7 +210,7 @@ def callbacks() -> list[Any]:
 
 
 def accuracies(models: Mapping[str, Any], batches: Any) -> Iterator[tuple[str, str, str]]:
-    """Rows (name, top-1 in percent, samples) of the models' predictions (see `tools.evaluate`)."""
+    """Rows (name, top-1 in percent, samples) of the models' predictions (see `kquant_tools.evaluate`)."""
     from .evaluate import evaluate
 
     for name, score in evaluate(models, batches).items():

@@ -1,4 +1,4 @@
-r"""AdaRound of one convolution with AIMET, for `tools.benchmark --what=adaround`.
+r"""AdaRound of one convolution with AIMET, for `experiments.benchmark --what=adaround`.
 
     python aimet_adaround.py PROBLEM.npz RESULT.npz     (in an environment with aimet-torch)
 

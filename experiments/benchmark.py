@@ -1,6 +1,6 @@
 r"""Cost of quantizing, side by side with other toolkits; prints Markdown tables.
 
-    python -m tools.benchmark --model=PATH.keras --calibration=PATH.npz --preprocess=tf
+    python -m experiments.benchmark --model=PATH.keras --calibration=PATH.npz --preprocess=tf
 
     --what=convert   quantization plus export, against the TensorFlow converter's int8 PTQ; latencies of the two files
     --what=adaround  AdaRound of all layers at 4 bits; then the solvers on single layers, and with
@@ -28,8 +28,8 @@ from absl import app, flags
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", None, "Float Keras model (.keras).")
-flags.DEFINE_string("calibration", None, "Calibration images, as the --data flag of the other tools.")
-flags.DEFINE_string("preprocess", "tf", "Preprocessing, as in the other tools.")
+flags.DEFINE_string("calibration", None, "Calibration images, as the --data flag of the tools.")
+flags.DEFINE_string("preprocess", "tf", "Preprocessing, as in the tools.")
 flags.DEFINE_list("images", ["50", "200", "1000"], "Numbers of calibration images for the memory column.")
 flags.DEFINE_integer("compare_at", 200, "Number of images at which both tools are timed.")
 flags.DEFINE_integer("repeats", 3, "Timed runs of each tool.")
@@ -44,7 +44,7 @@ flags.DEFINE_integer("worker_images", 0, "Internal: number of images of the work
 
 def batches(model: Any, limit: int) -> Any:
     """A re-iterable stream of decoded batches; nothing is kept."""
-    from tools.data import load_data
+    from kquant_tools.data import load_data
 
     return load_data(FLAGS.calibration, model.inputs, preprocess=FLAGS.preprocess, limit=limit, labels=False)
 
@@ -236,7 +236,7 @@ WORKERS = CONVERTERS | {"adaround": with_adaround, "equalize": with_equalization
 
 def measure(worker: str, images: int, output: Path) -> dict[str, Any]:
     """Run one worker process."""
-    command = [sys.executable, "-m", "tools.benchmark", f"--worker={worker}", f"--worker_images={images}"]
+    command = [sys.executable, "-m", "experiments.benchmark", f"--worker={worker}", f"--worker_images={images}"]
     passed = ("model", "calibration", "preprocess", "peer_python", "iterations", "threads")
     command += [f"--{k}={FLAGS[k].value}" for k in passed if FLAGS[k].value is not None]
     return json.loads(_checked([*command, f"--output={output}"]).strip().splitlines()[-1])

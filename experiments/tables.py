@@ -1,6 +1,6 @@
-"""The tables of docs/results.md about exported files: accuracy, size and parity.
+"""The tables about exported files: accuracy, size and parity.
 
-A table is a generator of rows for one model, and a header; `tools.reproduce` prints it.
+A table is a generator of rows for one model, and a header; `experiments.reproduce` prints it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -20,6 +21,7 @@ import kquant
 from kquant.targets.litert.flatbuffer import only_integer_ops
 
 from . import zoo
+from .results import Results, heading, markdown, plain
 
 MIN_MAX = {"weights": {"method": "min_max"}}
 OFF = {"equalize": False, "absorb_bias": False, "adaround": False, "correct_bias": False}  # steps of `QuantConfig`
@@ -36,6 +38,7 @@ class Options:
         seeds: how often a step that depends on chance is repeated.
         epochs: passes over the training data, for the tables about training.
         variants: regular expression for the variants to measure; empty for all.
+        files: folder of exported files MODEL_PRESET.tflite: what is there is scored, what is not is put there.
     """
 
     samples: int | None = None
@@ -44,6 +47,7 @@ class Options:
     seeds: int = 3
     epochs: int = 2
     variants: str = ""
+    files: Path | None = None
 
     def wants(self, variant: str) -> bool:
         """Whether a variant is to be measured."""
@@ -55,27 +59,29 @@ Rows = Callable[[str, Options], Iterator[Sequence[Any]]]
 
 @dataclass(frozen=True)
 class Table:
-    """How a table is made: (key of `zoo.MODELS`, options) -> rows, and the names of their cells."""
+    """How a table is made.
+
+    Attributes:
+        rows: (key of `zoo.MODELS`, options) -> rows.
+        header: names of the cells.
+        key: columns that name a row.
+    """
 
     rows: Rows
     header: tuple[str, ...]
+    key: tuple[str, ...] = ("model",)
 
-    def markdown(self, names: Sequence[str], options: Options) -> Iterator[str]:
-        """The lines of the table for some models, each as soon as it is measured."""
-        yield _line(self.header)
-        yield "|" + " --- |" * len(self.header)
+    def markdown(self, names: Sequence[str], options: Options, found: list[Sequence[Any]]) -> Iterator[str]:
+        """The lines of the table for some models, each as soon as it is measured; `found` gets the rows."""
+        yield from heading(self.header)
         for name in names:
-            yield from (_line(row) for row in self.rows(name, options))
+            for row in self.rows(name, options):
+                found.append(row)
+                yield markdown(map(plain, row))
 
-
-def _line(cells: Sequence[Any]) -> str:
-    return "| " + " | ".join(map(_cell, cells)) + " |"
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.2f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    def results(self, name: str) -> Results:
+        """The file that keeps the rows of the table, which `--table` knows as `name`."""
+        return Results(f"table_{name}" if name.isdecimal() else name, self.header, self.key)
 
 
 def converted(model: keras.Model, name: str) -> bytes:
@@ -96,31 +102,43 @@ def _batches(data: Any) -> Iterator[np.ndarray]:
     return iter([data]) if isinstance(data, np.ndarray) else iter(data)
 
 
+def exported(name: str, config: str, options: Options) -> tuple[bytes, str]:
+    """The file of a preset, and the seconds that quantizing took ("" where it was there)."""
+    kept = options.files / f"{name}_{config}.tflite" if options.files else None
+    if kept is not None and kept.exists():
+        return kept.read_bytes(), ""
+    model, data, start = zoo.load_model(name), zoo.calibration(name, options.calibration), time.perf_counter()
+    qmodel = kquant.quantize_model(model, data, config, progress=False)
+    seconds = f"{time.perf_counter() - start:.0f}"
+    content = kquant.export_tflite(qmodel).content
+    if kept is not None:
+        kept.write_bytes(content)
+    return content, seconds
+
+
 def accuracy(name: str, options: Options) -> Iterator[Sequence[Any]]:
     """w8a8 per channel against float and the converter."""
     model = zoo.load_model(name)
     batches = zoo.MODELS[name].evaluation(options.samples)
-    report = kquant.export_tflite(kquant.quantize_model(model, zoo.calibration(name), "w8a8"))
-    ours, seen = zoo.top1(report.content, batches)
+    content, _ = exported(name, "w8a8", options)
+    ours, seen = zoo.top1(content, batches)
     expected = zoo.float_top1(model, batches)
     theirs = converted(model, name)
     their_top1, _ = zoo.top1(theirs, batches)
-    integer = "yes" if only_integer_ops(report.content) else "NO"
-    ratio = f"{len(report.content) / len(theirs):.3f}"
-    yield name, seen, expected, ours, ours - expected, their_top1, integer, len(report.content), len(theirs), ratio
+    integer = "yes" if only_integer_ops(content) else "NO"
+    ratio = f"{len(content) / len(theirs):.3f}"
+    yield name, seen, expected, ours, ours - expected, their_top1, integer, len(content), len(theirs), ratio
 
 
 def configs(name: str, options: Options) -> Iterator[Sequence[Any]]:
     """Every preset, exported, against float."""
-    model, batches = zoo.load_model(name), zoo.MODELS[name].evaluation(options.samples)
-    expected = zoo.float_top1(model, batches)
+    batches = zoo.MODELS[name].evaluation(options.samples)
+    expected = zoo.float_top1(zoo.load_model(name), batches)
+    calibrated = options.calibration or zoo.MODELS[name].calibration_size
     for config in options.configs:
-        start = time.perf_counter()
-        qmodel = kquant.quantize_model(model, zoo.calibration(name, options.calibration), config, progress=False)
-        seconds = f"{time.perf_counter() - start:.0f}"
-        report = kquant.export_tflite(qmodel)
-        ours, seen = zoo.top1(report.content, batches)
-        yield name, config, seen, expected, ours, ours - expected, report.bytes, seconds
+        content, seconds = exported(name, config, options)
+        ours, seen = zoo.top1(content, batches)
+        yield name, config, calibrated, seen, expected, ours, ours - expected, len(content), seconds
 
 
 def collapse(name: str, options: Options) -> Iterator[Sequence[Any]]:
@@ -158,11 +176,16 @@ TABLES = {
         ("model", "samples", "float", "w8a8 .tflite", "difference", "converter", "integer only")
         + ("bytes", "converter bytes", "ratio"),
     ),
-    "configs": Table(configs, ("model", "config", "samples", "float", ".tflite", "difference", "bytes", "seconds")),
+    "configs": Table(
+        configs,
+        ("model", "config", "calibration", "samples", "float", ".tflite", "difference", "bytes", "seconds"),
+        ("model", "config", "calibration"),
+    ),
     "collapse": Table(collapse, ("model", "samples", "float", "simulation", ".tflite")),
     "parity": Table(
         parity,
         ("model", "config", "contract", "tensors", "wiring", "reference LSB (kernels)", "softmax unequal")
         + ("simulation LSB", "samples", "equal %", "same decision %", "kernels equal %", "kernels same %"),
+        ("model", "config"),
     ),
 }

@@ -1,4 +1,4 @@
-"""The tables of docs/results.md about the debugger: what it recommends, and whether its ranking of layers is stable."""
+"""The tables about the debugger: what it recommends, and whether its ranking of layers is stable."""
 
 from __future__ import annotations
 
@@ -98,11 +98,12 @@ TABLES = {
     "diagnosis": Table(
         diagnosis,
         ("model", "samples", "float", "steps off", "culprit", "findings (layers)", "recommended")
-        + ("float, all samples", "steps off", "recommended .tflite", "pipeline .tflite", "seconds"),
+        + ("float, all samples", "steps off, all samples", "recommended .tflite", "pipeline .tflite", "seconds"),
     ),
     "sensitivity": Table(
         stability,
         ("model", "config", "samples", "quantizers", "Spearman", "same among the worst 10")
         + ("cost in simulations", "allowed"),
+        ("model", "config"),
     ),
 }

@@ -1,4 +1,4 @@
-"""Real models and their data, outside the repository: the folder that KQUANT_DATA names.
+"""Real models and their data, outside the repository (`models.data`).
 
 Everything comes preprocessed for the model in question; ImageNet is decoded batch by batch (as float32
 its images would take most of a GB).
@@ -18,12 +18,10 @@ import numpy as np
 
 import kquant
 from kquant.targets.litert.flatbuffer import only_integer_ops
+from kquant_tools.data import Batches, load_data
+from models import mobilenet_v2_cifar
+from models.data import MissingData, cifar10, path
 
-from .data import PREPROCESS, Batches, jpeg_samples, load_data, spread
-
-DATA = Path(os.environ.get("KQUANT_DATA", "../shared/data"))
-_MODELS = Path(__file__).parent.parent / "models"
-CIFAR10 = {"test": "cifar10/cifar10_test_jpegq75.npz", "train": "cifar10/cifar10_train_jpegq75.npz"}
 SPEECH_SCALE, SPEECH_ZERO_POINT = 0.5847029, 83
 SPEECH = {"calibration": slice(0, 200), "test": slice(200, 1000)}
 
@@ -53,42 +51,12 @@ class RealModel:
     training: Callable[[int | None], tuple[np.ndarray, np.ndarray]] | None = None
 
 
-class MissingData(FileNotFoundError):
-    """A file of the evaluation data is not there."""
-
-
-def path(name: str) -> Path:
-    """A file of the data folder.
-
-    Raises:
-        MissingData: it is not there.
-    """
-    found = DATA / name
-    if not found.is_file():
-        raise MissingData(f"needs {name} of the evaluation data; KQUANT_DATA is {str(DATA)!r}")
-    return found
-
-
 def load_model(name: str) -> keras.Model:
     """The float model of a key of MODELS or OWN."""
     file = Path(OWN[name].file) if name in OWN else path(f"models/{MODELS[name].file}.keras")
     if not file.is_file():
         raise MissingData(f"needs {file}, which the command in that folder's module of the same name makes")
     return keras.saving.load_model(file, compile=False)
-
-
-def cifar10(split: str, limit: int | None = None, preprocess: str = "none") -> tuple[np.ndarray, np.ndarray]:
-    """CIFAR-10 images [n, 32, 32, 3] float32 and labels [n].
-
-    Args:
-        split: "test" (scored) or "train" (calibration).
-        limit: number of images, spread over the split.
-        preprocess: "none" (0..255) for resnet8, "torch" for resnet20 and resnet56.
-    """
-    samples = jpeg_samples(path(CIFAR10[split]), (32, 32, 3))
-    numbers = spread(samples.count, limit)
-    labels = np.asarray(samples.labels)[numbers]
-    return PREPROCESS[preprocess](samples.read(numbers)), labels
 
 
 def imagenet_val(limit: int | None = None, batch_size: int = 50) -> Batches:
@@ -157,7 +125,7 @@ MODELS = {
 
 
 # what the project trained itself; its accuracies are in docs/results.md
-OWN = {"mobilenet_v2_cifar": _cifar10(str(_MODELS / "mobilenet_v2_cifar.keras"), "tf", math.nan, math.nan, 0)}
+OWN = {"mobilenet_v2_cifar": _cifar10(str(mobilenet_v2_cifar.PATH), "tf", math.nan, math.nan, 0)}
 
 
 def record(name: str) -> RealModel:

@@ -1,4 +1,4 @@
-"""Command line of kquant: thin absl apps, installed as kquant-<name> and runnable as `python -m tools.<name>`."""
+"""Command line of kquant: thin absl apps, installed as kquant-<name>; `python -m kquant_tools.<name>` runs them too."""
 
 import os
 

@@ -1,6 +1,6 @@
 r"""Cost of a step of quantization-aware training, against the same step of the float model; prints a Markdown table.
 
-    python -m tools.benchmark_training
+    python -m experiments.benchmark_training
 
 Steps of all variants are timed in turn, in one process; the ratio is that of medians. Peak memory is that of a process
 which trains one variant, less what it had after its imports (Linux only), the median of three; there malloc gives back
@@ -99,7 +99,7 @@ def _kilobytes(field: str) -> int:
 def peak_memory(net: str, variant: str) -> int:
     """Bytes, the median of processes of their own: in which order operations run differs."""
     flags_of_worker = [f"--worker={net}/{variant}", f"--batch={FLAGS.batch}", f"--config={FLAGS.config}"]
-    command = [sys.executable, "-m", "tools.benchmark_training", *flags_of_worker]
+    command = [sys.executable, "-m", "experiments.benchmark_training", *flags_of_worker]
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
     runs = [subprocess.run(command, capture_output=True, text=True, check=True, env=env) for _ in range(PROCESSES)]
     return int(statistics.median(json.loads(run.stdout.strip().splitlines()[-1]) for run in runs))

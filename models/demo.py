@@ -65,7 +65,7 @@ takes 8 bits, in w4a8 two weights share a byte; the activations between the laye
 
 
 def run() -> None:
-    """`python -m tools.demo`."""
+    """`python -m models.demo`."""
     app.run(main)
 
 

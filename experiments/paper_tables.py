@@ -1,4 +1,4 @@
-"""Tables 1 to 6 of the white paper (Nagel et al. 2021, arXiv 2106.08295), section 3, on the models of `tools.zoo`.
+"""Tables 1 to 6 of the white paper (Nagel et al. 2021, arXiv 2106.08295), section 3, on the models of `zoo`.
 
 1 ranges of weights, 2 ranges of activations, 3 equalization and absorption, 4 bias correction, 5 AdaRound, 6 the whole
 pipeline. Cells are top-1 in percent of the exported file: in integers where activations are quantized, else in float
@@ -262,12 +262,12 @@ def pipeline(name: str, options: Options) -> Iterator[Sequence[Any]]:
                 yield name, variant, case.seen, case.top1, *cells
 
 
-_FIRST = ("model", "variant", "samples", "float")
+_FIRST, _KEY = ("model", "variant", "samples", "float"), ("model", "variant")
 TABLES = {
-    "1": Table(weight_ranges, (*_FIRST, *(f"W{b}" for b in BITS))),
-    "2": Table(activation_ranges, (*_FIRST, *(f"A{b}" for b in BITS))),
-    "3": Table(equalization, (*_FIRST, "transformed, float", "W8", "W8A8 .tflite")),
-    "4": Table(bias_correction, (*_FIRST, "W8", "empirical correction", "analytic correction")),
-    "5": Table(rounding, (*_FIRST, "W4", "seconds")),
-    "6": Table(pipeline, (*_FIRST, "W8A8 .tflite", "W4A8 .tflite")),
+    "1": Table(weight_ranges, (*_FIRST, *(f"W{b}" for b in BITS)), _KEY),
+    "2": Table(activation_ranges, (*_FIRST, *(f"A{b}" for b in BITS)), _KEY),
+    "3": Table(equalization, (*_FIRST, "transformed, float", "W8", "W8A8 .tflite"), _KEY),
+    "4": Table(bias_correction, (*_FIRST, "W8", "empirical correction", "analytic correction"), _KEY),
+    "5": Table(rounding, (*_FIRST, "W4", "seconds"), _KEY),
+    "6": Table(pipeline, (*_FIRST, "W8A8 .tflite", "W4A8 .tflite"), _KEY),
 }

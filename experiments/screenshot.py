@@ -1,4 +1,6 @@
-"""A picture of a saved report, taken by a headless Chromium: `python -m tools.screenshot REPORT.html PICTURE.png`.
+"""A picture of a saved report, taken by a headless Chromium.
+
+    python -m experiments.screenshot REPORT.html PICTURE.png
 
 Needs playwright (extra `dev`) and Debian's chromium.
 """
