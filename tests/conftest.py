@@ -2,7 +2,7 @@
 
 import os
 
-import tools  # noqa: F401, first of all: its settings of TensorFlow
+import kquant_tools  # noqa: F401, first of all: its settings of TensorFlow
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
@@ -30,7 +30,7 @@ def seeds() -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> object:
     """A test whose evaluation data is absent is skipped, with the reason."""
-    from tools.zoo import MissingData
+    from models.data import MissingData
 
     try:
         return (yield)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from tools.screenshot import browser
 
+from experiments.screenshot import browser
 from kquant.diagnosis.charts import widths
 
 from . import example

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tools.debug_tables import rank_twice
 
+from experiments.debug_tables import rank_twice
 from kquant.diagnosis import sensitivity as module
 from kquant.diagnosis.metrics import Metric, make_metric, predict, read_samples, sqnr_db
 from kquant.diagnosis.records import Sensitivity

@@ -8,8 +8,8 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from tools.zoo import MODELS, load_model
 
+from experiments.zoo import MODELS, load_model
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import evaluate
 from kquant.graph.transforms import prepare_graph

@@ -16,7 +16,7 @@ from absl import app, flags
 
 from . import common
 from .evaluate import QUANTIZED
-from .quantize import CONFIG, INPUT_RANGE, PROGRESS, SEED, SOLVER, STEP_FLAGS, config_of_flags
+from .quantize import CONFIG_FLAGS, PROGRESS, SEED, config_of_flags
 
 CALIBRATION = flags.DEFINE_string(
     "calibration", None, "Calibration data, of the kinds of --data; by default a part of --data."
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
 def run() -> None:
     """Console script."""
     shared = (common.MODEL, *common.DATA_FLAGS, common.TFLITE, QUANTIZED, SEED, PROGRESS)
-    common.launch(main, __doc__, [*shared, CONFIG, *STEP_FLAGS, SOLVER, INPUT_RANGE, *OWN])
+    common.launch(main, __doc__, [*shared, *CONFIG_FLAGS, *OWN])
 
 
 if __name__ == "__main__":

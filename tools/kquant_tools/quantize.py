@@ -17,6 +17,7 @@ from absl import app, flags
 from . import common
 
 CONFIG = flags.DEFINE_string("config", "w8a8", "Preset (w8a8, w4a8, w8a8-per_tensor, ...) or a .yaml or .json file.")
+TARGET = flags.DEFINE_string("target", None, "Name of the target that runs the model, instead of the config's.")
 EQUALIZE = flags.DEFINE_boolean("equalize", None, "Equalize channels across layers.")
 ABSORB_BIAS = flags.DEFINE_boolean("absorb_bias", None, "Absorb high biases into the next layer.")
 ADAROUND = flags.DEFINE_boolean("adaround", None, "Optimize how weights round, on the data.")
@@ -28,6 +29,7 @@ INPUT_RANGE = flags.DEFINE_list("input_range", None, "LOW,HIGH of all inputs, e.
 SEED = flags.DEFINE_integer("seed", 0, "Seed of whatever is random.")
 PROGRESS = flags.DEFINE_boolean("progress", True, "Show progress bars.")
 STEP_FLAGS = (EQUALIZE, ABSORB_BIAS, ADAROUND, CORRECT_BIAS)
+CONFIG_FLAGS = (CONFIG, TARGET, *STEP_FLAGS, SOLVER, INPUT_RANGE)
 
 
 def config_of_flags() -> Any:
@@ -36,6 +38,8 @@ def config_of_flags() -> Any:
 
     config = kquant.QuantConfig.load(CONFIG.value)
     changes: dict[str, Any] = {flag.name: flag.value for flag in STEP_FLAGS if flag.value is not None}
+    if TARGET.value is not None:
+        changes["target"] = TARGET.value
     if SOLVER.value is not None:
         changes["adaround"] = kquant.AdaRound(solver=SOLVER.value)
     if INPUT_RANGE.value is not None:
@@ -74,7 +78,7 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
     """Console script."""
-    own = (CONFIG, *STEP_FLAGS, SOLVER, INPUT_RANGE, SEED, PROGRESS)
+    own = (*CONFIG_FLAGS, SEED, PROGRESS)
     common.launch(main, __doc__, [common.MODEL, common.OUTPUT, common.TFLITE, *own, *common.DATA_FLAGS])
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from absl import app, flags
 
 from . import common, quantize
-from .quantize import CONFIG, PROGRESS, SEED
+from .quantize import CONFIG, PROGRESS, SEED, TARGET
 from .recipe import recipe
 
 VALIDATION = flags.DEFINE_string("validation", None, "Labelled data to score on, as --data; all of it is used.")
@@ -117,7 +117,7 @@ def student_of(model: Any) -> Any:
 
     quantized = isinstance(model, QuantizedModel)
     prepared = quantized and "training" in model.quantization
-    fixed = [CONFIG] * quantized + [GRADIENT, RATE, BATCH_NORM, RELATIVE] * prepared
+    fixed = [CONFIG, TARGET] * quantized + [GRADIENT, RATE, BATCH_NORM, RELATIVE] * prepared
     given = [f"--{flag.name}" for flag in fixed if flags.FLAGS[flag.name].present]
     if given:
         raise ConfigError(
@@ -345,7 +345,7 @@ TRAINING_FLAGS = (
 
 def run() -> None:
     """Console script."""
-    steps = (CONFIG, *quantize.STEP_FLAGS, quantize.SOLVER, quantize.INPUT_RANGE, SEED, PROGRESS)
+    steps = (*quantize.CONFIG_FLAGS, SEED, PROGRESS)
     files = (common.MODEL, common.OUTPUT, common.TFLITE, *common.DATA_FLAGS)
     common.launch(main, __doc__, [*files, *TRAINING_FLAGS, *steps])
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from tools.evaluate import evaluate, keras_predict
 
-from tools import zoo
+from experiments import zoo
+from kquant_tools.evaluate import evaluate, keras_predict
 
 
 @pytest.mark.slow

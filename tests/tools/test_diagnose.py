@@ -12,10 +12,14 @@ from absl.testing import flagsaver
 
 import kquant
 from kquant.diagnosis.records import Diagnosis
+from kquant_tools import diagnose
 from tests.diagnosis.chain import DIGITS, TEST, wide_depthwise
-from tests.diagnosis.test_diagnose import PER_TENSOR
-from tests.test_tools import run_app
-from tools import diagnose
+from tests.tools.running import run_app
+
+PER_TENSOR = {
+    "preset": "w8a8-per_tensor",
+    **dict.fromkeys(("equalize", "absorb_bias", "adaround", "correct_bias"), False),
+}
 
 
 @pytest.fixture(scope="module")

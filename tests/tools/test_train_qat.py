@@ -1,4 +1,4 @@
-"""The training app from flags to files, its data, and the depthwise network of the experiments."""
+"""The training app, from flags to files."""
 
 from __future__ import annotations
 
@@ -8,60 +8,13 @@ from types import SimpleNamespace
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from absl import app
 from keras import layers
-from tools.augment import augmented, flip_crop
 
 import kquant
-from models import digits_cnn, mobilenet_v2_cifar
-from tests.test_tools import run_app
-from tools import quantize, train_qat
-
-# --- changes of images ---------------------------------------------------------------------------------------------
-
-
-def windows(image: np.ndarray, shift: int) -> list[np.ndarray]:
-    """Everything that a flip and a shift can make of an image."""
-    height, width, _ = image.shape
-    padded = np.pad(image, ((shift, shift), (shift, shift), (0, 0)), mode="reflect")
-    steps = range(2 * shift + 1)
-    cut = [padded[r : r + height, c : c + width] for r in steps for c in steps]
-    return cut + [window[:, ::-1] for window in cut]
-
-
-def test_an_image_is_mirrored_and_shifted():
-    images = np.random.default_rng(0).normal(size=(200, 5, 6, 2)).astype(np.float32)
-    changed = flip_crop(tf.constant(images), tf.constant([1, 2], tf.int64), shift=2).numpy()
-    found = [[(w == c).all() for w in windows(i, 2)] for i, c in zip(images, changed, strict=True)]
-    counts = np.sum(found, axis=0)
-    assert counts.sum() == len(images)  # each is one of the 50, and they are all drawn
-    assert (counts > 0).sum() >= 40 and abs(counts[:25].sum() - 100) < 35
-
-
-def test_changes_differ_between_epochs_and_repeat_with_the_seed():
-    images = np.random.default_rng(0).normal(size=(8, 6, 6, 1)).astype(np.float32)
-    batches = tf.data.Dataset.from_tensor_slices((images, np.arange(8))).batch(4)
-    data, again = augmented(batches, 3), augmented(batches, 3)
-    epochs = [np.concatenate([x for x, _ in d.as_numpy_iterator()]) for d in (data, data, again, again)]
-    np.testing.assert_array_equal(epochs[0], epochs[2])
-    np.testing.assert_array_equal(epochs[1], epochs[3])
-    assert (epochs[0] != epochs[1]).any()
-    np.testing.assert_array_equal(np.concatenate([y for _, y in data.as_numpy_iterator()]), np.arange(8))
-
-
-# --- the recipe ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("optimizer", "highest"), [("adam", 5e-4), ("sgd", 5e-3)])
-def test_the_learning_rate_rises_and_falls_to_zero(optimizer, highest):
-    schedule = train_qat.recipe(200, optimizer)._learning_rate
-    rates = [float(schedule(step)) for step in (0, 5, 10, 105, 200)]
-    np.testing.assert_allclose(rates, [0, highest / 2, highest, highest / 2, 0], rtol=1e-5, atol=1e-9)
-    assert float(train_qat.recipe(3, optimizer, 0.1)._learning_rate(0)) == pytest.approx(0.1)
-
-
-# --- the app -------------------------------------------------------------------------------------------------------
+from kquant_tools import quantize, train_qat
+from models import digits_cnn
+from tests.tools.running import run_app
 
 
 def network() -> keras.Model:
@@ -216,41 +169,3 @@ def test_what_is_missing_on_the_command_line_is_a_usage_error(files, missing):
     options = {k: v for k, v in options.items() if k != missing}
     with pytest.raises(app.UsageError, match=f"--{missing}"):
         run_app(train_qat, **options, **({"checkpoint": "best.keras"} if missing == "validation" else {}))
-
-
-# --- the depthwise network -----------------------------------------------------------------------------------------
-
-
-def test_the_depthwise_network_is_small():
-    model = mobilenet_v2_cifar.build()
-    convolutions = [layer for layer in model.layers if hasattr(layer, "kernel_size")]
-    multiplications = sum(np.prod(c.kernel.shape) * np.prod(c.output.shape[1:3]) for c in convolutions)
-    strides = [c.strides[0] for c in convolutions if isinstance(c, layers.DepthwiseConv2D)]
-    multiplications = float(multiplications)
-    assert multiplications < 8e6 and model.count_params() < 350_000
-    assert len(strides) == 9 and strides.count(2) == 3
-    assert model.output.shape == (None, 10)
-
-
-@pytest.mark.slow
-def test_the_recipe_of_the_depthwise_network_learns(monkeypatch):
-    """Four classes of plain colours."""
-    labels = np.arange(256) % 4
-    colours = np.eye(4, 3, dtype=np.float32)[labels][:, None, None]
-    noise = np.random.default_rng(0).normal(size=(256, 32, 32, 3)).astype(np.float32)
-    images = colours + 0.1 * noise
-    monkeypatch.setattr(mobilenet_v2_cifar, "cifar10", lambda *_: (images, labels))
-    model = mobilenet_v2_cifar.train(epochs=6, verbose=0, learning_rate=0.05)
-    # on the batch's statistics: moving averages through 24 layers do not settle in 12 steps
-    scores = model(images, training=True)
-    assert np.mean(np.argmax(scores, -1) == labels) > 0.9
-    assert not model.compiled  # so the file is without the state of the optimizer
-
-
-@pytest.mark.slow
-def test_the_depthwise_network_that_comes_along_is_trained():
-    model = keras.saving.load_model(mobilenet_v2_cifar.PATH, compile=False)
-    built = mobilenet_v2_cifar.build()
-    assert [layer.name for layer in model.layers[1:]] == [layer.name for layer in built.layers[1:]]
-    assert [v.shape for v in model.variables] == [v.shape for v in built.variables]
-    assert mobilenet_v2_cifar.accuracy(model) == pytest.approx(86.70, abs=0.1)
