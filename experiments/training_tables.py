@@ -2,7 +2,8 @@
 
 Every network trains on all training images with the recipe of `kquant_tools.recipe` (Adam, warm-up, cosine to zero),
 random flips and shifts; what is scored is the exported file on all test images. 7 folding of batch normalization,
-8 ranges to begin with, 9 equalization and bias correction to begin with, 10 bits and granularity (section 4, arXiv 2106.08295).
+8 ranges to begin with, 9 equalization and bias correction to begin with, 10 bits and granularity (section 4 of arXiv
+2106.08295).
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from kquant.graph.transforms.equalize import equalize
 from kquant.grids.grid import fake_quantize
 from kquant.quantize.calibrate import quantize_graph
 from kquant.quantize.plan import make_plan
-from tests.toy import calibration, config, toy_data, toy_graph
-from tests.verify.test_parity import with_node, with_scale
+from tests.support.faults import with_node, with_scale
+from tests.support.toy import calibration, config, toy_data, toy_graph
 
 X = toy_data(40, seed=3)
 

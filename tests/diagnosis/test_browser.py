@@ -10,7 +10,7 @@ from experiments.screenshot import browser
 from kquant.diagnosis.charts import widths
 
 from . import example
-from .test_report import EMPTY, EVIL
+from .example import EMPTY, EVIL
 
 pytest.importorskip("plotly")
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra dev)")

@@ -20,8 +20,8 @@ from kquant.keras.model import insert
 from kquant.quantize.calibrate import quantize_graph
 from kquant.quantize.plan import make_plan
 from models import digits_cnn
-from tests import zoo
-from tests.toy import calibration, config, toy_data, toy_graph
+from tests.support import zoo
+from tests.support.toy import calibration, config, toy_data, toy_graph
 
 
 @cache

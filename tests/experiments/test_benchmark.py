@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.tools.running import ROOT, checkout_environment
+from tests.support.apps import ROOT, checkout_environment
 
 
 @pytest.mark.parametrize("layer", ["depthwise 3x3, 96", "conv 1x1, 96 to 24"])

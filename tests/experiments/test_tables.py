@@ -12,7 +12,7 @@ import pytest
 import kquant
 from experiments import paper_tables, tables, training_tables, zoo
 from models import digits_cnn
-from tests.tools.running import ROOT, checkout_environment
+from tests.support.apps import ROOT, checkout_environment
 
 
 @pytest.fixture

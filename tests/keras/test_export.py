@@ -11,7 +11,7 @@ from kquant.quantize.calibrate import quantize_graph
 from kquant.quantize.plan import make_plan
 from kquant.targets.litert.flatbuffer import only_integer_ops, read_tensors, summary
 from kquant.targets.litert.runtime import TFLiteModel
-from tests.toy import calibration, config, toy_data, toy_graph
+from tests.support.toy import calibration, config, toy_data, toy_graph
 
 
 def build(name="w8a8", **changes):

@@ -11,7 +11,7 @@ from kquant.keras.layer import FakeQuant, QuantizedLayer, grid_settings
 from kquant.keras.model import extract, insert
 from kquant.quantize.calibrate import quantize_graph
 from kquant.quantize.plan import make_plan
-from tests.toy import calibration, config, toy_data, toy_graph
+from tests.support.toy import calibration, config, toy_data, toy_graph
 
 
 def fake_quant(q: Grid) -> FakeQuant:

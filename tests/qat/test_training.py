@@ -20,7 +20,7 @@ from kquant.grids.grid import grid_from_range
 from kquant.keras.model import Learning, QuantizedModel, extract, insert
 from kquant.qat.learning import learning_of
 from kquant.qat.prepare import prepare_qat
-from tests.qat.test_learning import TQT, layer_table, outputs, weights
+from tests.support.quantizers import TQT, layer_table, outputs, weights
 
 CLASSES = 3
 

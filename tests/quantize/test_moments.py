@@ -15,8 +15,8 @@ from kquant.graph.ops import evaluate
 from kquant.graph.transforms import prepare_graph
 from kquant.quantize.input_moments import estimate_inputs, nonnegative_least_squares
 from kquant.quantize.moments import Moments, clipped_normal, linear_mean, propagate
-from tests.graph.tracing.tracing import build
-from tests.toy import toy_graph
+from tests.support.toy import toy_graph
+from tests.support.tracing import build
 
 L = keras.layers
 FIELDS = ("mean", "std", "low", "high")

@@ -18,7 +18,7 @@ from absl import app
 import kquant
 from kquant_tools import evaluate, export, quantize, verify
 from models import digits_cnn
-from tests.tools.running import ROOT, checkout_environment, run_app
+from tests.support.apps import ROOT, checkout_environment, run_app
 
 
 def halve(x):

@@ -13,13 +13,8 @@ from absl.testing import flagsaver
 import kquant
 from kquant.diagnosis.records import Diagnosis
 from kquant_tools import diagnose
-from tests.diagnosis.chain import DIGITS, TEST, wide_depthwise
-from tests.tools.running import run_app
-
-PER_TENSOR = {
-    "preset": "w8a8-per_tensor",
-    **dict.fromkeys(("equalize", "absorb_bias", "adaround", "correct_bias"), False),
-}
+from tests.support.apps import run_app
+from tests.support.digits_chain import DIGITS, PER_TENSOR, TEST, wide_depthwise
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from keras import layers
 import kquant
 from kquant_tools import quantize, train_qat
 from models import digits_cnn
-from tests.tools.running import run_app
+from tests.support.apps import run_app
 
 
 def network() -> keras.Model:

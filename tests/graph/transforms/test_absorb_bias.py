@@ -13,7 +13,7 @@ from kquant.graph.ops import evaluate
 from kquant.graph.transforms import prepare_graph
 from kquant.graph.transforms.absorb_bias import AbsorbReport, absorb_bias
 from kquant.graph.transforms.regions import clip_of
-from tests.graph.tracing.tracing import build
+from tests.support.tracing import build
 
 L = keras.layers
 IMAGE = (8, 8, 3)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kquant import fixed_point as fixed
 from kquant.graph.ir import Node
 from kquant.targets.litert import arithmetic
+from kquant.targets.litert import fixed_point as fixed
 
 # name -> (on tensors, on integers)
 FORMULAS = {

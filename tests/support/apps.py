@@ -1,10 +1,8 @@
-"""Apps run in the process of the tests, and what their own processes need."""
-
-from __future__ import annotations
+"""Apps of the command line, run in this process, and what processes of their own need."""
 
 import os
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from absl import flags
 from absl.testing import flagsaver
@@ -19,7 +17,7 @@ def checkout_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tools")))}
 
 
-def run_app(module: Any, **values: object) -> int:
+def run_app(module: ModuleType, **values: object) -> int:
     """Run an app in this process with the given flags; returns its exit status."""
     arguments = ["app", *(f"--{name}={value}" for name, value in values.items())]
     with flagsaver.flagsaver():

@@ -11,7 +11,7 @@ from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import QUANTIZED_WEIGHT, compute, evaluate, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid, dequantize, fake_quantize, quantize
-from tests.targets.litert.build import Resolver, run
+from tests.support.litert_files import Resolver, run
 
 KERNELS = {
     "default": Resolver.AUTO,

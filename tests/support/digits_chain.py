@@ -13,6 +13,8 @@ from models import digits_cnn
 DIGITS = digits_cnn.load_split()
 TEST = (DIGITS.x_test[:300], DIGITS.y_test[:300])
 CHANNELS = 8
+OFF = {"equalize": False, "absorb_bias": False, "adaround": False, "correct_bias": False}
+PER_TENSOR = {"preset": "w8a8-per_tensor", **OFF}
 RIDGE = 0.03  # of the features' variance: no weight grows so large that rounding matters
 
 
