@@ -21,10 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
+
+from .results import Results
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", None, "Float Keras model (.keras).")
@@ -37,6 +40,8 @@ flags.DEFINE_enum("what", "convert", ["convert", "adaround", "equalize"], "What 
 flags.DEFINE_string("peer_python", None, "Python of an environment with aimet-torch, for --what=adaround.")
 flags.DEFINE_integer("iterations", 1000, "Iterations of the solvers that have some, for --what=adaround.")
 flags.DEFINE_integer("threads", 2, "Threads of the single layers, for --what=adaround.")
+flags.DEFINE_boolean("write", False, "Write the rows into the files of experiments/results.")
+flags.DEFINE_string("note", "", "What --write says of the rows.")
 flags.DEFINE_string("worker", None, "Internal: the measurement that this process makes.")
 flags.DEFINE_string("output", None, "Internal: where the worker writes its file.")
 flags.DEFINE_integer("worker_images", 0, "Internal: number of images of the worker.")
@@ -272,49 +277,56 @@ def latency(files: dict[str, Path], threads: int, rounds: int = 40) -> dict[str,
     return {name: 1000 * statistics.median(t[rounds // 4 :]) for name, t in times.items()}
 
 
-def convert(folder: Path) -> None:
+COST = Results("cost", ("what", "kquant", "converter", "ratio"), ("what",))
+BY_IMAGES = Results("cost_by_images", ("step", "images", "peak memory, MB", "seconds"), ("step", "images"))
+SINGLE = Results(
+    "layers", ("layer", "solver", "iterations / s", "seconds in all", "held-out error"), ("layer", "solver")
+)
+STEPS = {"kquant": "quantize, export", "adaround": "adaround", "equalize": "equalize, correct_bias"}
+
+
+def convert(folder: Path) -> Iterator[Sequence[str]]:
     """Quantization and export against the converter."""
     files = {worker: folder / f"{worker}.tflite" for worker in CONVERTERS}
     runs: dict[str, list[dict[str, float]]] = {worker: [] for worker in CONVERTERS}
     for _ in range(FLAGS.repeats):
         for worker, path in files.items():
             runs[worker].append(measure(worker, FLAGS.compare_at, path))
-    print(f"| quantize + export, {FLAGS.compare_at} images | kquant | converter | ratio |\n|---|---|---|---|")
-    for key, unit in (("seconds", "s"), ("peak_mb", "MB"), ("bytes", "bytes")):
+    for key, what, digits in (("seconds", "seconds", 1), ("peak_mb", "peak memory, MB", 1), ("bytes", "bytes", 0)):
         ours, theirs = (statistics.median(r[key] for r in runs[w]) for w in CONVERTERS)
-        print(f"| {key.split('_')[0]} | {ours:,.1f} {unit} | {theirs:,.1f} {unit} | {ours / theirs:.3f} |")
+        yield what, f"{ours:.{digits}f}", f"{theirs:.{digits}f}", f"{ours / theirs:.3f}"
     for threads in (1, 2):
         ms = latency(files, threads)
-        ratio = ms["kquant"] / ms["converter"]
-        label = f"latency, {threads} thread{'s' * (threads > 1)}"
-        print(f"| {label} | {ms['kquant']:.2f} ms | {ms['converter']:.2f} ms | {ratio:.3f} |")
-    print()
-    whole_model("kquant", folder)
+        ours, theirs = ms["kquant"], ms["converter"]
+        yield (
+            f"latency, ms, {threads} thread{'s' * (threads > 1)}",
+            f"{ours:.2f}",
+            f"{theirs:.2f}",
+            f"{ours / theirs:.3f}",
+        )
 
 
-def whole_model(worker: str, folder: Path) -> None:
+def whole_model(worker: str, folder: Path) -> Iterator[Sequence[str]]:
     """Time and memory by the number of images."""
-    print(f"| {worker}, images | peak memory | time |\n|---|---|---|")
     for images in map(int, FLAGS.images):
         result = measure(worker, images, folder / "unused")
-        print(f"| {images} | {result['peak_mb']:,.0f} MB | {result['seconds']:.1f} s |", flush=True)
+        yield STEPS[worker], str(images), f"{result['peak_mb']:.0f}", f"{result['seconds']:.1f}"
 
 
-def layers(folder: Path) -> None:
+def layers(folder: Path) -> Iterator[Sequence[str]]:
     """The solvers, and AIMET, on single layers."""
     print(
         f"\n{BITS} bits, min-max per channel, {PIXELS}x{PIXELS}, {IMAGES} images, {FLAGS.iterations} iterations, "
         f"{FLAGS.threads} threads, load {os.getloadavg()[0]:.1f}. Errors are of held-out images behind the ReLU, "
         "relative to nearest rounding with the float bias; kquant sets the bias too, AIMET leaves it.\n"
     )
-    print("| layer | solver | iterations / s | seconds in all | held-out error |\n|---|---|---|---|---|")
     for name in LAYERS:
         result = folder / "peer.npz"
         if FLAGS.peer_python:
             run_peer(name, result)
         for solver, row in measure(name, 0, result).items():
-            speed = "" if row["speed"] is None else f"{row['speed']:,.0f}"
-            print(f"| {name} | {solver} | {speed} | {row['seconds']:.2f} | {row['error']:.3f} |", flush=True)
+            speed = "" if row["speed"] is None else f"{row['speed']:.0f}"
+            yield name, solver, speed, f"{row['seconds']:.2f}", f"{row['error']:.3f}"
 
 
 def main(argv: list[str]) -> None:
@@ -324,12 +336,12 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if FLAGS.what == "convert":
-            convert(folder)
-            return
-        if FLAGS.model:
-            whole_model(FLAGS.what, folder)
+            COST.show(convert(folder), write=FLAGS.write, note=FLAGS.note)
+            BY_IMAGES.show(whole_model("kquant", folder), write=FLAGS.write, note=FLAGS.note)
+        elif FLAGS.model:
+            BY_IMAGES.show(whole_model(FLAGS.what, folder), write=FLAGS.write, note=FLAGS.note)
         if FLAGS.what == "adaround":
-            layers(folder)
+            SINGLE.show(layers(folder), write=FLAGS.write, note=FLAGS.note)
 
 
 if __name__ == "__main__":

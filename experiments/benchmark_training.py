@@ -16,10 +16,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
+
+from .results import Results
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("batch", 32, "Samples per step.")
@@ -27,6 +30,8 @@ flags.DEFINE_integer("steps", 40, "Timed steps of each variant.")
 flags.DEFINE_list("gradients", ["ste", "lsq", "lsq+"], "How grids learn.")
 flags.DEFINE_string("config", "w8a8", "Preset.")
 flags.DEFINE_list("nets", ["resnet8", "mobilenet_v2_0.35_96"], "What is trained.")
+flags.DEFINE_boolean("write", False, "Write the rows into the files of experiments/results.")
+flags.DEFINE_string("note", "", "What --write says of the rows.")
 flags.DEFINE_string("worker", None, "Internal: NET/VARIANT whose memory this process measures.")
 
 CLASSES = 10
@@ -118,18 +123,29 @@ def step_times(net: str, variants: list[str]) -> dict[str, float]:
     return {v: statistics.median(t) for v, t in times.items()}
 
 
-def main(argv: list[str]) -> None:
-    if FLAGS.worker:
-        work()
-        return
+STEP = Results(
+    "training_step",
+    ("net", "variant", "step, ms", "ratio of steps", "peak memory, MB", "ratio of memory"),
+    ("net", "variant"),
+)
+
+
+def rows() -> Iterator[Sequence[str]]:
+    """Times and memory of all variants of all nets."""
     variants = ["float", *FLAGS.gradients]
-    print("| net | variant | step | ratio | peak memory | ratio |\n|---|---|---|---|---|---|")
     for net in FLAGS.nets:
         times, memory = step_times(net, variants), {v: peak_memory(net, v) for v in variants}
         for v in variants:
             ratios = times[v] / times["float"], memory[v] / memory["float"]
-            cells = f"{1e3 * times[v]:.0f} ms | {ratios[0]:.2f} | {memory[v] / 1e6:,.0f} MB | {ratios[1]:.2f}"
-            print(f"| {net} | {v} | {cells} |", flush=True)
+            cells = f"{1e3 * times[v]:.0f}", f"{ratios[0]:.2f}", f"{memory[v] / 1e6:.0f}", f"{ratios[1]:.2f}"
+            yield net, v, *cells
+
+
+def main(argv: list[str]) -> None:
+    if FLAGS.worker:
+        work()
+        return
+    STEP.show(rows(), write=FLAGS.write, note=FLAGS.note)
 
 
 if __name__ == "__main__":

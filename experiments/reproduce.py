@@ -15,14 +15,11 @@ calibration sets only.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import app, flags
 
 from . import debug_tables, paper_tables, tables, training_tables, zoo
-from .results import this_command
 
 TABLES = {**tables.TABLES, **paper_tables.TABLES, **debug_tables.TABLES, **training_tables.TABLES}
 
@@ -51,11 +48,8 @@ def main(argv: list[str]) -> None:
         variants=VARIANTS.value,
         files=Path(FILES.value) if FILES.value else None,
     )
-    found: list[Sequence[Any]] = []
-    for line in table.markdown(MODELS.value, options, found):
-        print(line, flush=True)
-    if WRITE.value:
-        table.results(TABLE.value).update(found, command=this_command(), note=NOTE.value)
+    rows = table.all_rows(MODELS.value, options)
+    table.results(TABLE.value).show(rows, write=WRITE.value, note=NOTE.value)
     print(f"\n{time.perf_counter() - start:.0f} s")
 
 

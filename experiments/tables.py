@@ -21,7 +21,7 @@ import kquant
 from kquant.targets.litert.flatbuffer import only_integer_ops
 
 from . import zoo
-from .results import Results, heading, markdown, plain
+from .results import Results
 
 MIN_MAX = {"weights": {"method": "min_max"}}
 OFF = {"equalize": False, "absorb_bias": False, "adaround": False, "correct_bias": False}  # steps of `QuantConfig`
@@ -71,13 +71,10 @@ class Table:
     header: tuple[str, ...]
     key: tuple[str, ...] = ("model",)
 
-    def markdown(self, names: Sequence[str], options: Options, found: list[Sequence[Any]]) -> Iterator[str]:
-        """The lines of the table for some models, each as soon as it is measured; `found` gets the rows."""
-        yield from heading(self.header)
+    def all_rows(self, names: Sequence[str], options: Options) -> Iterator[Sequence[Any]]:
+        """The rows of some models, each as soon as it is measured."""
         for name in names:
-            for row in self.rows(name, options):
-                found.append(row)
-                yield markdown(map(plain, row))
+            yield from self.rows(name, options)
 
     def results(self, name: str) -> Results:
         """The file that keeps the rows of the table, which `--table` knows as `name`."""

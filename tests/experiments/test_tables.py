@@ -11,6 +11,7 @@ import pytest
 
 import kquant
 from experiments import paper_tables, tables, training_tables, zoo
+from experiments.results import plain
 from models import digits_cnn
 from tests.support.apps import ROOT, checkout_environment
 
@@ -35,13 +36,12 @@ def digits_zoo(monkeypatch):
 
 
 def cells(table: tables.Table, **options: object) -> dict[str, dict[str, str]]:
-    """variant -> column -> cell of a table of the digits model, as printed."""
-    header, rule, *lines = table.markdown(["digits"], tables.Options(samples=100, seeds=2, **options), [])
-    names = [c.strip() for c in header.strip("|").split("|")]
-    assert rule.count("---") == len(names) == len(table.header)
-    rows = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
-    assert all(len(row) == len(names) and row[0] == "digits" for row in rows)
-    return {row[1]: dict(zip(names[2:], row[2:], strict=True)) for row in rows}
+    """variant -> column -> cell of a table of the digits model, as it is kept."""
+    found = list(table.all_rows(["digits"], tables.Options(samples=100, seeds=2, **options)))
+    rows = [dict(zip(table.header, map(plain, row), strict=True)) for row in found]
+    assert all(row.pop("model") == "digits" for row in rows)
+    assert len(set(map(tuple, ([row[k] for k in table.key if k != "model"] for row in rows)))) == len(rows)
+    return {row.pop("variant"): row for row in rows}
 
 
 @pytest.mark.parametrize(
