@@ -175,24 +175,6 @@ VIEWS: Mapping[str, View] = {
         source="cost",
         columns={"200 images": "what", "kquant": "kquant", "converter": "converter", "ratio": "ratio"},
     ),
-    "layers": View(
-        source="layers",
-        by="solver",
-        columns={
-            "layer": "layer",
-            **{f"{solver}, error": ("held-out error", solver) for solver in ("descent", "gram", "stochastic", "AIMET")},
-            **{f"{solver}, s": ("seconds in all", solver) for solver in ("descent", "AIMET")},
-        },
-    ),
-    "training_step": View(
-        source="training_step",
-        by="variant",
-        columns={
-            **{"net": "net", "float, ms": ("step, ms", "float"), "float, MB": ("peak memory, MB", "float")},
-            **{"fixed grids, time": ("ratio of steps", "ste"), "memory": ("ratio of memory", "ste")},
-            **{"LSQ, time": ("ratio of steps", "lsq"), "LSQ, memory": ("ratio of memory", "lsq")},
-        },
-    ),
     "diagnosis": View(
         source="diagnosis",
         columns={

@@ -18,6 +18,7 @@ from keras import layers
 from tests.support.apps import ROOT
 
 pytestmark = pytest.mark.slow
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 COMMANDS = ("quantize", "export", "evaluate", "verify", "diagnose", "train_qat")
 
 
@@ -36,11 +37,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, source)
     for name in ("kquant", "tools", "models", "experiments", "tests"):  # the last three must stay out
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    pytest.importorskip("setuptools")
-    checked(
-        [*pip, "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index", "-w", str(folder), str(source)]
-    )
+    checked([*PIP, "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", str(folder), str(source)])
     (found,) = folder.glob("kquant-*.whl")
     return found
 
@@ -49,8 +46,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the wheel is installed into."""
     folder = tmp_path_factory.mktemp("installed")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    checked([*pip, "install", "--quiet", "--no-deps", "--no-index", "--target", str(folder), str(wheel)])
+    checked([*PIP, "install", "--no-deps", "--no-index", "--target", str(folder), str(wheel)])
     return folder
 
 
@@ -116,10 +112,8 @@ def test_from_a_float_model_to_a_diagnosis_in_an_empty_folder(shell: Shell) -> N
     model_flag, data = "--model=float.keras", "--data=data.npz"
     shell("quantize", model_flag, data, "--target=tflite_int8", "--output=q.keras", "--noprogress")
     assert "every operation is an integer operation" in shell("export", "--model=q.keras", "--output=q.tflite")
-    rows = [
-        line.split()
-        for line in shell("evaluate", model_flag, "--quantized=q.keras", "--tflite=q.tflite", data).splitlines()
-    ]
+    out = shell("evaluate", model_flag, "--quantized=q.keras", "--tflite=q.tflite", data)
+    rows = [line.split() for line in out.splitlines()]
     scores = {row[0]: row[1:3] for row in rows if row and row[0] in ("float", "simulation", "tflite")}
     assert scores["float"] == ["100.00", "64"] and float(scores["tflite"][0]) > 80
     assert scores["tflite"] == scores["simulation"]
