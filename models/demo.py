@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import kquant_tools  # noqa: F401, first of all: its settings of TensorFlow
 import numpy as np
 from absl import app
+
+import kquant_tools  # noqa: F401, first of all: its settings of TensorFlow
 
 SCHEMES = ("w8a8", "w4a8")
 
