@@ -31,7 +31,7 @@ help:
 	@echo "make clean      remove the environment and caches"
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m tools.demo
+	$(BIN)/python -m models.demo
 
 test: lint fast
 
@@ -45,21 +45,22 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy kquant tools
+	$(BIN)/mypy
+	$(BIN)/python -m experiments.results --check
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 benchmark: $(VENV)/.dev
-	$(BIN)/python -m tools.benchmark $(MODEL)
+	$(BIN)/python -m experiments.benchmark $(MODEL)
 
 benchmark-adaround: $(VENV)/.dev
-	$(BIN)/python -m tools.benchmark --what=equalize $(MODEL) --images=200
-	$(BIN)/python -m tools.benchmark --what=adaround $(MODEL) --images=1000
+	$(BIN)/python -m experiments.benchmark --what=equalize $(MODEL) --images=200
+	$(BIN)/python -m experiments.benchmark --what=adaround $(MODEL) --images=1000
 
 benchmark-aimet: $(VENV)/.dev $(AIMET)/.aimet
-	$(BIN)/python -m tools.benchmark --what=adaround --threads=1 --peer_python=$(AIMET)/bin/python
+	$(BIN)/python -m experiments.benchmark --what=adaround --threads=1 --peer_python=$(AIMET)/bin/python
 
 $(AIMET)/.aimet:
 	$(PYTHON) -m venv $(AIMET)

@@ -8,7 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers are as many as cores: more th
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
     os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
 
-import tools  # noqa: F401, first of all: its settings of TensorFlow
+import kquant_tools  # noqa: F401, first of all: its settings of TensorFlow
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
@@ -36,7 +36,7 @@ def seeds() -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> object:
     """A test whose evaluation data is absent is skipped, with the reason."""
-    from tools.zoo import MissingData
+    from models.data import MissingData
 
     try:
         return (yield)

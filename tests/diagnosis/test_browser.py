@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from experiments.screenshot import browser
 from kquant.diagnosis.charts import widths
-from tools.screenshot import browser
 
 from . import example
 from .example import EMPTY, EVIL

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from experiments.debug_tables import rank_twice
 from kquant.diagnosis import sensitivity as module
 from kquant.diagnosis.metrics import Metric, make_metric, predict, read_samples, sqnr_db
 from kquant.diagnosis.records import Sensitivity
@@ -23,7 +24,6 @@ from kquant.errors import ConfigError
 from kquant.graph.quantized import QuantizedGraph
 from tests.support.faults import with_node, with_scale
 from tests.support.toy import calibration, toy_data, toy_graph, toy_qgraph
-from tools.debug_tables import rank_twice
 
 X = toy_data(48, seed=7)
 

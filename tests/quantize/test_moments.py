@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 
+from experiments.zoo import MODELS, load_model
 from kquant.graph.ir import Graph, Node
 from kquant.graph.moments import Moments, clipped_normal
 from kquant.graph.ops import evaluate
@@ -17,7 +18,6 @@ from kquant.quantize.input_moments import estimate_inputs, nonnegative_least_squ
 from kquant.quantize.moments import linear_mean, propagate
 from tests.support.toy import toy_graph
 from tests.support.tracing import build
-from tools.zoo import MODELS, load_model
 
 L = keras.layers
 FIELDS = ("mean", "std", "low", "high")
