@@ -123,6 +123,5 @@ def evaluate(graph: Graph, feeds: Sequence[Tensor], fetch: Sequence[str] | None 
 
 # Names of before, for what does not read the records yet.
 LINEAR = frozenset(name for name, record in OPS.items() if record.linear)
-FUSES_CLIP = frozenset(name for name, record in OPS.items() if record.fuses_clip)
 QUANTIZED_WEIGHT = {name: (r.weight.name, r.weight.channels) for name, r in OPS.items() if r.weight is not None}
 BIAS = {name: record.bias for name, record in OPS.items() if record.bias is not None}
