@@ -216,6 +216,7 @@ def _layer(qgraph: QuantizedGraph, node: Node, target: Target, learning: Learnin
         training_dtype=dtype,
         integers=None if integers is None else str(integers.dtype),
         frozen=frozen,
+        target=target.name,
     )
     if layer.integers is not None and integers is not None:
         layer.integers.assign(integers.reshape(layer.integers.shape))
