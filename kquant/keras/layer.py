@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from kquant.graph.ir import Node
-from kquant.graph.ops import OPS, compute, op_of, weight_of, weight_view
+from kquant.graph.ops import OPS, clip_of, compute, op_of, weight_of, weight_view, without_clip
 from kquant.grids.gradients import round_ste
 from kquant.grids.grid import Grid
 from kquant.keras.fake_quant import FakeQuant
@@ -69,10 +69,6 @@ def weight_unit(op: str, weight: np.ndarray) -> np.ndarray:
     fan_in = math.prod(weight.shape[axis] for axis in axes)
     fresh = math.sqrt(2 / fan_in)
     return np.exp2(np.rint(np.log2(np.maximum(size, largest * 2.0**-6) / fresh))).astype(np.float32)
-
-
-def _without_clip(node: Node) -> Node:
-    return node.with_(attrs={k: v for k, v in node.attrs.items() if k != "clip"})
 
 
 @keras.saving.register_keras_serializable("kquant")
@@ -206,9 +202,7 @@ class QuantizedLayer(keras.layers.Layer):
             return self.output_quantizer.fake_quantize(values[0])
         out = self._operand(None, self.output_quantizer.grid)
         centered = self._integers(values, grids, out)
-        lo, hi = node.attrs.get("clip", (None, None))
-        if node.op == "clip":
-            lo, hi = node.attrs["lo"], node.attrs["hi"]
+        lo, hi = clip_of(node)
         if lo is not None:
             centered = tf.maximum(centered, tf.round(lo / out.scale))
         if hi is not None:
@@ -254,7 +248,7 @@ class QuantizedLayer(keras.layers.Layer):
         def cast(t: Tensor) -> Tensor:
             return tf.cast(t, self.training_dtype) if t.dtype.is_floating else t
 
-        y = compute(_without_clip(self.node), [cast(t) for t in inputs], {k: cast(w) for k, w in weights.items()})
+        y = compute(without_clip(self.node), [cast(t) for t in inputs], {k: cast(w) for k, w in weights.items()})
         return tf.cast(y, tf.float32)
 
     @property
@@ -269,7 +263,7 @@ class QuantizedLayer(keras.layers.Layer):
             bits = self.target.weight_container(self.node.op, self.weight_quantizer.width, out.bits)
             weight = Operand(self._quantized_weight()[0], self.weight_scale(), 0.0, bits)
         call = Call(
-            node=_without_clip(self.node),
+            node=without_clip(self.node),
             inputs=self._operands(values, grids),
             out=out,
             weight=weight,

@@ -22,7 +22,7 @@ import numpy as np
 from kquant.config.text import table
 from kquant.errors import CalibrationError, ExportError
 from kquant.graph.ir import Node
-from kquant.graph.ops import BIAS, QUANTIZED_WEIGHT, evaluate
+from kquant.graph.ops import evaluate, op_of, weight_of
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import quantize_bias
 from kquant.keras.layer import QuantizedLayer
@@ -240,7 +240,7 @@ def _wrong_constants(
     w, layout = qgraph.weights.get(node.name), target.kernels[node.op].layout if node.op in target.kernels else None
     if w is None or layout is None:
         return
-    key, bias_key = QUANTIZED_WEIGHT[node.op][0], BIAS.get(node.op, "")
+    key, bias_key = weight_of(node).name, op_of(node).bias or ""
     expected = {f"{node.name}/{key}": (layout.to_file(qgraph.integers[node.name]), w.scale)}
     x = qgraph.activations.get(node.inputs[0])
     if x is not None and bias_key in node.weights:
