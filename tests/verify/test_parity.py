@@ -20,13 +20,13 @@ from kquant.targets.litert.target import LITERT
 from kquant.targets.litert.writer import write_tflite
 from kquant.targets.target import register_target
 from kquant.verify.parity import ParityReport, TensorParity, same_decision, verify_tflite
-from tests.toy import calibration, config, toy_data, toy_graph
+from tests.toy import asked, calibration, config, toy_data, toy_graph
 
 
 def build(name: str = "w8a8") -> tuple[QuantizedModel, QuantizedGraph]:
     plan = make_plan(toy_graph(), config(name))
     qgraph = quantize_graph(plan, calibration(toy_data()), progress=False)
-    return insert(qgraph, {"target": plan.target.name}), qgraph
+    return insert(qgraph, asked(plan.target.name)), qgraph
 
 
 def verify(model: QuantizedModel, qgraph: QuantizedGraph) -> ParityReport:
