@@ -14,8 +14,10 @@ from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import OPS, bias_of, compute, evaluate, weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid, dequantize, fake_quantize, quantize
+from kquant.keras.model import insert
 from kquant.targets.litert.flatbuffer import read_tensors
 from kquant.targets.litert.kernels import KERNELS as RECORDS
+from kquant.targets.litert.runtime import TFLiteModel
 from kquant.targets.litert.writer import write_tflite
 from kquant.targets.operand import Call, Operand
 from tests.targets.litert.build import run
@@ -30,6 +32,7 @@ from tests.targets.litert.graphs import (
     integers,
     quantized,
     rng,
+    weight_grid,
 )
 
 IMAGE = (6, 7, 3)
@@ -249,3 +252,24 @@ def test_which_kernel_rounds(kind: str, bits: int, container: int, shape: dict[s
 @pytest.mark.parametrize("kind, bits", [("depthwise_conv2d", 4), ("conv2d_transpose", 4), ("conv2d_transpose", 8)])
 def test_vectorized_in_blocks_of_8_channels(kind: str, bits: int) -> None:
     np.testing.assert_array_equal(rounded(kind, [-6.0] * 11, bits, 8), [-1] * 8 + [-2] * 3)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_affine_equals_the_default_kernel(seed: int) -> None:
+    """A factor and an offset for each channel, on random shapes and grids."""
+    g = rng(seed)
+    channels = int(g.integers(1, 40))
+    shape = (*(int(v) for v in g.integers(1, 20, int(g.integers(3)))), channels)
+    factor = (g.normal(size=channels) * np.exp(g.uniform(-5, 3))).astype(np.float32)
+    x = Grid(np.float32(np.exp(g.uniform(-6, 0))), np.int32(g.integers(-128, 128)), -128, 127)
+    offset = (g.normal(size=channels) * np.abs(factor).max() * x.scale * 40).astype(np.float32)
+    weights = {"scale": factor, "offset": offset}
+    graph = chain(shape, Node(name="affine", op="affine", shape=(None, *shape), weights=weights))
+    q = g.integers(-128, 128, (int(g.integers(2, 5)), *shape)).astype(np.int8)
+    real = x.scale * (q - np.float32(x.zero_point)) * factor + offset
+    y = grid(float(real.min()), float(real.max()) * np.exp(g.uniform(-1, 1)) + 1e-3)
+    w = weight_grid(graph["affine"], per_channel=bool(g.integers(2)))
+    qgraph = QuantizedGraph(graph, {"x": x, "affine": y}, {"affine": w})
+    content, _ = write_tflite(qgraph)
+    values = insert(qgraph, {"target": "litert"})(x.scale * (q - np.float32(x.zero_point)))
+    np.testing.assert_array_equal(np.rint(values / y.scale) + y.zero_point, TFLiteModel(content).run([q])[0])
