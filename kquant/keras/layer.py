@@ -27,7 +27,6 @@ from kquant.grids.gradients import round_ste
 from kquant.grids.grid import Grid
 from kquant.keras.fake_quant import FakeQuant
 from kquant.keras.record import node_from_dict, node_to_dict
-from kquant.targets.kernel import Kernel
 from kquant.targets.operand import Call, Operand
 from kquant.targets.target import get_target
 
@@ -214,7 +213,7 @@ class QuantizedLayer(keras.layers.Layer):
         node = self.node
         if self.output_quantizer is None:
             y = compute(node, self._with_constants(values))
-            return (round_ste(y / grids[0][0]) * grids[0][0] if self._kernel.averages else y), grids[0]
+            return (round_ste(y / grids[0][0]) * grids[0][0] if op_of(node).averages else y), grids[0]
         if node.op in ("input", "requantize"):
             return self.output_quantizer.fake_quantize(values[0])
         y = self._forward(self._with_constants(values))
@@ -251,11 +250,6 @@ class QuantizedLayer(keras.layers.Layer):
         y = compute(without_clip(self.node), [cast(t) for t in inputs], {k: cast(w) for k, w in weights.items()})
         return tf.cast(y, tf.float32)
 
-    @property
-    def _kernel(self) -> Kernel:
-        """The target's kernel of the operation."""
-        return self.target.kernels[self.node.op]
-
     def _integers(self, values: list[Tensor], grids: list[Tensor], out: Operand) -> Tensor:
         """What the target's kernel computes on the grid `out`, before the clamp."""
         weight = None
@@ -269,7 +263,7 @@ class QuantizedLayer(keras.layers.Layer):
             weight=weight,
             weights=self.float_weights(),
         )
-        return self._kernel.arithmetic[self.activation_bits](call)
+        return self.target.kernels[self.node.op].arithmetic[self.activation_bits](call)
 
     @property
     def grid_of_weight(self) -> FakeQuant | None:

@@ -120,9 +120,3 @@ def evaluate(graph: Graph, feeds: Sequence[Tensor], fetch: Sequence[str] | None 
             if last_use[source] == node.name and source not in keep:
                 del values[source]
     return [values[name] for name in wanted]
-
-
-# Names of before, for what does not read the records yet.
-LINEAR = frozenset(name for name, record in OPS.items() if record.linear)
-QUANTIZED_WEIGHT = {name: (r.weight.name, r.weight.channels) for name, r in OPS.items() if r.weight is not None}
-BIAS = {name: record.bias for name, record in OPS.items() if record.bias is not None}
