@@ -65,7 +65,7 @@ class TFLiteModel:
         Returns:
             The outputs as stored in the file.
         """
-        values = [self._as_stored(x, d) for x, d in zip(inputs, self.inputs, strict=True)]
+        values = [as_stored(x, d) for x, d in zip(inputs, self.inputs, strict=True)]
         batch = len(values[0])
         if batch != self._batch:
             for value, detail in zip(values, self.inputs, strict=True):
@@ -103,16 +103,18 @@ class TFLiteModel:
                 continue
         return found
 
-    def _as_stored(self, x: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:
-        dtype, (scale, zero_point) = detail["dtype"], detail["quantization"]
-        x = np.asarray(x)
-        if x.dtype == dtype:
-            return x
-        if scale and np.issubdtype(x.dtype, np.floating):
-            limits = np.iinfo(dtype)
-            q = np.rint(x.astype(np.float32) / np.float32(scale)) + zero_point
-            return np.clip(q, limits.min, limits.max).astype(dtype)
-        return x.astype(dtype)
+
+def as_stored(x: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:
+    """The values of an input as its tensor stores them: floats are quantized on its grid, if it has one."""
+    dtype, (scale, zero_point) = detail["dtype"], detail["quantization"]
+    x = np.asarray(x)
+    if x.dtype == dtype:
+        return x
+    if scale and np.issubdtype(x.dtype, np.floating):
+        limits = np.iinfo(dtype)
+        q = np.rint(x.astype(np.float32) / np.float32(scale)) + zero_point
+        return np.clip(q, limits.min, limits.max).astype(dtype)
+    return x.astype(dtype)
 
 
 def dequantized(y: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:
