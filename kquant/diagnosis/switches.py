@@ -19,9 +19,9 @@ from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.gradients import fake_quant
 from kquant.grids.grid import Grid
 from kquant.keras.model import QuantizedModel, extract
-from kquant.targets.litert.simulate import simulate
-from kquant.targets.operand import Operand
-from kquant.targets.target import TFLITE_INT8, Target
+from kquant.targets.litert.target import LITERT
+from kquant.targets.operand import Call, Operand
+from kquant.targets.target import Target
 
 Tensor = Any
 WEIGHTS, ACTIVATIONS = "weights", "activations"
@@ -52,7 +52,7 @@ class Quantizer:
         return self.grid.bits
 
 
-def find_quantizers(qgraph: QuantizedGraph, target: Target = TFLITE_INT8) -> tuple[Quantizer, ...]:
+def find_quantizers(qgraph: QuantizedGraph, target: Target = LITERT) -> tuple[Quantizer, ...]:
     """The quantizers of a graph, in its order; tensors on the grid of their input have none of their own."""
     found = []
     for node in qgraph.graph:
@@ -83,7 +83,7 @@ class SwitchedModel(keras.Model):
         quantizers: all of them, in the order of the graph; they are all off at first.
     """
 
-    def __init__(self, qgraph: QuantizedGraph, target: Target = TFLITE_INT8, **kwargs: Any) -> None:
+    def __init__(self, qgraph: QuantizedGraph, target: Target = LITERT, **kwargs: Any) -> None:
         super().__init__(name=kwargs.pop("name", f"{qgraph.graph.name}_switched"), trainable=False, **kwargs)
         self.supports_jit = False  # a conditional for every quantizer takes XLA minutes to compile
         self.qgraph, self.target = qgraph, target
@@ -190,7 +190,7 @@ class SwitchedModel(keras.Model):
         if node.op in _ROUNDS and (owner := self._owner(node)) is not None:
             grid = self.quantizers[self._index[owner]].grid
             return tf.cond(
-                self._is_on(owner), lambda: _on_grid(node, inputs[0], grid), lambda: compute(node, inputs, weights)
+                self._is_on(owner), lambda: self._on_grid(node, inputs[0], grid), lambda: compute(node, inputs, weights)
             )
         return self._output(node, weights["value"] if node.op == "const" else compute(node, inputs, weights))
 
@@ -210,6 +210,16 @@ class SwitchedModel(keras.Model):
             node = self.qgraph.graph[node.inputs[0]]
         return f"{node.name}:{ACTIVATIONS}"
 
+    def _on_grid(self, node: Node, x: Tensor, q: Grid) -> Tensor:
+        """An average, interpolation or padding as the target computes it, on the grid of its input.
+
+        Its values often lie halfway between two steps, where the kernels' rule for ties shifts the mean.
+        """
+        scale, zero_point = tf.constant(q.scale), tf.constant(np.float32(q.zero_point))
+        operand = Operand(tf.round(rounded(x, q) / q.scale), scale, zero_point, q.container)
+        arithmetic = self.target.kernels[node.op].arithmetic[q.container]
+        return arithmetic(Call(node=node, inputs=[operand], out=operand)) * scale
+
     def _is_on(self, name: str) -> Tensor:
         return tf.convert_to_tensor(self.switches)[self._index[name]]
 
@@ -222,16 +232,6 @@ def rounded(x: Tensor, q: Grid) -> Tensor:
     shape = () if q.axis is None else tuple(-1 if k == q.axis else 1 for k in range(len(x.shape)))
     scale, zero_point = (np.reshape(v, shape).astype(np.float32) for v in (q.scale, q.zero_point))
     return fake_quant(x, tf.constant(scale), tf.constant(zero_point), q.qmin, q.qmax)
-
-
-def _on_grid(node: Node, x: Tensor, q: Grid) -> Tensor:
-    """An average, interpolation or padding as the target computes it, on the grid of its input.
-
-    Its values often lie halfway between two steps, where the kernels' rule for ties shifts the mean.
-    """
-    centered = tf.round(rounded(x, q) / q.scale)
-    grid = Operand(centered, tf.constant(q.scale), tf.constant(np.float32(q.zero_point)), q.container)
-    return simulate(node, [grid], grid, {}) * grid.scale
 
 
 def _rounded_weight(node: Node, weight: Tensor, q: Grid) -> Tensor:

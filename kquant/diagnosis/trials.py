@@ -64,7 +64,7 @@ def one_scale(config: QuantConfig) -> bool:
 
 
 def _per_channel(config: QuantConfig) -> QuantConfig:
-    target = config.target if get_target(config.target).per_channel_weights else "tflite_int8"
+    target = config.target if get_target(config.target).per_channel_weights else "litert"
     return replace(_weights(config, per_channel=True), target=target)
 
 

@@ -22,16 +22,15 @@ import numpy as np
 import tensorflow as tf
 
 from kquant.graph.ir import Node
-from kquant.graph.ops import BIAS, LINEAR, QUANTIZED_WEIGHT, compute, weight_view
+from kquant.graph.ops import QUANTIZED_WEIGHT, compute, weight_view
 from kquant.grids.gradients import round_ste
 from kquant.grids.grid import Grid
 from kquant.keras.fake_quant import FakeQuant
-from kquant.targets.litert.fixed_point import requantization
-from kquant.targets.litert.simulate import prelu, simulate
-from kquant.targets.operand import Operand
+from kquant.targets.kernel import Kernel
+from kquant.targets.operand import Call, Operand
+from kquant.targets.target import get_target
 
 Tensor = Any
-_AVERAGES = ("avg_pool2d", "resize")  # on the grid of their input, and rounded to it
 # the axes of the weight over which an output channel adds up
 UNIT_AXES = {"conv2d": (0, 1, 2), "depthwise_conv2d": (0, 1), "conv2d_transpose": (0, 1, 3), "dense": (0,)}
 _STRUCTURE = ("name", "op", "inputs", "shape", "dtype", "attrs", "origin", "origin_type")
@@ -90,11 +89,11 @@ class QuantizedLayer(keras.layers.Layer):
 
     Call it on the list of its input values and the list of their grids, `layer(values, grids)`;
     `grids` is empty where it reads float tensors. It returns `(values, grid)`, or the values alone
-    where its output stays float. An integer linear operation computes
+    where its output stays float. An integer operation computes
 
-        acc = op(x_int, round(W / s_w)) + round(b / (s_x s_w));   q = clamp(round(acc s_x s_w / s_y) + z_y)
+        q = clamp(arithmetic(q_x - z_x, round(W / s_w), ...) + z_y)
 
-    (eq. 3 of the white paper, then requantization), the fused activation being part of the clamp.
+    with the arithmetic of the target's kernel, the fused activation being part of the clamp.
 
     Args:
         node: the operation; its weights give initial values, or only shapes in a serialized config.
@@ -107,6 +106,7 @@ class QuantizedLayer(keras.layers.Layer):
         rounds_in_training: False for probabilities that a loss takes the logarithm of, which must not become 0.
         training_dtype: in what the operation itself computes in training, "float32" or "bfloat16" (of mixed
             precision); a dtype policy of the layer would round the variables too.
+        target: name of the target whose kernel computes it.
     """
 
     def __init__(
@@ -121,6 +121,7 @@ class QuantizedLayer(keras.layers.Layer):
         relative_weight: bool = False,
         rounds_in_training: bool = True,
         training_dtype: str = "float32",
+        target: str = "litert",
         **kwargs: Any,
     ):
         super().__init__(**{"dtype": "float32", **kwargs}, autocast=False)
@@ -129,6 +130,7 @@ class QuantizedLayer(keras.layers.Layer):
         self.output_quantizer = FakeQuant(**output_grid, name="output_quantizer") if output_grid else None
         self.shares_grid, self.activation_bits = shares_grid, activation_bits
         self.rounds_in_training, self.training_dtype = rounds_in_training, training_dtype
+        self.target = get_target(target)
         self.variables_by_name = {k: self._own(k, v) for k, v in self.node.weights.items()}
         key = QUANTIZED_WEIGHT[self.node.op][0] if relative_weight else ""
         self.unit = self._own_unit(key, self.node.weights[key]) if relative_weight else None
@@ -191,20 +193,10 @@ class QuantizedLayer(keras.layers.Layer):
             return self._train(values, grids)
         if self.output_quantizer is None:
             return self._shared_grid(values, grids)
-        if node.op == "embedding":
-            table, grid = self.output_quantizer.fake_quantize(self.variables_by_name["table"])
-            return compute(node, values, {"table": table}), grid
         if not grids and node.op in ("input", "requantize"):
             return self.output_quantizer.fake_quantize(values[0])
         out = self._operand(None, self.output_quantizer.grid)
-        operands = self._operands(values, grids)
-        if node.op in LINEAR:
-            centered = self._linear(operands[0], out)
-        elif node.op == "prelu" and self.weight_quantizer is not None:
-            alpha = self._operand(self._quantized_weight()[0], self.weight_quantizer.grid)
-            centered = prelu(operands[0], alpha, out)
-        else:
-            centered = simulate(_without_clip(node), operands, out, self._real_weights())
+        centered = self._integers(values, grids, out)
         lo, hi = node.attrs.get("clip", (None, None))
         if node.op == "clip":
             lo, hi = node.attrs["lo"], node.attrs["hi"]
@@ -219,7 +211,7 @@ class QuantizedLayer(keras.layers.Layer):
         node = self.node
         if self.output_quantizer is None:
             y = compute(node, self._with_constants(values))
-            return (round_ste(y / grids[0][0]) * grids[0][0] if node.op in _AVERAGES else y), grids[0]
+            return (round_ste(y / grids[0][0]) * grids[0][0] if self._kernel.averages else y), grids[0]
         if node.op in ("input", "requantize"):
             return self.output_quantizer.fake_quantize(values[0])
         y = self._forward(self._with_constants(values))
@@ -256,24 +248,25 @@ class QuantizedLayer(keras.layers.Layer):
         y = compute(_without_clip(self.node), [cast(t) for t in inputs], {k: cast(w) for k, w in weights.items()})
         return tf.cast(y, tf.float32)
 
-    def _linear(self, x: Operand, out: Operand) -> Tensor:
-        key, _ = QUANTIZED_WEIGHT[self.node.op]
-        weights = self.float_weights()
-        weight, bias = weights[key], weights[BIAS[self.node.op]]
-        if self.weight_quantizer is None:  # weights in float, activations in integers: simulation only
-            return round_ste(self._compute_linear(x.value, weight, bias) / out.scale)
-        w_scale = self.weight_scale()
-        w_int, _ = self._quantized_weight()
-        b_int = round_ste(bias / (x.scale * w_scale))
-        # an int16 input overflows the 24 bits in which float32 is exact
-        wide = tf.float64 if out.bits > 8 else tf.float32
-        acc = self._compute_linear(*(tf.cast(t, wide) for t in (x.centered, w_int, b_int)))
-        return requantization(self.node, self.weight_quantizer.bits, out.bits)(acc, x.scale, w_scale, out.scale)
+    @property
+    def _kernel(self) -> Kernel:
+        """The target's kernel of the operation."""
+        return self.target.kernels[self.node.op]
 
-    def _compute_linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        node, key = self.node, QUANTIZED_WEIGHT[self.node.op][0]
-        weights = {key: weight, BIAS[node.op]: bias}
-        return compute(_without_clip(node), [x], weights)
+    def _integers(self, values: list[Tensor], grids: list[Tensor], out: Operand) -> Tensor:
+        """What the target's kernel computes on the grid `out`, before the clamp."""
+        weight = None
+        if self.weight_quantizer is not None:
+            bits = self.target.weight_container(self.node.op, self.weight_quantizer.bits, out.bits)
+            weight = Operand(self._quantized_weight()[0], self.weight_scale(), 0.0, bits)
+        call = Call(
+            node=_without_clip(self.node),
+            inputs=self._operands(values, grids),
+            out=out,
+            weight=weight,
+            weights=self.float_weights(),
+        )
+        return self._kernel.arithmetic[self.activation_bits](call)
 
     def _quantized_weight(self) -> tuple[Tensor, Tensor]:
         """The integers of the weight and their real values, in the weight's own shape."""
@@ -323,12 +316,14 @@ class QuantizedLayer(keras.layers.Layer):
         return self.constant_quantizers[name](value) if name in self.constant_quantizers else value
 
     def _operands(self, values: list[Tensor], grids: list[Tensor]) -> list[Operand]:
-        rest = iter(zip(values, grids, strict=True))
+        rest = iter(zip(values, grids, strict=bool(grids)))
         operands = []
         for name in self.node.inputs:
             if name in self.constants:
                 quantizer = self.constant_quantizers[name]
                 grid, centered = quantizer.grid, quantizer.integers(tf.convert_to_tensor(self.constants[name]))
+            elif not grids:  # ids
+                centered, grid = values[0], tf.constant([1.0, 0.0])
             else:
                 value, grid = next(rest)
                 centered = round_ste(value / grid[0])
@@ -340,10 +335,8 @@ class QuantizedLayer(keras.layers.Layer):
 
     def _shared_grid(self, values: list[Tensor], grids: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Operations that move or select values, on the grid of their input."""
-        if self.node.op in _AVERAGES or self.node.op == "pad":
-            x = self._operands(values, grids)[0]
-            return simulate(self.node, [x], x, {}) * x.scale, grids[0]
-        return compute(self.node, self._with_constants(values)), grids[0]
+        out = self._operand(None, grids[0])
+        return self._integers(values, grids, out) * out.scale, grids[0]
 
     def compute_output_spec(self, values: Any, grids: Any = (), training: bool | None = False) -> Any:
         output = keras.KerasTensor(self.node.shape, dtype=self.node.dtype)
@@ -361,6 +354,7 @@ class QuantizedLayer(keras.layers.Layer):
             "relative_weight": self.unit is not None,
             "rounds_in_training": self.rounds_in_training,
             "training_dtype": self.training_dtype,
+            "target": self.target.name,
             **{k: q and q.settings for k, q in quantizers.items()},
             "constants": {k: list(v.shape) for k, v in self.constants.items()},
             "constant_grids": {k: q.settings for k, q in self.constant_quantizers.items()},

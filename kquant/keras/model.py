@@ -194,6 +194,7 @@ def _layer(qgraph: QuantizedGraph, node: Node, target: Target, learning: Learnin
         rounds_in_training=node.op != "softmax" or not is_final(graph, node),
         name=_keras_name(node),
         training_dtype=dtype,
+        target=target.name,
     )
     constant_pairs = ((q, qgraph.activations[name]) for name, q in layer.constant_quantizers.items())
     for quantizer, q in ((layer.weight_quantizer, weight), (layer.output_quantizer, output), *constant_pairs):

@@ -28,7 +28,7 @@ from kquant.quantize.calibrate import quantize_graph, smallest_outputs, weight_g
 from kquant.quantize.pipeline import decide, quantize_after_training
 from kquant.quantize.plan import make_plan
 from kquant.targets.litert.flatbuffer import read_tensors
-from kquant.targets.litert.linear import LAYOUTS
+from kquant.targets.litert.kernels import KERNELS
 from tests import zoo
 from tests.toy import calibration, config, toy_data, toy_graph
 
@@ -97,7 +97,7 @@ def assert_stored(graph: Graph, weights: Mapping[str, Any], content: bytes) -> N
     stored = integers(content)
     for name, grid in weights.items():
         key = QUANTIZED_WEIGHT[graph[name].op][0]
-        expected = LAYOUTS[graph[name].op].to_file(quantize(weight_view(graph[name]), grid))
+        expected = KERNELS[graph[name].op].layout.to_file(quantize(weight_view(graph[name]), grid))
         np.testing.assert_array_equal(stored[f"{name}/{key}"], expected, err_msg=name)
 
 
