@@ -19,7 +19,8 @@ from kquant.quantize.calibrate import quantize_graph
 from kquant.quantize.plan import make_plan
 from kquant.targets.litert import ops
 from kquant.targets.litert.writer import write_tflite
-from kquant.verify.parity import ParityReport, TensorParity, same_decision, verify_tflite
+from kquant.verify.end_to_end import same_decision
+from kquant.verify.parity import ParityReport, TensorParity, verify_tflite
 from tests.toy import calibration, config, toy_data, toy_graph
 
 

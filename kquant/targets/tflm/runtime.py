@@ -18,7 +18,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from kquant.errors import ExportError, MissingPackageError
-from kquant.targets.litert.reader import Program, Tensor, file_content, read
+from kquant.targets.litert.reader import Program, file_content, read
 from kquant.targets.litert.runtime import as_stored, dequantized
 
 T = TypeVar("T")
@@ -56,8 +56,8 @@ class MicroModel:
         self.content = file_content(source)
         self._program = read(self.content)
         self._interpreter = _open(self.content, self._program, keep_tensors)
-        self.inputs: list[Mapping[str, Any]] = [_detail(t) for t in self._program.inputs]
-        self.outputs: list[Mapping[str, Any]] = [_detail(t) for t in self._program.outputs]
+        self.inputs: list[Mapping[str, Any]] = [t.detail for t in self._program.inputs]
+        self.outputs: list[Mapping[str, Any]] = [t.detail for t in self._program.outputs]
         self._kept: list[dict[str, np.ndarray]] | None = [] if keep_tensors else None
         self._sampled = _sampled(self.content, self._program) if keep_tensors else {}
 
@@ -151,12 +151,6 @@ def _open(content: bytes, program: Program, keep_tensors: bool) -> Any:
         program,
     )
     return opened
-
-
-def _detail(tensor: Tensor) -> dict[str, Any]:
-    """A tensor as LiteRT's interpreter describes it."""
-    quantization = (float(tensor.scale[0]), int(tensor.zero_point[0])) if tensor.scale.size else (0.0, 0)
-    return {"name": tensor.name, "shape": tensor.shape, "dtype": tensor.dtype.type, "quantization": quantization}
 
 
 def _sampled(content: bytes, program: Program) -> dict[int, tuple[str, tuple[int, ...]]]:
