@@ -9,6 +9,7 @@ import numpy as np
 from kquant.config.quant_config import QuantConfig
 from kquant.graph.ir import Graph, Node
 from kquant.quantize.data import CalibrationData
+from kquant.quantize.record import Quantization
 
 SPATIAL = {"strides": [1, 1], "padding": "same", "dilation": [1, 1]}
 
@@ -65,3 +66,8 @@ def calibration(x: np.ndarray, batch_size: int = 16) -> CalibrationData:
 def config(name: str = "w8a8", **changes: Any) -> QuantConfig:
     """A preset with overrides."""
     return QuantConfig.load({"preset": name, **changes})
+
+
+def asked(target: str) -> Quantization:
+    """The record of a network of which nothing is known but its target."""
+    return Quantization(config=QuantConfig(target=target))

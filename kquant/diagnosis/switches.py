@@ -14,7 +14,7 @@ import tensorflow as tf
 from kquant.config.text import suggest
 from kquant.errors import ConfigError
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import QUANTIZED_WEIGHT, compute, evaluate, weight_view
+from kquant.graph.ops import compute, evaluate, op_of, weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.gradients import fake_quant
 from kquant.grids.grid import Grid
@@ -25,7 +25,6 @@ from kquant.targets.target import Target
 
 Tensor = Any
 WEIGHTS, ACTIVATIONS = "weights", "activations"
-_ROUNDS = ("avg_pool2d", "resize", "pad")  # on the grid of their input, and make values between its steps
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -58,7 +57,7 @@ def find_quantizers(qgraph: QuantizedGraph, target: Target = LITERT) -> tuple[Qu
     for node in qgraph.graph:
         q, w = qgraph.activations.get(node.name), qgraph.weights.get(node.name)
         facts: dict[str, Any] = {"node": node.name, "layer": node.origin or node.name, "op": node.op}
-        if w is not None and node.op != "embedding":  # whose values have the grid of its output
+        if w is not None and not op_of(node).lookup:  # whose values have the grid of its output
             found.append(Quantizer(name=f"{node.name}:{WEIGHTS}", kind=WEIGHTS, grid=w, **facts))
         if q is not None and node.op not in target.same_scale | target.inputs_share_output:
             found.append(Quantizer(name=f"{node.name}:{ACTIVATIONS}", kind=ACTIVATIONS, grid=q, **facts))
@@ -185,9 +184,10 @@ class SwitchedModel(keras.Model):
     def _compute(self, node: Node, inputs: Sequence[Tensor]) -> Tensor:
         weights = dict(node.weights)
         if (name := f"{node.name}:{WEIGHTS}") in self._index:
-            key, q = QUANTIZED_WEIGHT[node.op][0], self.quantizers[self._index[name]].grid
+            key, q = weight_of(node).name, self.quantizers[self._index[name]].grid
             weights[key] = self._switched(name, weights[key], lambda w: _rounded_weight(node, w, q))
-        if node.op in _ROUNDS and (owner := self._owner(node)) is not None:
+        rounds = op_of(node).averages or op_of(node).inserts  # values beside those of its input, on the same grid
+        if rounds and (owner := self._owner(node)) is not None:
             grid = self.quantizers[self._index[owner]].grid
             return tf.cond(
                 self._is_on(owner), lambda: self._on_grid(node, inputs[0], grid), lambda: compute(node, inputs, weights)

@@ -146,11 +146,6 @@ TRIALS = (
 )
 
 
-def steps_taken(facts: Mapping[str, Any]) -> dict[str, bool]:
-    """Which steps the pipeline took, from what a quantized model remembers."""
-    return {step["name"]: step["taken"] for step in facts.get("steps", ())}
-
-
 def more_bits(config: QuantConfig, ranked: Sequence[Sensitivity | TensorRecord], count: int) -> QuantConfig | None:
     """A config with higher bits for the `count` worst layers: 8 where there are fewer, else 16 for activations.
 

@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from kquant.errors import ConfigError
+from kquant.graph.ops import OPS, Tie
 from kquant.targets.builtin import Builtin
 from kquant.targets.kernel import Kernel
 from kquant.targets.runtime import Runtime
@@ -24,11 +25,6 @@ from kquant.targets.runtime import Runtime
 if TYPE_CHECKING:
     from kquant.config.quant_config import QuantConfig
     from kquant.config.specs import QuantSpec
-
-
-# The kernels take the output's grid for the input's without looking (or refuse a difference).
-_OF_INPUT = frozenset({"reshape", "transpose", "slice", "pad", "max_pool2d", "avg_pool2d", "resize", "reduce_max"})
-_SHARED = frozenset({"concat", "maximum", "minimum"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +63,16 @@ class Target:
 
     @property
     def same_scale(self) -> frozenset[str]:
-        """Operations whose output has the grid of their input."""
-        return _OF_INPUT & frozenset(self.kernels)
+        """Operations whose output has the grid of their input: their kernels take the one for the other."""
+        return self._tied(Tie.OF_INPUT)
 
     @property
     def inputs_share_output(self) -> frozenset[str]:
-        """Operations whose inputs need the grid of their output."""
-        return _SHARED & frozenset(self.kernels)
+        """Operations whose inputs need the grid of their output: their kernels look at one grid only."""
+        return self._tied(Tie.SHARED)
+
+    def _tied(self, tie: Tie) -> frozenset[str]:
+        return frozenset(op for op in self.kernels if OPS[op].grid is tie)
 
     @property
     def operators(self) -> dict[str, Builtin]:

@@ -24,9 +24,9 @@ import numpy as np
 from kquant.config.text import table
 from kquant.errors import CalibrationError, ExportError
 from kquant.graph.ir import Node
-from kquant.graph.ops import BIAS, QUANTIZED_WEIGHT, evaluate, weight_view
+from kquant.graph.ops import evaluate, op_of, weight_of
 from kquant.graph.quantized import QuantizedGraph
-from kquant.grids.grid import quantize, quantize_bias
+from kquant.grids.grid import quantize_bias
 from kquant.keras.layer import QuantizedLayer
 from kquant.keras.model import QuantizedModel, extract
 from kquant.quantize.data import CalibrationData
@@ -254,10 +254,10 @@ def _wrong_constants(
     w, layout = qgraph.weights.get(node.name), target.kernels[node.op].layout if node.op in target.kernels else None
     if w is None or layout is None:
         return
-    key, bias_key = QUANTIZED_WEIGHT[node.op][0], BIAS.get(node.op)
-    expected = {f"{node.name}/{key}": (layout.to_file(quantize(weight_view(node), w)), w.scale)}
+    key, bias_key = weight_of(node).name, op_of(node).bias
+    expected = {f"{node.name}/{key}": (layout.to_file(qgraph.integers[node.name]), w.scale)}
     x = qgraph.activations.get(node.inputs[0])
-    if x is not None and bias_key in node.weights:
+    if x is not None and bias_key is not None and bias_key in node.weights:
         bias = quantize_bias(node.weights[bias_key], x.scale, w.scale)
         expected[f"{node.name}/{bias_key}"] = (bias, np.float32(x.scale) * np.asarray(w.scale, np.float32))
     for name, (integers, scale) in expected.items():

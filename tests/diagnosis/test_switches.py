@@ -21,14 +21,18 @@ from kquant.quantize.calibrate import quantize_graph
 from kquant.quantize.plan import make_plan
 from models import digits_cnn
 from tests import zoo
-from tests.toy import calibration, config, toy_data, toy_graph
+from tests.toy import asked, calibration, config, toy_data, toy_graph
 
 
 @cache
 def toy(name: str = "w8a8") -> tuple[SwitchedModel, QuantizedGraph, keras.Model]:
     plan = make_plan(toy_graph(), config(name))
     qgraph = quantize_graph(plan, calibration(toy_data()), progress=False)
-    return SwitchedModel(qgraph, plan.target), qgraph, insert(qgraph, {"target": plan.target.name})
+    return (
+        SwitchedModel(qgraph, plan.target),
+        qgraph,
+        insert(qgraph, asked(plan.target.name)),
+    )
 
 
 def in_float(qgraph: QuantizedGraph, feeds: list[np.ndarray]) -> list[Any]:

@@ -2,13 +2,17 @@
 
 from dataclasses import replace
 
+import keras
+import numpy as np
 import pytest
 
+import kquant
 from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import QuantSpec, Rule
 from kquant.errors import ConfigError
+from kquant.targets.litert.flatbuffer import read_tensors
 from kquant.targets.litert.target import LITERT, LITERT_PER_TENSOR, SIMULATION
-from kquant.targets.target import get_target
+from kquant.targets.target import get_target, register_target
 
 TARGETS = (LITERT, LITERT_PER_TENSOR, SIMULATION)
 SYMMETRIC = QuantSpec(symmetric=True)
@@ -100,3 +104,28 @@ def test_possible_combinations_pass():
     LITERT.check(QuantConfig(activations=QuantSpec(symmetric=True, signed=False)))
     LITERT.check(QuantConfig(activations=QuantSpec(bits=12, symmetric=True)))
     LITERT_PER_TENSOR.check(QuantConfig(weights=SYMMETRIC))
+
+
+def test_a_target_of_ones_own_quantizes_and_exports():
+    """A device like LiteRT's, with int8 containers for all weights and no kernel for an addition."""
+    kernels = {**LITERT.kernels, "add": replace(LITERT.kernels["add"], arithmetic={})}
+    mine = register_target(replace(LITERT, name="mine", kernels=kernels, packed_weights=False))
+    assert get_target("mine") is mine and get_target("litert") is LITERT
+    inputs = keras.Input((8, 8, 3))
+    x = keras.layers.Conv2D(4, 3, padding="same", activation="relu", name="conv")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(5, name="head")(keras.layers.Add(name="sum")([x, x])))
+    data = np.random.default_rng(0).normal(size=(16, 8, 8, 3)).astype(np.float32)
+    found = {}
+    for name in ("litert", "mine"):
+        quantized = kquant.quantize_model(model, data, {"preset": "w4a8", "target": name}, progress=False)
+        file = kquant.export_tflite(quantized)
+        tensors = read_tensors(file.content)
+        found[name] = tensors["conv/kernel"].type, tensors["sum"].type
+        assert quantized.target.name == name
+        assert kquant.verify_tflite(quantized, file.content, data).ok
+    assert found == {"litert": ("INT4", "INT8"), "mine": ("INT8", "FLOAT32")}
+
+
+def test_only_targets_are_registered():
+    with pytest.raises(TypeError, match="kquant.Target"):
+        register_target("litert")

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kquant import simulate
 from kquant.errors import CalibrationError, ExportError
 from kquant.graph.ir import Node
 from kquant.graph.quantized import QuantizedGraph
@@ -17,17 +16,18 @@ from kquant.grids.grid import Grid
 from kquant.keras.model import QuantizedModel, insert
 from kquant.quantize.calibrate import quantize_graph
 from kquant.quantize.plan import make_plan
-from kquant.targets.litert import ops
+from kquant.targets.litert.target import LITERT
 from kquant.targets.litert.writer import write_tflite
+from kquant.targets.target import register_target
 from kquant.verify.end_to_end import same_decision
 from kquant.verify.parity import ParityReport, TensorParity, verify_tflite
-from tests.toy import calibration, config, toy_data, toy_graph
+from tests.toy import asked, calibration, config, toy_data, toy_graph
 
 
 def build(name: str = "w8a8") -> tuple[QuantizedModel, QuantizedGraph]:
     plan = make_plan(toy_graph(), config(name))
     qgraph = quantize_graph(plan, calibration(toy_data()), progress=False)
-    return insert(qgraph, {"target": plan.target.name}), qgraph
+    return insert(qgraph, asked(plan.target.name)), qgraph
 
 
 def verify(model: QuantizedModel, qgraph: QuantizedGraph) -> ParityReport:
@@ -152,19 +152,29 @@ def test_a_single_wrong_integer_of_a_bias_is_found(toy) -> None:  # type: ignore
     assert report.structure == ("'fc/bias' differs from the plan",)
 
 
-def test_a_writer_that_miswires_fails_in_float_too(toy, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    model, qgraph = toy
-    monkeypatch.setitem(ops.RULES, "add", ops.RULES["sub"])
-    report = verify(model, qgraph)
+def with_add(name: str, qgraph: QuantizedGraph, **changes: object) -> QuantizedModel:
+    """The model for a target whose addition differs from LiteRT's."""
+    add = replace(LITERT.kernels["add"], **changes)
+    register_target(replace(LITERT, name=name, kernels={**LITERT.kernels, "add": add}))
+    return insert(qgraph, {"target": name})
+
+
+def test_a_writer_that_miswires_fails_in_float_too(toy) -> None:  # type: ignore[no-untyped-def]
+    _, qgraph = toy
+
+    def subtracts(e, node, x, out) -> None:  # type: ignore[no-untyped-def]
+        e.op("SUB", x, [out.tensor], fusedActivationFunction=out.activation, potScaleInt16=False)
+
+    report = verify(with_add("miswired", qgraph, write=subtracts), qgraph)
     assert report.float_error > 1e-2 and not report.ok
     assert report.structure == () and report.reference_max_lsb == 0
 
 
-def test_a_wrong_simulation_is_found(toy, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    model, qgraph = toy
-    right = simulate.SIMULATE["add"]
-    monkeypatch.setitem(simulate.SIMULATE, "add", lambda *a: right(*a) + tf.constant(2.0))
-    report = verify(model, qgraph)
+def test_a_wrong_simulation_is_found(toy) -> None:  # type: ignore[no-untyped-def]
+    _, qgraph = toy
+    right = LITERT.kernels["add"].arithmetic[8]
+    wrong = with_add("wrong", qgraph, arithmetic={8: lambda call: right(call) + tf.constant(2.0)})
+    report = verify(wrong, qgraph)
     assert [t.name for t in report.tensors if t.simulation_max > 1] == ["add"]
     assert not report.ok and report.structure == () and report.float_error < 1e-5
 

@@ -185,6 +185,5 @@ KERNELS = (
                 reference=Reference(compute=elementwise.dequantize, any_type=True),
             ),
         },
-        takes_any=True,
     ),
 )

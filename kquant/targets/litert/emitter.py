@@ -71,6 +71,10 @@ class Emitter:
         """Grid of a node's weights as they are written; None where they are not integers."""
         return None if self.mode in ("float32", "float16") else self._qgraph.weights.get(name)
 
+    def integers(self, name: str) -> np.ndarray:
+        """The integers of a node's weights, in the shape of their `weight_view`."""
+        return self._qgraph.integers[name]
+
     def shape(self, node: Node) -> Shape:
         """A node's shape with the batch that the writer was asked for."""
         shape = tuple(node.shape)

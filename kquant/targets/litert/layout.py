@@ -218,7 +218,6 @@ KERNELS = (
                 reference=_moved(layout.resize_nearest_neighbor),
             ),
         },
-        averages=True,
     ),
     Kernel(
         op="embedding",
@@ -229,7 +228,5 @@ KERNELS = (
             "CAST": Builtin(options="CastOptions"),
         },
         layout=Layout(),
-        takes_any=True,
-        looks_up=True,
     ),
 )

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from kquant.graph.ir import Node
-from kquant.graph.ops import BIAS, QUANTIZED_WEIGHT, compute
+from kquant.graph.ops import bias_of, compute, weight_of
 from kquant.grids.gradients import round_ste
 from kquant.targets.builtin import Builtin, Reference, Use
 from kquant.targets.kernel import Arithmetic, Kernel, Layout
@@ -34,10 +34,10 @@ def accumulate(rounding: Callable[[Call], Requantize]) -> Arithmetic:
     """
 
     def arithmetic(call: Call) -> Tensor:
-        key, x, out = QUANTIZED_WEIGHT[call.node.op][0], call.inputs[0], call.out
-        bias = call.weights[BIAS[call.node.op]]
+        x, out = call.inputs[0], call.out
+        bias = call.weights[bias_of(call.node)]
         if call.weight is None:  # weights in float, activations in integers: simulation only
-            return round_ste(_products(call.node, x.value, call.weights[key], bias) / out.scale)
+            return round_ste(_products(call.node, x.value, call.weights[weight_of(call.node).name], bias) / out.scale)
         w = call.weight
         b_int = round_ste(bias / (x.scale * w.scale))
         # an int16 input overflows the 24 bits in which float32 is exact
@@ -49,7 +49,7 @@ def accumulate(rounding: Callable[[Call], Requantize]) -> Arithmetic:
 
 
 def _products(node: Node, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return compute(node, [x], {QUANTIZED_WEIGHT[node.op][0]: weight, BIAS[node.op]: bias})
+    return compute(node, [x], {weight_of(node).name: weight, bias_of(node): bias})
 
 
 # How LiteRT's default kernels requantize. XNNPACK takes int8 weights, but no transposed convolution whose output shape

@@ -92,7 +92,6 @@ KERNELS = (
                 options="Pool2DOptions", versions=(1, 2, 3), reference=Reference(compute=elementwise.average_pool_2d)
             )
         },
-        averages=True,
     ),
     Kernel(
         op="mean",

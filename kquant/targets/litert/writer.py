@@ -15,6 +15,7 @@ import numpy as np
 
 from kquant.errors import ExportError
 from kquant.graph.ir import Node
+from kquant.graph.ops import op_of
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid
 from kquant.targets.litert.clamps import (
@@ -251,7 +252,7 @@ class _Writer:
             # Integers only move: what comes out lies where the inputs lie.
             bounds = [integer_bounds(g) for g in (e.grid(i) for i in node.inputs) if g is not None]
             given = min(b[0] for b in bounds), max(b[1] for b in bounds)
-        elif e.target.kernels[node.op].looks_up:
+        elif op_of(node).lookup:
             given = integer_bounds(q)
         return integer_clamp(q, clip, fuses, given)
 

@@ -19,6 +19,7 @@ from kquant.targets.litert.writer import write_tflite
 from kquant.targets.operand import Call, Operand
 from tests.targets.litert import test_linear, test_writer
 from tests.targets.litert.graphs import chain, conv, depthwise, integers, op, quantized, rng
+from tests.toy import asked
 
 LSB = {"prelu": 1, "hard_swish": 1}  # the real function, rounded; the kernels have a fixed-point formula
 MOVES = {"reshape", "transpose", "slice", "pad", "pad_value", "pad_reflect", "pad_symmetric", "nearest_corner"}
@@ -39,7 +40,7 @@ def check(qgraph: QuantizedGraph, x, container: int, lsb: int = 0):
     content, _ = write_tflite(qgraph)
     found = TFLiteModel(content).run(integers(qgraph, x))[0].astype(np.int64)
     q = qgraph.activations[qgraph.graph.outputs[0]]
-    y = np.asarray(insert(qgraph, {"target": "litert"})(x if len(x) > 1 else x[0]))
+    y = np.asarray(insert(qgraph, asked("litert"))(x if len(x) > 1 else x[0]))
     ours = np.rint(y / q.scale).astype(np.int64) + q.zero_point
     # an int16 kernel saturates at -32768, which is no integer of the symmetric grid
     found = np.maximum(found, -32767) if container == 16 else found

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from kquant.errors import ExportError
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import BIAS, QUANTIZED_WEIGHT, compute, evaluate, weight_view
+from kquant.graph.ops import OPS, bias_of, compute, evaluate, weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid, dequantize, fake_quantize, quantize
 from kquant.targets.litert.flatbuffer import read_tensors
@@ -67,7 +67,7 @@ def _feed(graph: Graph, batch: int = 2) -> np.ndarray:
 
 def _kernel(graph: Graph) -> tuple[Node, str]:
     node = graph[graph.outputs[0]]
-    return node, f"{node.name}/{QUANTIZED_WEIGHT[node.op][0]}"
+    return node, f"{node.name}/{weight_of(node).name}"
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
@@ -102,7 +102,7 @@ def test_int16_activations(name: str, bits: int) -> None:
     tensors = read_tensors(content)
     if bits == 4:
         assert tensors[kernel].type == ("INT8" if name in ("depthwise", "transposed", "affine") else "INT4")
-    assert tensors[f"{node.name}/{BIAS[node.op]}"].type == "INT64"
+    assert tensors[f"{node.name}/{bias_of(node)}"].type == "INT64"
     for k in KERNELS:
         check_file(content, qgraph, integers(qgraph, [x]), k, lsb=2)
 
@@ -144,7 +144,7 @@ def test_float_modes(name: str, mode: str, bits: int) -> None:
     view = weight_view(node)
     half = view.astype(np.float16).astype(np.float32)
     weights = half if mode == "float16" else fake_quantize(view, qgraph.weights[node.name])
-    key = QUANTIZED_WEIGHT[node.op][0]
+    key = weight_of(node).name
     want = np.asarray(compute(node, [x], {**node.weights, key: weights.reshape(node.weights[key].shape)}))
     assert report.float_nodes == {node.name: ""}
     # hybrid kernels quantize the input of every sample to 8 bits
@@ -191,19 +191,6 @@ def test_embedding_gathers_rows(mode: str) -> None:
             )
 
 
-def test_int4_depthwise_with_int16_activations_is_refused_whatever_the_target_says() -> None:
-    from kquant.targets.target import Target
-
-    class Careless(Target):
-        def weight_container(self, op: str, bits: int, activation_container: int) -> int:
-            return 4
-
-    graph = GRAPHS["depthwise"]()
-    qgraph = quantized(graph, [_feed(graph)], bits=16, container=16, weight_bits=4)
-    with pytest.raises(ExportError, match="'dw'.*int4 depthwise"):
-        write_tflite(qgraph, target=Careless(name="careless", activation_bits=(16,)))
-
-
 def test_weight_grids_of_more_than_8_bits_are_refused() -> None:
     graph = chain((4,), dense(cin=4, cout=3))
     qgraph = quantized(graph, [_feed(graph)])
@@ -227,7 +214,7 @@ def rounded(kind: str, acc: list[float], bits: int, container: int, depth: int =
     kernel = {"conv2d": (1, 1, depth // groups, cout), "depthwise_conv2d": (1, 1, cout, 1), "affine": (cout,)}
     shape = {**kernel, "conv2d_transpose": (1, 1, cout, depth), "dense": (depth, cout)}[kind]
     attrs = {"strides": (1, 1), "padding": "same", "dilation": (1, 1), "groups": groups}
-    node = Node(name=kind, op=kind, shape=(None, 1, 1, cout), attrs=attrs, weights={QUANTIZED_WEIGHT[kind][0]: shape})
+    node = Node(name=kind, op=kind, shape=(None, 1, 1, cout), attrs=attrs, weights={OPS[kind].weight.name: shape})
     channels = cout if kind in ("depthwise_conv2d", "affine") else depth
     one, zero = tf.constant(1.0), tf.constant(0.0)
     call = Call(
@@ -235,7 +222,7 @@ def rounded(kind: str, acc: list[float], bits: int, container: int, depth: int =
         inputs=[Operand(tf.zeros((1, 1, 1, channels)), tf.constant(0.25), zero, container)],
         out=Operand(None, one, zero, container),
         weight=Operand(tf.zeros(shape), one, 0.0, bits),
-        weights={BIAS[kind]: tf.constant(acc) * 0.25},
+        weights={OPS[kind].bias: tf.constant(acc) * 0.25},
     )
     return np.ravel(RECORDS[kind].arithmetic[container](call))
 

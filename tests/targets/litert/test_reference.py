@@ -133,7 +133,9 @@ def drawn(case: Callable[[Rng], Case]) -> Iterator[tuple[int, bytes, list[np.nda
         yield (seed, *case(np.random.default_rng(seed)))
 
 
-def assert_equal(case: Callable[[Rng], Case], kernels: Mapping[str, Reference], resolver: object, outputs: int = OUTPUTS) -> None:
+def assert_equal(
+    case: Callable[[Rng], Case], kernels: Mapping[str, Reference], resolver: object, outputs: int = OUTPUTS
+) -> None:
     compared = 0
     for seed, model, inputs in drawn(case):
         expected = run(model, inputs, resolver)["y"]

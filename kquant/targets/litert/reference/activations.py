@@ -72,7 +72,7 @@ def _table(op: Operator, curve: Curve) -> np.ndarray:
     return saturate(round_half_away(curved * (_F(1) / out.s)).astype(np.int64) + out.z, out.dtype)
 
 
-def _eight_bit(curve: Curve) -> Compute:
+def _eight_bit(curve: Curve) -> Callable[[Operator, Values], np.ndarray]:
     def kernel(op: Operator, x: Values) -> np.ndarray:
         value = np.asarray(x[0])
         return _table(op, curve)[value.astype(np.int64) - np.iinfo(value.dtype).min]
