@@ -39,6 +39,7 @@ class Target:
         weight_bits: smallest and largest number of bits of a weight.
         packed_weights: weights of 4 bits and fewer are stored in int4 and int2 tensors where the kernel takes them;
             otherwise in int8 tensors.
+        fixed_batch: every shape in its files is constant, for one sample; otherwise a user may resize the batch.
         per_channel_weights: one weight scale per output channel is accepted.
         symmetric_weights: weights need zero point 0.
         symmetric_activations: activations need zero point 0 (16-bit containers always do).
@@ -53,6 +54,7 @@ class Target:
     mixed_activation_bits: tuple[int, ...] = (8, 16)
     weight_bits: tuple[int, int] = (2, 8)
     packed_weights: bool = True
+    fixed_batch: bool = False
     per_channel_weights: bool = True
     symmetric_weights: bool = True
     symmetric_activations: bool = False

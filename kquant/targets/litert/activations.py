@@ -82,17 +82,21 @@ def _prelu(call: Call) -> Tensor:
     return with_gradient_of(ideal, tf.where(q >= 0, scaled(q, by_one), scaled(q * slope, by_slope)))
 
 
-def _softmax_16(call: Call) -> Tensor:
+def softmax_16(reciprocals: np.ndarray) -> Arithmetic:
     """Interpolated tables of exp and 1 / (1 + v), up to 9 LSB from the real function."""
-    q, (s_x,) = integers(call.inputs[0]), doubles(call.inputs[0].scale)
-    below = scaled(q - tf.reduce_max(q, -1, keepdims=True), s_x / (10.0 / 65535.0))
-    exps = _lookup(EXP, tf.clip_by_value(below + 32767, -32768, 32767))
-    total = tf.reduce_sum(exps, -1, keepdims=True)
-    headroom = 32 - bit_length(total)
-    shifted = shift_right(tf.bitwise.left_shift(total, headroom - 1), tf.constant(14, tf.int64))
-    reciprocal = _lookup(RECIPROCAL, tf.clip_by_value(shifted - (1 << 15) - (1 << 16), -32768, 32767))
-    y = shift_right(exps * reciprocal, 31 - headroom)
-    return with_gradient_of(_ideal(call), tf.clip_by_value(y, 0, 32767))
+
+    def arithmetic(call: Call) -> Tensor:
+        q, (s_x,) = integers(call.inputs[0]), doubles(call.inputs[0].scale)
+        below = scaled(q - tf.reduce_max(q, -1, keepdims=True), s_x / (10.0 / 65535.0))
+        exps = _lookup(EXP, tf.clip_by_value(below + 32767, -32768, 32767))
+        total = tf.reduce_sum(exps, -1, keepdims=True)
+        headroom = 32 - bit_length(total)
+        shifted = shift_right(tf.bitwise.left_shift(total, headroom - 1), tf.constant(14, tf.int64))
+        reciprocal = _lookup(reciprocals, tf.clip_by_value(shifted - (1 << 15) - (1 << 16), -32768, 32767))
+        y = shift_right(exps * reciprocal, 31 - headroom)
+        return with_gradient_of(_ideal(call), tf.clip_by_value(y, 0, 32767))
+
+    return arithmetic
 
 
 def _lookup(table: np.ndarray, q: Tensor) -> Tensor:
@@ -215,7 +219,7 @@ KERNELS = (
     ),
     Kernel(
         op="softmax",
-        arithmetic={8: real, 16: _softmax_16},
+        arithmetic={8: real, 16: softmax_16(RECIPROCAL)},
         write=_write_softmax,
         operators={
             "SOFTMAX": Builtin(

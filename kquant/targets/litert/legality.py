@@ -25,7 +25,10 @@ def check(e: Emitter, node: Node) -> None:
             _check_grid(node, q)
         return
     if node.op not in e.target.kernels:
-        raise ExportError(f"{node.name!r}: there is no TFLite operator for op {node.op!r}; keep the layer float.")
+        raise ExportError(
+            f"{node.name!r}: {e.target.name} has no operator for {node.op!r}, in float neither; "
+            "take it out of the model, or use another target."
+        )
     kernel = e.target.kernels[node.op]
     rank = max((len(n.shape) for n in (node, *(e.graph[i] for i in node.inputs))), default=0)
     if kernel.max_rank is not None and rank > kernel.max_rank:

@@ -93,7 +93,7 @@ def write_tflite(
             (int8 weights, inputs quantized at run time), "weight_only" (integers, dequantized).
         input_type: "int8", "uint8", "int16" or "float32"; the graph's own type by default.
         output_type: likewise.
-        batch: a fixed batch size; by default 1, which a user may resize.
+        batch: a fixed batch size; by default 1, which a user may resize unless the target fixes it.
         description: free text in the file.
         float_reasons: node -> why it stays float, for the report.
 
@@ -104,6 +104,8 @@ def write_tflite(
         ExportError: something would not run, or would silently compute something else.
     """
     _check_options(mode, input_type, output_type)
+    if batch is None and target.fixed_batch:
+        batch = 1
     writer = _Writer(Emitter(qgraph, target, mode, batch))
     graph = qgraph.graph
     fed: dict[str, int] = {}
