@@ -83,14 +83,14 @@ CONVERTERS = {"kquant": with_kquant, "converter": with_converter}
 def _planned(model: Any, images: Any, config: str, before: Any) -> tuple[Any, Any, Any]:
     """(graph, grids of the linear operations, data) after the step `before` on the graph."""
     from kquant.config.quant_config import QuantConfig
+    from kquant.graph.ops import op_of
     from kquant.graph.transforms import prepare_graph
     from kquant.quantize.calibrate import weight_grids
     from kquant.quantize.data import CalibrationData
-    from kquant.quantize.gram import MATRIX_OPS
     from kquant.quantize.plan import make_plan
 
     plan = make_plan(before(prepare_graph(model)), QuantConfig.load(config))
-    grids = {n: q for n, q in weight_grids(plan).items() if plan.graph[n].op in MATRIX_OPS}
+    grids = {n: q for n, q in weight_grids(plan).items() if op_of(plan.graph[n]).matrix}
     specs = [(i, plan.graph[i].shape, plan.graph[i].dtype) for i in plan.graph.inputs]
     return plan.graph, grids, CalibrationData(images, specs)
 
@@ -165,7 +165,7 @@ def layer_work(name: str) -> None:
     import tensorflow as tf
 
     from kquant.config.specs import QuantSpec
-    from kquant.graph.ops import QUANTIZED_WEIGHT, compute, weight_view
+    from kquant.graph.ops import compute, weight_of, weight_view
     from kquant.grids.grid import fake_quantize, grid_from_range
     from kquant.grids.ranges import weight_range
     from kquant.quantize.adaround import AdaRound, round_layer
@@ -173,7 +173,7 @@ def layer_work(name: str) -> None:
     tf.config.threading.set_intra_op_parallelism_threads(FLAGS.threads)
     problem = layer_problem(name)
     node, (x, held_out) = layer_node(problem), problem["x"]
-    spec, axis = QuantSpec(bits=BITS, symmetric=True, per_channel=True), QUANTIZED_WEIGHT[node.op][1]
+    spec, axis = QuantSpec(bits=BITS, symmetric=True, per_channel=True), weight_of(node).channels
     grid = grid_from_range(*weight_range("min_max", weight_view(node), spec, axis), spec, axis)
     blocks = [tf.constant(x[k : k + 64]) for k in range(0, IMAGES, 64)]
     wanted = compute(node, [held_out])

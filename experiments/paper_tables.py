@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ import kquant
 from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import WEIGHT_METHODS, AdaRound
 from kquant.graph.ir import Graph
-from kquant.graph.ops import LINEAR
+from kquant.graph.ops import op_of
 from kquant.graph.transforms import prepare_graph
 from kquant.graph.transforms.absorb_bias import absorb_bias
 from kquant.graph.transforms.equalize import equalize
@@ -84,7 +84,7 @@ class Case:
 
     def score(self, model: kquant.QuantizedModel) -> float:
         """Top-1 of the exported file, or of the simulation where only activations are quantized."""
-        weights, activations = (model.quantization["config"][k] is not None for k in ("weights", "activations"))
+        weights, activations = (getattr(model.quantization.config, k) is not None for k in ("weights", "activations"))
         if activations and not weights:
             return zoo.float_top1(model, self.batches)
         content = kquant.export_tflite(model).content if activations else rounded_file(model)
@@ -106,9 +106,7 @@ def quantized(
 ) -> kquant.QuantizedModel:
     """As `kquant.quantize_model`, from a graph that was transformed before."""
     settings = QuantConfig.load(config)
-    plan, qgraph, _ = quantize_after_training(graph, settings, data, seed=seed, progress=False)
-    facts = {"target": plan.target.name, "config": settings.to_dict(), "float": [asdict(s) for s in plan.skipped]}
-    return insert(qgraph, facts)
+    return insert(*quantize_after_training(graph, settings, data, seed=seed, progress=False))
 
 
 def subset(name: str, seed: int) -> np.ndarray:
@@ -198,7 +196,7 @@ def equalization(name: str, options: Options) -> Iterator[Sequence[Any]]:
 
 def _absorbed(graph: Graph, case: Case) -> Graph:
     """By the statistics of batch normalizations, or by the data where there are none."""
-    names = [n.name for n in graph if n.op in LINEAR]
+    names = [n.name for n in graph if op_of(n).linear]
     lows = {} if case.has_statistics else smallest_outputs(graph, names, case.data(), progress=False)
     return absorb_bias(graph, lows=lows)[0]
 

@@ -7,7 +7,7 @@ kquant.export_tflite(qmodel, "model.tflite")
 print(kquant.verify_tflite(qmodel, "model.tflite", data))
 """
 
-from kquant.keras.backend import check_backend
+from kquant.graph.backend import check_backend
 
 check_backend()
 
@@ -35,7 +35,7 @@ from kquant.qat.callbacks import FreezeQuantizers, LogQuantizers  # noqa: E402
 from kquant.qat.distill import Distiller  # noqa: E402
 from kquant.qat.prepare import prepare_qat  # noqa: E402
 from kquant.targets.litert.runtime import TFLiteModel  # noqa: E402
-from kquant.targets.target import Target, get_target  # noqa: E402
+from kquant.targets.target import Target, get_target, register_target  # noqa: E402
 from kquant.verify.parity import ParityReport, verify_tflite  # noqa: E402
 
 __version__ = "0.1.0"
@@ -71,5 +71,6 @@ __all__ = [
     "quantize_model",
     "reestimate_batch_norm",
     "register_layer",
+    "register_target",
     "verify_tflite",
 ]

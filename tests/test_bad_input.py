@@ -232,7 +232,7 @@ def test_an_unserializable_lambda_is_named():
         assert "closure" in str(error)
     else:  # traced into operations: then it must be reported as float, and compute the same
         assert np.isfinite(qmodel.predict(images(), verbose=0)).all()
-        assert qmodel.quantization["float"]
+        assert qmodel.quantization.skipped
 
 
 def test_a_truncated_or_foreign_file_is_refused(tmp_path):

@@ -70,7 +70,7 @@ class QuantConfig:
     weights: QuantSpec | None = WEIGHTS
     activations: QuantSpec | None = ACTIVATIONS
     inputs: QuantSpec | None = None
-    target: str = "tflite_int8"
+    target: str = "litert"
     equalize: bool | None = None
     absorb_bias: bool | None = None
     adaround: AdaRound | bool | None = None
@@ -162,7 +162,7 @@ class QuantConfig:
 
         Weights are symmetric, narrow-range and per-channel (`-per_tensor`: one scale per tensor),
         with MSE ranges. Activations are asymmetric with min-max ranges, below 8 bits with MSE ranges; above
-        8 bits they are symmetric and the target is tflite_int16x8. Below 8 bits the first layer's
+        8 bits they are symmetric. Below 8 bits the first layer's
         weights and the last layer's weights and output stay at 8 bits, and so do the model's
         inputs. Without `a<bits>` only the weights are quantized, without `w<bits>` only the activations, which
         no hardware runs (target "simulation").
@@ -178,12 +178,12 @@ class QuantConfig:
             raise ConfigError(f"Unknown preset {name!r}{hint}; w<bits>[a<bits>][-per_tensor] is one, e.g. w8a8.")
         w_bits, per_tensor = int(match[1]), match[3] is not None
         weights = replace(WEIGHTS, bits=w_bits, per_channel=not per_tensor)
-        target = "tflite_int8_per_tensor" if per_tensor else "tflite_int8"
+        target = "litert_per_tensor" if per_tensor else "litert"
         if match[2] is None:
             return cls(weights=weights, activations=None, target=target)
         a_bits = int(match[2])
         if a_bits > 8:
-            return cls(weights=weights, activations=_activations(a_bits), target="tflite_int16x8")
+            return cls(weights=weights, activations=_activations(a_bits))
         activations = _activations(a_bits)
         keep = {"bits": 8}
         rules = (Rule(position="first", weights=keep), Rule(position="last", weights=keep, activations=keep))

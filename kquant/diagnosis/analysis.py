@@ -15,7 +15,7 @@ from kquant.diagnosis.records import ChannelRanges, Quartiles, TensorRecord
 from kquant.diagnosis.switches import ACTIVATIONS, Quantizer, SwitchedModel, rounded
 from kquant.errors import CalibrationError
 from kquant.graph.ir import Graph
-from kquant.graph.ops import LINEAR, QUANTIZED_WEIGHT, weight_view
+from kquant.graph.ops import op_of, weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid, fake_quantize
 from kquant.keras.model import QuantizedModel
@@ -85,12 +85,12 @@ def channel_ranges(before: Graph, after: Graph) -> tuple[ChannelRanges, ...]:
     Args:
         before, after: e.g. the prepared graph, and the graph of the quantized model.
     """
-    names = [n.name for n in before if n.op in LINEAR and n.name in after.nodes and after[n.name].op == n.op]
+    names = [n.name for n in before if op_of(n).linear and n.name in after.nodes and after[n.name].op == n.op]
     return tuple(ChannelRanges(node=n, before=_weight_ranges(before, n), after=_weight_ranges(after, n)) for n in names)
 
 
 def _weight_ranges(graph: Graph, name: str) -> tuple[Quartiles, ...]:
-    channels = _by_channel(weight_view(graph[name]), QUANTIZED_WEIGHT[graph[name].op][1])
+    channels = _by_channel(weight_view(graph[name]), weight_of(graph[name]).channels)
     a, b, c, d, e = np.percentile(channels, [0, 25, 50, 75, 100], axis=1).tolist()
     return tuple(zip(a, b, c, d, e, strict=True))
 
@@ -177,7 +177,7 @@ def _constant(graph: Graph, q: Quantizer) -> tuple[Array, int | None]:
     if node.op == "const":
         value = node.weights["value"]
         return value, value.ndim - 1 if value.ndim else None
-    return weight_view(node), QUANTIZED_WEIGHT[node.op][1]
+    return weight_view(node), weight_of(node).channels
 
 
 def _sums_of_constant(value: Array, axis: int | None, grid: Grid) -> _Sums:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +16,7 @@ from kquant.diagnosis.switches import SwitchedModel
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid
 from kquant.keras.model import QuantizedModel
+from kquant.quantize.record import Quantization
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -27,7 +26,7 @@ class Case:
     Attributes:
         lab: where it is measured.
         config: the config in question.
-        model, qgraph, facts: the quantized model, what it computes, what it remembers.
+        model, qgraph, quantization: the quantized model, what it computes, how it was quantized.
         plain: the float network with the same tensors and grids: weights as they were before AdaRound or bias
             correction, so that all switches off is the float model.
         expected: the graph that the config gives on the calibration data, for a model that the user passed.
@@ -40,7 +39,7 @@ class Case:
     config: QuantConfig
     model: QuantizedModel
     qgraph: QuantizedGraph
-    facts: Mapping[str, Any]
+    quantization: Quantization
     plain: QuantizedGraph
     expected: QuantizedGraph | None
     content: bytes | None

@@ -17,7 +17,6 @@ from kquant.diagnosis.case import Case, Results
 from kquant.diagnosis.experiments import Laboratory, first
 from kquant.diagnosis.metrics import make_metric, read_samples
 from kquant.diagnosis.records import Diagnosis
-from kquant.diagnosis.trials import steps_taken
 from kquant.diagnosis.workflow import Workflow
 from kquant.errors import ModelError
 from kquant.graph.ir import Graph
@@ -25,6 +24,7 @@ from kquant.graph.quantized import QuantizedGraph
 from kquant.graph.transforms import prepare_graph
 from kquant.keras.model import QuantizedModel, extract, insert
 from kquant.keras.report import format_report
+from kquant.quantize.record import Quantization
 from kquant.targets.litert.reader import file_content
 from kquant.targets.litert.writer import write_tflite
 
@@ -115,16 +115,14 @@ def _case(
     tflite: bytes | str | os.PathLike[str] | None,
 ) -> Case:
     """What is diagnosed: quantized here, or as the user has it."""
-    qgraph: QuantizedGraph
-    facts: Mapping[str, Any]
     expected = None
     if quantized is None:
-        qgraph, facts = lab.quantize(config)
-        model = insert(qgraph, facts)
+        qgraph, quantization = lab.quantize(config)
+        model = insert(qgraph, quantization)
     else:
-        qgraph, facts, model = extract(quantized), quantized.quantization, quantized
-        config = QuantConfig.from_dict(facts["config"]) if "config" in facts else config
-        expected = None if "training" in facts else lab.quantize(config)[0]
+        qgraph, quantization, model = extract(quantized), quantized.quantization, quantized
+        config = quantization.config
+        expected = None if quantization.training is not None else lab.quantize(config)[0]
     if tflite is not None:
         content: bytes | None = file_content(tflite)
     else:
@@ -134,20 +132,21 @@ def _case(
         config=config,
         model=model,
         qgraph=qgraph,
-        facts=facts,
-        plain=_plain(lab, config, qgraph, facts),
+        quantization=quantization,
+        plain=_plain(lab, qgraph, quantization),
         expected=expected,
         content=content,
         is_own_calibration=False,
     )
 
 
-def _plain(lab: Laboratory, config: QuantConfig, qgraph: QuantizedGraph, facts: Mapping[str, Any]) -> QuantizedGraph:
+def _plain(lab: Laboratory, qgraph: QuantizedGraph, quantization: Quantization) -> QuantizedGraph:
     """The graph with the weights as they were before rounding was optimized or biases corrected."""
-    taken = steps_taken(facts)
-    if "training" in facts or not (taken.get("adaround") or taken.get("correct_bias")):
+    taken = quantization.taken
+    decided = taken.get("adaround") or taken.get("correct_bias")
+    if quantization.training is not None or not decided:
         return qgraph
-    before, _ = lab.quantize(replace(config, adaround=False, correct_bias=False))
+    before, _ = lab.quantize(replace(quantization.config, adaround=False, correct_bias=False))
     if list(before.graph.nodes) != list(qgraph.graph.nodes):
         return qgraph
     return QuantizedGraph(before.graph, qgraph.activations, qgraph.weights)
@@ -176,5 +175,5 @@ def _diagnosis(case: Case, graph: Graph, found: Results, seconds: float) -> Diag
         recommendation=None if best is None else best.config.to_dict(),
         recommended_score=None if best is None else best.measured.score,
         advice=tuple(found.advice),
-        model_report=format_report(case.facts) if "layers" in case.facts else "",
+        model_report=format_report(case.quantization, case.qgraph),
     )

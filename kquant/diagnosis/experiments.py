@@ -23,6 +23,7 @@ from kquant.diagnosis.switches import SwitchedModel
 from kquant.graph.ir import Graph
 from kquant.graph.quantized import QuantizedGraph
 from kquant.keras.quantize_model import quantize_to_graph
+from kquant.quantize.record import Quantization
 from kquant.targets.litert.runtime import TFLiteModel
 from kquant.targets.litert.writer import write_tflite
 from kquant.targets.target import get_target
@@ -58,14 +59,14 @@ class Outcome:
 
     Attributes:
         config: of the real pipeline.
-        qgraph, facts: what it made (see `quantize.quantize_to_graph`).
+        qgraph, quantization: what it made (see `quantize.quantize_to_graph`).
         content: the file; None for a target that has none.
         measured: score of the file on the interpreter, of the simulation where there is none.
     """
 
     config: QuantConfig
     qgraph: QuantizedGraph
-    facts: Mapping[str, Any]
+    quantization: Quantization
     content: bytes | None
     measured: Measured
 
@@ -157,10 +158,8 @@ class Laboratory:
         """Whether b is worse than a by more than noise."""
         return self.drop(a, b) > self.threshold(a, b)
 
-    def quantize(
-        self, config: QuantConfig, calibration: Samples | None = None
-    ) -> tuple[QuantizedGraph, Mapping[str, Any]]:
-        """The quantized graph of a config and the facts of it, by the whole pipeline.
+    def quantize(self, config: QuantConfig, calibration: Samples | None = None) -> tuple[QuantizedGraph, Quantization]:
+        """The quantized graph of a config and how it was quantized, by the whole pipeline.
 
         Args:
             config: what to do.
@@ -176,7 +175,7 @@ class Laboratory:
             ConfigError: the config is impossible for its target.
             ExportError: the target refuses the program.
         """
-        qgraph, facts = self.quantize(config, calibration)
+        qgraph, quantization = self.quantize(config, calibration)
         target = get_target(config.target)
         content = None if target.float_weights else write_tflite(qgraph, target=target)[0]
         if content is not None:
@@ -185,7 +184,7 @@ class Laboratory:
             model = SwitchedModel(qgraph, target)
             model.switch(model.names)
             measured = self.measure(model)
-        return Outcome(config=config, qgraph=qgraph, facts=facts, content=content, measured=measured)
+        return Outcome(config=config, qgraph=qgraph, quantization=quantization, content=content, measured=measured)
 
 
 def right_per_sample(metric: Metric, output: Array) -> Array | None:

@@ -36,6 +36,7 @@ from kquant.keras.model import extract, insert
 from kquant.quantize.calibrate import quantize_graph
 from kquant.quantize.data import CalibrationData
 from kquant.quantize.plan import make_plan
+from kquant.quantize.record import Quantization
 from kquant.targets.target import Target, get_target
 
 ALONE_ON, ALONE_OFF = "alone on", "alone off"
@@ -99,7 +100,8 @@ class Workload:
             ) from error
         self._folder = tempfile.TemporaryDirectory(prefix="kquant-")
         folder = Path(self._folder.name)
-        insert(self.qgraph, {"target": self.target.name}).save(folder / "model.keras")
+        asked = Quantization(config=QuantConfig(target=self.target.name))
+        insert(self.qgraph, asked).save(folder / "model.keras")
         (folder / "metric.pickle").write_bytes(metric)
         return str(folder)
 

@@ -14,18 +14,17 @@ import tensorflow as tf
 from kquant.config.text import suggest
 from kquant.errors import ConfigError
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import QUANTIZED_WEIGHT, compute, evaluate, weight_view
+from kquant.graph.ops import compute, evaluate, op_of, weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.gradients import fake_quant
 from kquant.grids.grid import Grid
 from kquant.keras.model import QuantizedModel, extract
-from kquant.targets.litert.simulate import simulate
-from kquant.targets.operand import Operand
-from kquant.targets.target import TFLITE_INT8, Target
+from kquant.targets.litert.target import LITERT
+from kquant.targets.operand import Call, Operand
+from kquant.targets.target import Target
 
 Tensor = Any
 WEIGHTS, ACTIVATIONS = "weights", "activations"
-_ROUNDS = ("avg_pool2d", "resize", "pad")  # on the grid of their input, and make values between its steps
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -52,13 +51,13 @@ class Quantizer:
         return self.grid.bits
 
 
-def find_quantizers(qgraph: QuantizedGraph, target: Target = TFLITE_INT8) -> tuple[Quantizer, ...]:
+def find_quantizers(qgraph: QuantizedGraph, target: Target = LITERT) -> tuple[Quantizer, ...]:
     """The quantizers of a graph, in its order; tensors on the grid of their input have none of their own."""
     found = []
     for node in qgraph.graph:
         q, w = qgraph.activations.get(node.name), qgraph.weights.get(node.name)
         facts: dict[str, Any] = {"node": node.name, "layer": node.origin or node.name, "op": node.op}
-        if w is not None and node.op != "embedding":  # whose values have the grid of its output
+        if w is not None and not op_of(node).lookup:  # whose values have the grid of its output
             found.append(Quantizer(name=f"{node.name}:{WEIGHTS}", kind=WEIGHTS, grid=w, **facts))
         if q is not None and node.op not in target.same_scale | target.inputs_share_output:
             found.append(Quantizer(name=f"{node.name}:{ACTIVATIONS}", kind=ACTIVATIONS, grid=q, **facts))
@@ -83,7 +82,7 @@ class SwitchedModel(keras.Model):
         quantizers: all of them, in the order of the graph; they are all off at first.
     """
 
-    def __init__(self, qgraph: QuantizedGraph, target: Target = TFLITE_INT8, **kwargs: Any) -> None:
+    def __init__(self, qgraph: QuantizedGraph, target: Target = LITERT, **kwargs: Any) -> None:
         super().__init__(name=kwargs.pop("name", f"{qgraph.graph.name}_switched"), trainable=False, **kwargs)
         self.supports_jit = False  # a conditional for every quantizer takes XLA minutes to compile
         self.qgraph, self.target = qgraph, target
@@ -185,12 +184,13 @@ class SwitchedModel(keras.Model):
     def _compute(self, node: Node, inputs: Sequence[Tensor]) -> Tensor:
         weights = dict(node.weights)
         if (name := f"{node.name}:{WEIGHTS}") in self._index:
-            key, q = QUANTIZED_WEIGHT[node.op][0], self.quantizers[self._index[name]].grid
+            key, q = weight_of(node).name, self.quantizers[self._index[name]].grid
             weights[key] = self._switched(name, weights[key], lambda w: _rounded_weight(node, w, q))
-        if node.op in _ROUNDS and (owner := self._owner(node)) is not None:
+        rounds = op_of(node).averages or op_of(node).inserts  # values beside those of its input, on the same grid
+        if rounds and (owner := self._owner(node)) is not None:
             grid = self.quantizers[self._index[owner]].grid
             return tf.cond(
-                self._is_on(owner), lambda: _on_grid(node, inputs[0], grid), lambda: compute(node, inputs, weights)
+                self._is_on(owner), lambda: self._on_grid(node, inputs[0], grid), lambda: compute(node, inputs, weights)
             )
         return self._output(node, weights["value"] if node.op == "const" else compute(node, inputs, weights))
 
@@ -210,6 +210,16 @@ class SwitchedModel(keras.Model):
             node = self.qgraph.graph[node.inputs[0]]
         return f"{node.name}:{ACTIVATIONS}"
 
+    def _on_grid(self, node: Node, x: Tensor, q: Grid) -> Tensor:
+        """An average, interpolation or padding as the target computes it, on the grid of its input.
+
+        Its values often lie halfway between two steps, where the kernels' rule for ties shifts the mean.
+        """
+        scale, zero_point = tf.constant(q.scale), tf.constant(np.float32(q.zero_point))
+        operand = Operand(tf.round(rounded(x, q) / q.scale), scale, zero_point, q.container)
+        arithmetic = self.target.kernels[node.op].arithmetic[q.container]
+        return arithmetic(Call(node=node, inputs=[operand], out=operand)) * scale
+
     def _is_on(self, name: str) -> Tensor:
         return tf.convert_to_tensor(self.switches)[self._index[name]]
 
@@ -222,16 +232,6 @@ def rounded(x: Tensor, q: Grid) -> Tensor:
     shape = () if q.axis is None else tuple(-1 if k == q.axis else 1 for k in range(len(x.shape)))
     scale, zero_point = (np.reshape(v, shape).astype(np.float32) for v in (q.scale, q.zero_point))
     return fake_quant(x, tf.constant(scale), tf.constant(zero_point), q.qmin, q.qmax)
-
-
-def _on_grid(node: Node, x: Tensor, q: Grid) -> Tensor:
-    """An average, interpolation or padding as the target computes it, on the grid of its input.
-
-    Its values often lie halfway between two steps, where the kernels' rule for ties shifts the mean.
-    """
-    centered = tf.round(rounded(x, q) / q.scale)
-    grid = Operand(centered, tf.constant(q.scale), tf.constant(np.float32(q.zero_point)), q.container)
-    return simulate(node, [grid], grid, {}) * grid.scale
 
 
 def _rounded_weight(node: Node, weight: Tensor, q: Grid) -> Tensor:

@@ -64,7 +64,7 @@ def one_scale(config: QuantConfig) -> bool:
 
 
 def _per_channel(config: QuantConfig) -> QuantConfig:
-    target = config.target if get_target(config.target).per_channel_weights else "tflite_int8"
+    target = config.target if get_target(config.target).per_channel_weights else "litert"
     return replace(_weights(config, per_channel=True), target=target)
 
 
@@ -144,11 +144,6 @@ TRIALS = (
         change=lambda config: replace(config, equalize=True),
     ),
 )
-
-
-def steps_taken(facts: Mapping[str, Any]) -> dict[str, bool]:
-    """Which steps the pipeline took, from what a quantized model remembers."""
-    return {step["name"]: step["taken"] for step in facts.get("steps", ())}
 
 
 def more_bits(config: QuantConfig, ranked: Sequence[Sensitivity | TensorRecord], count: int) -> QuantConfig | None:

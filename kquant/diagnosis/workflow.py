@@ -23,7 +23,7 @@ from kquant.diagnosis.sensitivity import sensitivity
 from kquant.diagnosis.summary import decimals
 from kquant.diagnosis.switches import ACTIVATIONS, WEIGHTS, SwitchedModel
 from kquant.diagnosis.target import compare_with_target
-from kquant.diagnosis.trials import TRIALS, Trial, more_bits, steps_taken
+from kquant.diagnosis.trials import TRIALS, Trial, more_bits
 from kquant.errors import CalibrationError, ConfigError, ExportError
 
 SAME = 60.0  # dB: float32 rounding, and folding in another order, stay far below -60 dB of the output
@@ -95,7 +95,7 @@ class Workflow:
     def _float_check(self) -> bool:
         """All quantizers off."""
         question = "Does the simulation without quantizers equal the float model?"
-        if "training" in self.case.facts:
+        if self.case.quantization.training is not None:
             self._note("FP32 check", question, None, "It was trained on, so it need not.")
             return True
         outputs = predict(self.plain, self.case.metric.samples)
@@ -175,7 +175,7 @@ class Workflow:
         found, case = self.results, self.case
         start = found.file if found.file is not None else found.simulation
         found.best = Outcome(
-            config=case.config, qgraph=case.qgraph, facts=case.facts, content=case.content, measured=start
+            config=case.config, qgraph=case.qgraph, quantization=case.quantization, content=case.content, measured=start
         )
         if case.expected is not None:
             found.findings += rules.bad_scales(
@@ -213,7 +213,7 @@ class Workflow:
             best = self.results.best
             if best is None or trial.of not in guilty:
                 continue
-            if not trial.applies(best.config, steps_taken(best.facts), best.qgraph.graph):
+            if not trial.applies(best.config, best.quantization.taken, best.qgraph.graph):
                 continue
             if trial.always or self.lab.worse(self.lab.float_model, best.measured):
                 self._try(trial, best)

@@ -1,8 +1,8 @@
 """The immutable graph on which every transformation works.
 
-A `Graph` is a float network in a small vocabulary of primitive operations (`graph/ops.py` lists
+A `Graph` is a float network in a small vocabulary of primitive operations (`graph/ops` lists
 them with their attributes and weights). A Keras model of any shape is traced into it
-(`graph/trace.py`), equivalence transforms map a `Graph` to a `Graph`, and the simulation and the
+(`graph/tracing`), equivalence transforms map a `Graph` to a `Graph`, and the simulation and the
 TFLite writer are both built from it. Weights are float32 numpy arrays inside the nodes, so a
 transform never touches the user's model.
 

@@ -15,6 +15,8 @@ XLA execution.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +53,7 @@ def fake_quant(
     qmax: int,
     clip: tuple[Any, Any] = (None, None),
     fixed_zero_point: bool = False,
+    levels: Sequence[Tensor] = (),
 ) -> Tensor:
     """Quantize to a grid and back: y = scale * (clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point).
 
@@ -70,7 +73,11 @@ def fake_quant(
         qmin, qmax: the smallest and largest integer of the grid.
         clip: (lo, hi), each None, a number, or one for every entry of the last axis.
         fixed_zero_point: no gradient to `zero_point` is needed.
+        levels: the allowed integers less the zero point, where they are not all of qmin to qmax: see `nearest`. Then
+            y is scale times the nearest level, "inside" is between the outermost ones, and there is no `clip`.
     """
+    if levels:
+        return _fake_quant_levels(x, scale, levels)
 
     @tf.custom_gradient
     def quantized(x: Tensor, scale: Tensor, zero_point: Tensor) -> Any:  # few operations: each costs memory in a graph
@@ -105,6 +112,32 @@ def fake_quant(
         return y, gradient
 
     return quantized(x, scale, zero_point)
+
+
+def nearest(steps: Tensor, levels: Sequence[Tensor]) -> Tensor:
+    """The nearest of some levels, the lower one of two that are equally near; see `grid.nearest`."""
+    found = tf.zeros_like(steps) + levels[0]
+    for lower, upper in itertools.pairwise(levels):
+        found = tf.where(steps > (lower + upper) / 2, upper, found)
+    return found
+
+
+def _fake_quant_levels(x: Tensor, scale: Tensor, levels: Sequence[Tensor]) -> Tensor:
+    """scale * nearest(x / scale, levels), with the gradients of `fake_quant`."""
+
+    @tf.custom_gradient
+    def quantized(x: Tensor, scale: Tensor) -> Any:
+        steps = x / scale
+        y = nearest(steps, levels) * scale
+        inside = (steps >= levels[0]) & (steps <= levels[-1])
+
+        def gradient(dy: Tensor) -> tuple[Tensor, Tensor]:
+            by_scale = _reduced(dy * (y - tf.where(inside, x, 0.0)), scale) / scale
+            return tf.where(inside, dy, 0.0), by_scale
+
+        return y, gradient
+
+    return quantized(x, scale)
 
 
 def _reduced(dy: Tensor, parameter: Tensor) -> Tensor:

@@ -1,11 +1,15 @@
-"""Uniform affine quantization: range -> parameters -> integers -> values, as pure numpy functions.
+"""Grids: sets of allowed integers on a scale, x ~ scale * (q - zero_point), as pure numpy functions.
 
-Section 2.2 of the white paper (arXiv 2106.08295), eq. 4-8:  x ~ scale * (q - zero_point),
-q = clamp(round(x / scale) + zero_point, qmin, qmax), rounding half to even, in float32.
+The integers are all of a range (uniform quantization; section 2.2 of the white paper, arXiv 2106.08295, eq. 4-8) or
+those of a table: {-1, 0, 1}, powers of two, k centroids. They lie in the integer tensors of the target in either case,
+so that its kernels need to know of a scale per channel only; what a table changes is which integer is nearest, and how
+many bits a value needs in storage. Rounding is half to even, in float32.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -36,14 +40,19 @@ class Spec(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """An integer grid: x ~ scale * (q - zero_point) with q an integer in [qmin, qmax].
+    """A set of allowed integers on a scale: x ~ scale * (q - zero_point).
 
     Attributes:
-        scale: float32 > 0, shape () per tensor or (channels,) per channel.
-        zero_point: int32, shape of `scale`.
-        qmin: smallest integer of the grid, as stored on the target.
-        qmax: largest integer of the grid.
-        axis: the axis that `scale` runs along; None per tensor.
+        scale: float32 > 0, shape () for the tensor, (channels,), or (channels, blocks) with one for every `block`
+            entries of the axis `block_axis`.
+        zero_point: int32, () or (channels,).
+        qmin: smallest allowed integer, as stored on the target.
+        qmax: largest allowed integer.
+        axis: the axis that the channels run along; None without channels.
+        table: the allowed integers in rising order, int32 (levels,), (channels, levels) or (channels, blocks, levels);
+            None where all from qmin to qmax are allowed. An entry may repeat.
+        block: entries of `block_axis` that share a scale or a table; None without blocks.
+        block_axis: the axis that the blocks run along.
     """
 
     scale: np.ndarray
@@ -51,16 +60,69 @@ class Grid:
     qmin: int
     qmax: int
     axis: int | None = None
+    table: np.ndarray | None = None
+    block: int | None = None
+    block_axis: int | None = None
+
+    def __post_init__(self) -> None:
+        blocked = self.scale.ndim == 2 or (self.table is not None and self.table.ndim == 3)
+        if (self.block is not None, self.block_axis is not None) != (blocked, blocked):
+            raise ValueError("block and block_axis belong to a grid whose scale or table has blocks, and to no other")
+        if self.axis is None and (np.ndim(self.scale) or (self.table is not None and self.table.ndim > 1)):
+            raise ValueError("a scale or a table for every channel needs the axis of the channels")
+        if self.table is not None:
+            if not self.table.size or np.any(np.diff(self.table, axis=-1) < 0):
+                raise ValueError(f"the allowed integers must rise, found {self.table}")
+            if (int(self.table.min()), int(self.table.max())) != (self.qmin, self.qmax):
+                raise ValueError(f"[{self.qmin}, {self.qmax}] are not the ends of the table")
 
     @property
     def bits(self) -> int:
-        """How many bits an integer of the grid takes."""
-        return (self.qmax - self.qmin).bit_length()
+        """Bits of a code of fixed length for the allowed integers."""
+        levels = self.qmax - self.qmin + 1 if self.table is None else self.table.shape[-1]
+        return (levels - 1).bit_length()
+
+    @property
+    def width(self) -> int:
+        """Bits of a signed integer that holds every allowed one: what the container of a weight must have."""
+        return signed_width(self.qmin, self.qmax)
 
     @property
     def container(self) -> int:
         """Bits of the integer type that stores the grid as an activation: 8 or 16."""
         return 8 if self.qmin >= -128 and self.qmax <= 127 else 16
+
+    def entropy(self, integers: Any) -> float:
+        """Zero-order entropy of integers of the grid, in bits per value."""
+        counts = np.unique(np.asarray(integers), return_counts=True)[1]
+        share = counts / counts.sum()
+        return float(-(share * np.log2(share)).sum())
+
+    def spread(self, values: Any, shape: tuple[int, ...]) -> Any:
+        """What the grid has for the tensor, its channels, or its blocks, shaped to broadcast against a tensor.
+
+        Args:
+            values: (), (channels,) or (channels, blocks), e.g. the scale.
+            shape: of the tensor.
+        """
+        if np.ndim(values) == 0:
+            return values
+        at = [1] * len(shape)
+        assert self.axis is not None, "checked before"
+        at[self.axis] = -1
+        if np.ndim(values) == 1:
+            return values.reshape(at)
+        assert self.block is not None and self.block_axis is not None, "checked before"
+        size = at[self.block_axis] = shape[self.block_axis]
+        each = np.repeat(values, self.block, axis=1)[:, :size]
+        return (each if self.axis < self.block_axis else each.T).reshape(at)
+
+    def levels(self, shape: tuple[int, ...]) -> list[Any]:
+        """The allowed integers less the zero point, float32, one array to broadcast against a tensor for each."""
+        if self.table is None:
+            raise ValueError("all integers of a range are allowed: it has no table")
+        zero = self.spread(self.zero_point, shape)
+        return [(self.spread(v, shape) - zero).astype(np.float32) for v in np.moveaxis(self.table, -1, 0)]
 
 
 def grid_from_range(low: Any, high: Any, spec: Spec, axis: int | None = None) -> Grid:
@@ -116,21 +178,14 @@ def _valid_scale(raw: Array, power_of_two: bool) -> Array:
     return np.asarray(scale)
 
 
-def _along(values: Array, axis: int | None, ndim: int) -> Array:
-    """Per-channel values shaped to broadcast against a tensor of `ndim` axes."""
-    if axis is None:
-        return values
-    shape = [1] * ndim
-    shape[axis] = -1
-    return values.reshape(shape)
-
-
 def _steps(x: Any, q: Grid) -> tuple[Array, Array, Array]:
     """(quantized x less the zero point, scale and zero point shaped to broadcast), float32."""
     x = np.asarray(x, np.float32)
-    scale, zero = _along(q.scale, q.axis, x.ndim), _along(q.zero_point, q.axis, x.ndim)
+    scale, zero = q.spread(q.scale, x.shape), q.spread(q.zero_point, x.shape)
     with np.errstate(over="ignore"):  # a quotient beyond float32 is clamped as any other
         steps = np.asarray(x / scale)
+    if q.table is not None:
+        return nearest(steps, q.levels(x.shape)), scale, zero
     np.rint(steps, out=steps)
     # Clamping before the zero point is added keeps every sum exact.
     np.maximum(steps, (q.qmin - zero).astype(np.float32), out=steps)
@@ -138,8 +193,26 @@ def _steps(x: Any, q: Grid) -> tuple[Array, Array, Array]:
     return steps, scale, zero
 
 
+def signed_width(qmin: int, qmax: int) -> int:
+    """Bits of a signed integer that holds qmin and qmax."""
+    return max(qmax, -qmin - 1, 1).bit_length() + 1
+
+
+def nearest(steps: Array, levels: Sequence[Any] | Array) -> Array:
+    """The nearest of some levels, the lower one of two that are equally near.
+
+    Args:
+        steps: numbers.
+        levels: in rising order; each broadcasts against `steps`.
+    """
+    found = np.broadcast_to(levels[0], steps.shape).astype(steps.dtype)
+    for lower, upper in itertools.pairwise(levels):  # few levels: a pass for each
+        np.copyto(found, upper, where=steps > (lower + upper) / 2)
+    return found
+
+
 def quantize(x: Any, q: Grid) -> Array:
-    """clamp(round(x / scale) + zero_point, qmin, qmax) as int32 (eq. 4), in float32, half to even.
+    """The nearest allowed integers, int32; on a range clamp(round(x / scale) + zero_point, qmin, qmax) (eq. 4).
 
     Args:
         x: finite numbers of any shape; per channel, `q.axis` has one entry per channel.
@@ -152,7 +225,7 @@ def quantize(x: Any, q: Grid) -> Array:
 def dequantize(ints: Any, q: Grid) -> Array:
     """scale * (ints - zero_point) as float32 (eq. 5)."""
     ints = np.asarray(ints).astype(np.int32)
-    scale, zero = _along(q.scale, q.axis, ints.ndim), _along(q.zero_point, q.axis, ints.ndim)
+    scale, zero = q.spread(q.scale, ints.shape), q.spread(q.zero_point, ints.shape)
     return np.asarray((ints - zero).astype(np.float32) * scale)
 
 
@@ -182,7 +255,7 @@ def quantize_bias(bias: Any, input_scale: Any, weight_scale: Any) -> Array:
 
 
 def fit_bias(weights: Grid, bias: Any, input_scale: Any) -> Grid:
-    """`weights` with scales raised, by powers of two, where the bias would not fit 32 bits.
+    """`weights` with scales raised, by powers of two, where the bias would not fit 32 bits; itself where it fits.
 
     A dead channel has weights near 0 and so a tiny scale, but its bias is of normal size and often
     matters; its weights lose nothing by a coarser grid.
@@ -196,5 +269,9 @@ def fit_bias(weights: Grid, bias: Any, input_scale: Any) -> Grid:
     least = np.abs(np.asarray(bias, np.float64)) / (np.float64(input_scale) * 2.0**30)
     if weights.axis is None:
         least = least.max(initial=0.0)
+    elif weights.scale.ndim == 2:
+        least = least[:, None]
     doublings = np.ceil(np.log2(np.maximum(least / weights.scale, 1.0)))
+    if not doublings.any():
+        return weights
     return replace(weights, scale=np.asarray(weights.scale * np.exp2(doublings), np.float32))

@@ -13,8 +13,9 @@ import numpy as np
 from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import WEIGHTS, Rule
 from kquant.errors import MissingPackageError, ModelError
+from kquant.graph.backend import check_backend
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import BIAS, QUANTIZED_WEIGHT, weight_view
+from kquant.graph.ops import bias_of, op_of, weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.graph.tracing.trace import trace_model
 from kquant.graph.transforms.fold_batch_norm import fold_batch_norm
@@ -23,11 +24,9 @@ from kquant.graph.transforms.simplify import absorb_padding, simplify
 from kquant.grids.grid import Array, Grid, dequantize, fit_bias, quantize
 from kquant.interop.tfmot_model import Range, read_model
 from kquant.interop.tfmot_ranges import Grids, activation_grids, float_layers, place_ranges
-from kquant.keras.backend import check_backend
-from kquant.keras.model import QuantizedModel, insert
-from kquant.keras.quantize_model import facts_of
+from kquant.keras.model import Learning, QuantizedModel, insert
 from kquant.quantize.calibrate import weight_grids
-from kquant.quantize.pipeline import Step
+from kquant.quantize.pipeline import Step, record_of
 from kquant.quantize.plan import Plan, make_plan
 from kquant.targets.target import get_target
 
@@ -83,7 +82,7 @@ def from_tfmot(model: Any) -> QuantizedModel:
     config = replace(_SCHEME, rules=tuple(rules))
     plan = make_plan(graph, config)
     qgraph = _with_kernels(plan, activation_grids(plan, grids), _kernels(traced, twin.weights))
-    return insert(qgraph, facts_of(plan, qgraph, [_step(plan, twin.weights)], config, seed=0))
+    return insert(qgraph, record_of(plan, config, 0, [_step(plan, twin.weights)]), Learning())
 
 
 def _load(path: str | os.PathLike[str]) -> Any:
@@ -110,8 +109,8 @@ def _with_kernels(plan: Plan, activations: Grids, kernels: Mapping[str, _Kernel]
     weights: dict[str, Grid | None] = {}
     for name, grid in grids.items():
         node = plan.graph[name]
-        x = activations[node.inputs[0]] if node.op in BIAS else None
-        weights[name] = grid if x is None else fit_bias(grid, node.weights[BIAS[node.op]], x.scale)
+        x = activations[node.inputs[0]] if op_of(node).linear else None
+        weights[name] = grid if x is None else fit_bias(grid, node.weights[bias_of(node)], x.scale)
     return QuantizedGraph(plan.graph.rebuild(nodes.get(n.name, n) for n in plan.graph), activations, weights)
 
 
@@ -127,13 +126,13 @@ def _kernels(traced: Graph, ranges: Mapping[str, Range]) -> dict[str, _Kernel]:
         traced: the graph with batch normalizations.
         ranges: layer -> range of its kernel in front of them.
     """
-    nodes = [n for n in traced if n.origin in ranges and n.op in QUANTIZED_WEIGHT]
+    nodes = [n for n in traced if n.origin in ranges and op_of(n).weight]
     before = {n.name: _grid(n, ranges[n.origin]) for n in nodes}
     steps = {n.name: n.with_weights(kernel=_one_step(n, before[n.name])) for n in nodes}
     folded = _prepare(traced.rebuild(steps.get(n.name, n) for n in traced))
     kernels = {}
     for node in nodes:
-        q, axis = before[node.name], QUANTIZED_WEIGHT[node.op][1]
+        q, axis = before[node.name], weight_of(node).channels
         step = weight_view(folded[node.name])
         signed = np.moveaxis(step, -1 if axis is None else axis, -1)
         signed = signed.reshape(-1, signed.shape[-1])
@@ -151,7 +150,7 @@ def _grid(node: Node, found: Range) -> Grid:
     """The grid of a kernel; TFMOT gives a depthwise kernel one scale per multiplier."""
     if found.low.ndim == 0 or found.low.size == 1:
         return Range(found.low.reshape(()), found.high.reshape(()), found.narrow).grid()
-    axis = QUANTIZED_WEIGHT[node.op][1]
+    axis = weight_of(node).channels
     repeats = weight_view(node).shape[axis] // found.low.size
     return Range(np.tile(found.low, repeats), np.tile(found.high, repeats), found.narrow).grid(axis)
 

@@ -80,7 +80,7 @@ def export_tflite(
             kernels; or float operations remain and `allow_float` is False.
     """
     qgraph = extract(model)
-    reasons = {s["node"]: s["reason"] for s in model.quantization["float"]}
+    reasons = {s.node: s.reason for s in model.quantization.skipped}
     content, report = write_tflite(
         qgraph,
         target=model.target,

@@ -8,7 +8,7 @@ positive whatever the step, and weight decay pulls towards the grid that trainin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -20,12 +20,13 @@ from kquant.grids.gradients import (
     exact,
     fake_quant,
     grid_of_range,
+    nearest,
     power_of_two,
     relative_scale,
     round_ste,
     scaled_gradient,
 )
-from kquant.grids.grid import Grid
+from kquant.grids.grid import Grid, signed_width
 
 Tensor = Any
 # how far a scale may move: no step of an optimizer leads to one that is zero or infinite
@@ -43,6 +44,8 @@ class FakeQuant(keras.layers.Layer):
         qmin, qmax: the smallest and largest integer of the grid, as stored on the target.
         channels: number of scales, None for one per tensor.
         axis: the axis of the channels.
+        block, blocks, block_axis: how many entries of `block_axis` share a scale or a table, and how many times.
+        table: shape of the table of allowed integers, None where all from qmin to qmax are; see `grids.grid.Grid`.
         gradient: how the grid learns, one of `specs.GRADIENTS`; "ste" keeps it as it is.
         rate: how fast, relative to the optimizer's learning rate.
         elements: number of values of a sample that one scale quantizes (N of LSQ).
@@ -59,14 +62,25 @@ class FakeQuant(keras.layers.Layer):
         rate: float = 1.0,
         elements: int = 1,
         levels: int = 1,
+        table: Sequence[int] | None = None,
+        block: int | None = None,
+        block_axis: int | None = None,
+        blocks: int | None = None,
         **kwargs: Any,
     ):
         super().__init__(dtype="float32", **kwargs)
         self.qmin, self.qmax, self.channels, self.axis = int(qmin), int(qmax), channels, axis
         self.gradient, self.rate, self.elements, self.levels = gradient, float(rate), int(elements), int(levels)
-        shape = () if channels is None else (channels,)
+        self.block, self.block_axis, self.blocks = block, block_axis, blocks
+        channel = () if channels is None else (channels,)
+        shape = channel if blocks is None else (*channel, blocks)
         self.scale = self.add_weight(shape=shape, initializer="ones", trainable=False, name="scale")
-        self.zero_point = self.add_weight(shape=shape, initializer="zeros", trainable=False, name="zero_point")
+        self.zero_point = self.add_weight(shape=channel, initializer="zeros", trainable=False, name="zero_point")
+        self.table = (
+            None
+            if table is None
+            else self.add_weight(shape=tuple(table), initializer="zeros", trainable=False, name="table")
+        )
         self.learned = {
             name: self.add_weight(shape=shape, initializer="zeros", name=name) for name in LEARNED_VARIABLES[gradient]
         }
@@ -76,18 +90,29 @@ class FakeQuant(keras.layers.Layer):
         """Move to the grid `q` (same limits and granularity)."""
         self.scale.assign(q.scale)
         self.zero_point.assign(np.asarray(q.zero_point, np.float32))
+        if self.table is not None and q.table is not None:
+            self.table.assign(np.asarray(q.table, np.float32))
         for variable in self.learned.values():
             variable.assign(np.zeros(variable.shape, np.float32))
 
     def to_grid(self) -> Grid:
         """The grid as it stands now."""
         scale, zero_point = (np.asarray(v) for v in self.parameters())
-        return Grid(scale.astype(np.float32), np.rint(zero_point).astype(np.int32), self.qmin, self.qmax, self.axis)
+        return Grid(
+            scale=scale.astype(np.float32),
+            zero_point=np.rint(zero_point).astype(np.int32),
+            qmin=self.qmin,
+            qmax=self.qmax,
+            axis=self.axis,
+            table=None if self.table is None else np.rint(np.asarray(self.table)).astype(np.int32),
+            block=self.block,
+            block_axis=self.block_axis,
+        )
 
     @property
-    def bits(self) -> int:
-        """How many bits an integer of the grid takes."""
-        return (self.qmax - self.qmin).bit_length()
+    def width(self) -> int:
+        """Bits of a signed integer that holds every allowed one; see `Grid.width`."""
+        return signed_width(self.qmin, self.qmax)
 
     def parameters(self, unit: Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """Scale and zero point as they stand now, with gradients to the variables that are learned.
@@ -105,17 +130,19 @@ class FakeQuant(keras.layers.Layer):
 
     def integers(self, x: Tensor) -> Tensor:
         """Integer-valued float32 q - zero_point of real values `x`."""
-        scale, zero_point = (self._along_axis(v, x.shape.rank) for v in self.parameters())
-        centered = round_ste(tf.cast(x, tf.float32) / scale)
-        return tf.clip_by_value(centered, self.qmin - zero_point, self.qmax - zero_point)
+        scale, zero_point = (self.spread(v, x.shape) for v in self.parameters())
+        steps = tf.cast(x, tf.float32) / scale
+        if self.table is not None:
+            return exact(steps, nearest(steps, self._levels(x.shape)))
+        return tf.clip_by_value(round_ste(steps), self.qmin - zero_point, self.qmax - zero_point)
 
     def real(self, centered: Tensor) -> Tensor:
         """The real values of integers q - zero_point."""
-        return centered * self._along_axis(self.parameters()[0], centered.shape.rank)
+        return centered * self.spread(self.parameters()[0], centered.shape)
 
     def clamp(self, centered: Tensor) -> Tensor:
         """Clamp integers q - zero_point to the grid."""
-        z = self._along_axis(self.parameters()[1], centered.shape.rank)
+        z = self.spread(self.parameters()[1], centered.shape)
         return tf.clip_by_value(centered, self.qmin - z, self.qmax - z)
 
     def call(self, x: Tensor) -> Tensor:
@@ -132,15 +159,29 @@ class FakeQuant(keras.layers.Layer):
             unit: that of the variable behind `x`, in the shape of the scale; the grid learns as the one of x / unit.
         """
         parameters = self.parameters(unit)  # once: what is learned takes many small operations
-        scale, zero_point = (self._along_axis(v, x.shape.rank) for v in parameters)
+        scale, zero_point = (self.spread(v, x.shape) for v in parameters)
         fixed = self.gradient not in MOVES_ZERO_POINT
-        y = fake_quant(tf.cast(x, tf.float32), scale, zero_point, self.qmin, self.qmax, clip, fixed)
-        return y, tf.stack(parameters)
+        levels = self._levels(x.shape) if self.table is not None else ()
+        y = fake_quant(tf.cast(x, tf.float32), scale, zero_point, self.qmin, self.qmax, clip, fixed, levels)
+        return y, tf.stack(parameters) if self.blocks is None else parameters[0]
 
-    def _along_axis(self, v: Tensor, rank: int) -> Tensor:
-        if self.axis in (None, rank - 1):
+    def spread(self, v: Tensor, shape: Any) -> Tensor:
+        """() or (channels,) or (channels, blocks), shaped to broadcast against a tensor; see `Grid.spread`."""
+        rank = len(shape)
+        if v.shape.rank == 0 or (v.shape.rank == 1 and self.axis == rank - 1):
             return v  # broadcasts as it is
-        return tf.reshape(v, [-1 if k == self.axis else 1 for k in range(rank)])
+        at = [-1 if k == self.axis else 1 for k in range(rank)]
+        if v.shape.rank == 2:
+            assert self.axis is not None and self.block_axis is not None, "checked by the grid"
+            v = tf.repeat(v, self.block, axis=1)[:, : shape[self.block_axis]]
+            v = v if self.axis < self.block_axis else tf.transpose(v)
+            at = [shape[k] if k in (self.axis, self.block_axis) else 1 for k in range(rank)]
+        return tf.reshape(v, at)
+
+    def _levels(self, shape: Any) -> list[Tensor]:
+        """The allowed integers less the zero point; see `Grid.levels`."""
+        zero = self.spread(tf.convert_to_tensor(self.zero_point), shape)
+        return [self.spread(v, shape) - zero for v in tf.unstack(tf.convert_to_tensor(self.table), axis=-1)]
 
     def tie(self, other: FakeQuant) -> None:
         """Have the variables of `other` from now on: one grid for two tensors.
@@ -160,7 +201,11 @@ class FakeQuant(keras.layers.Layer):
     @property
     def settings(self) -> dict[str, Any]:
         """The arguments that make a quantizer with the same limits, granularity and learning."""
-        fixed = {"qmin": self.qmin, "qmax": self.qmax, "channels": self.channels, "axis": self.axis}
+        fixed: dict[str, Any] = {"qmin": self.qmin, "qmax": self.qmax, "channels": self.channels, "axis": self.axis}
+        if self.table is not None:
+            fixed["table"] = list(self.table.shape)
+        if self.block is not None:
+            fixed |= {"block": self.block, "block_axis": self.block_axis, "blocks": self.blocks}
         learns = {"gradient": self.gradient, "rate": self.rate, "elements": self.elements, "levels": self.levels}
         return fixed if self.gradient == "ste" else {**fixed, **learns}
 

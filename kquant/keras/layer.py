@@ -22,32 +22,16 @@ import numpy as np
 import tensorflow as tf
 
 from kquant.graph.ir import Node
-from kquant.graph.ops import BIAS, LINEAR, QUANTIZED_WEIGHT, compute, weight_view
+from kquant.graph.ops import OPS, compute, op_of, weight_of, weight_view
 from kquant.grids.gradients import round_ste
 from kquant.grids.grid import Grid
 from kquant.keras.fake_quant import FakeQuant
-from kquant.targets.litert.fixed_point import requantization
-from kquant.targets.litert.simulate import prelu, simulate
-from kquant.targets.operand import Operand
+from kquant.keras.record import node_from_dict, node_to_dict
+from kquant.targets.kernel import Kernel
+from kquant.targets.operand import Call, Operand
+from kquant.targets.target import get_target
 
 Tensor = Any
-_AVERAGES = ("avg_pool2d", "resize")  # on the grid of their input, and rounded to it
-# the axes of the weight over which an output channel adds up
-UNIT_AXES = {"conv2d": (0, 1, 2), "depthwise_conv2d": (0, 1), "conv2d_transpose": (0, 1, 3), "dense": (0,)}
-_STRUCTURE = ("name", "op", "inputs", "shape", "dtype", "attrs", "origin", "origin_type")
-
-
-def node_to_dict(node: Node) -> dict[str, Any]:
-    """The node as JSON, with the shapes of its weights in place of their values."""
-    structure = {k: getattr(node, k) for k in _STRUCTURE}
-    shapes = {k: list(getattr(v, "shape", v)) for k, v in node.weights.items()}
-    return {**structure, "attrs": dict(node.attrs), "weights": shapes}
-
-
-def node_from_dict(config: Mapping[str, Any]) -> Node:
-    """The inverse of `node_to_dict`."""
-    tuples = {k: tuple(config[k]) for k in ("inputs", "shape")}
-    return Node(**{**config, **tuples})
 
 
 def grid_settings(q: Grid | None, learning: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
@@ -55,7 +39,13 @@ def grid_settings(q: Grid | None, learning: Mapping[str, Any] | None = None) -> 
     if q is None:
         return None
     channels = None if np.ndim(q.scale) == 0 else len(q.scale)
-    return {"qmin": q.qmin, "qmax": q.qmax, "channels": channels, "axis": q.axis, **(learning or {})}
+    settings: dict[str, Any] = {"qmin": q.qmin, "qmax": q.qmax, "channels": channels, "axis": q.axis}
+    if q.table is not None:
+        settings["table"] = list(q.table.shape)
+    if q.block is not None:
+        blocks = q.scale.shape[1] if q.scale.ndim == 2 else None
+        settings |= {"block": q.block, "block_axis": q.block_axis, "blocks": blocks}
+    return {**settings, **(learning or {})}
 
 
 def weight_unit(op: str, weight: np.ndarray) -> np.ndarray:
@@ -65,13 +55,14 @@ def weight_unit(op: str, weight: np.ndarray) -> np.ndarray:
     for images of 0 to 255), while an optimizer such as Adam moves all values by one amount.
 
     Args:
-        op: one of `UNIT_AXES`.
+        op: one whose weights add up (`Op.matrix`).
         weight: of that operation, in its own shape.
 
     Returns:
         float32, broadcastable to `weight`; a channel of (nearly) zeros has 2^-6 of the largest unit.
     """
-    axes = UNIT_AXES[op]
+    facts = OPS[op].weight
+    axes = () if facts is None else facts.fan_in
     size = np.sqrt(np.mean(np.square(weight, dtype=np.float64), axes, keepdims=True))
     if not (largest := size.max(initial=0.0)) > 0:
         return np.ones(size.shape, np.float32)
@@ -90,11 +81,11 @@ class QuantizedLayer(keras.layers.Layer):
 
     Call it on the list of its input values and the list of their grids, `layer(values, grids)`;
     `grids` is empty where it reads float tensors. It returns `(values, grid)`, or the values alone
-    where its output stays float. An integer linear operation computes
+    where its output stays float. An integer operation computes
 
-        acc = op(x_int, round(W / s_w)) + round(b / (s_x s_w));   q = clamp(round(acc s_x s_w / s_y) + z_y)
+        q = clamp(arithmetic(q_x - z_x, round(W / s_w), ...) + z_y)
 
-    (eq. 3 of the white paper, then requantization), the fused activation being part of the clamp.
+    with the arithmetic of the target's kernel, the fused activation being part of the clamp.
 
     Args:
         node: the operation; its weights give initial values, or only shapes in a serialized config.
@@ -107,6 +98,10 @@ class QuantizedLayer(keras.layers.Layer):
         rounds_in_training: False for probabilities that a loss takes the logarithm of, which must not become 0.
         training_dtype: in what the operation itself computes in training, "float32" or "bfloat16" (of mixed
             precision); a dtype policy of the layer would round the variables too.
+        integers: type of the quantized weight's integers where they are decided, "int8" or "int16": the layer computes
+            with these. None where they follow from the weight and its grid at every call.
+        frozen: all is decided: nothing of the layer trains.
+        target: name of the target whose kernel computes it.
     """
 
     def __init__(
@@ -121,6 +116,9 @@ class QuantizedLayer(keras.layers.Layer):
         relative_weight: bool = False,
         rounds_in_training: bool = True,
         training_dtype: str = "float32",
+        integers: str | None = None,
+        frozen: bool = False,
+        target: str = "litert",
         **kwargs: Any,
     ):
         super().__init__(**{"dtype": "float32", **kwargs}, autocast=False)
@@ -129,26 +127,37 @@ class QuantizedLayer(keras.layers.Layer):
         self.output_quantizer = FakeQuant(**output_grid, name="output_quantizer") if output_grid else None
         self.shares_grid, self.activation_bits = shares_grid, activation_bits
         self.rounds_in_training, self.training_dtype = rounds_in_training, training_dtype
+        self.frozen = frozen
+        self.target = get_target(target)
         self.variables_by_name = {k: self._own(k, v) for k, v in self.node.weights.items()}
-        key = QUANTIZED_WEIGHT[self.node.op][0] if relative_weight else ""
+        key = weight_of(self.node).name if relative_weight else ""
         self.unit = self._own_unit(key, self.node.weights[key]) if relative_weight else None
         self.constants = {k: self._own(f"constant_{i}", v) for i, (k, v) in enumerate((constants or {}).items())}
         self.constant_quantizers = {
             k: FakeQuant(**v, name=f"constant_quantizer_{i}") for i, (k, v) in enumerate((constant_grids or {}).items())
         }
+        self.integers = self._own_integers(integers) if integers is not None else None
         self.node = self.node.with_(weights={k: tuple(v.shape) for k, v in self.variables_by_name.items()}, stats={})
         self.built = True
 
     def _own(self, name: str, value: Any) -> keras.Variable:
         """A variable of the shape of `value`, an array or a shape."""
         known = isinstance(value, np.ndarray)
-        initializer = keras.initializers.Constant(0.0)
-        variable = self.add_weight(
-            shape=value.shape if known else tuple(value), initializer=initializer, trainable=True, name=name
-        )
+        shape = value.shape if known else tuple(value)
+        variable = self.add_weight(shape=shape, initializer="zeros", trainable=not self.frozen, name=name)
         if known:
             variable.assign(value)
         return variable
+
+    def _own_integers(self, dtype: str) -> keras.Variable:
+        """The integers of the quantized weight, in its own shape."""
+        shape = self.variables_by_name[self._quantized_key()].shape
+        return self.add_weight(shape=shape, dtype=dtype, initializer="zeros", trainable=False, name="integers")
+
+    def _quantized_key(self) -> str:
+        """The name of the weight that carries a grid; empty where none does."""
+        weight = op_of(self.node).weight
+        return "" if weight is None else weight.name
 
     def _own_unit(self, key: str, weight: Any) -> keras.Variable:
         """The unit of a weight (an array or a shape), whose variable holds it in that unit from now on."""
@@ -191,20 +200,12 @@ class QuantizedLayer(keras.layers.Layer):
             return self._train(values, grids)
         if self.output_quantizer is None:
             return self._shared_grid(values, grids)
-        if node.op == "embedding":
-            table, grid = self.output_quantizer.fake_quantize(self.variables_by_name["table"])
-            return compute(node, values, {"table": table}), grid
+        if op_of(node).lookup:
+            return compute(node, values, self._real_weights()), self.output_quantizer.grid
         if not grids and node.op in ("input", "requantize"):
             return self.output_quantizer.fake_quantize(values[0])
         out = self._operand(None, self.output_quantizer.grid)
-        operands = self._operands(values, grids)
-        if node.op in LINEAR:
-            centered = self._linear(operands[0], out)
-        elif node.op == "prelu" and self.weight_quantizer is not None:
-            alpha = self._operand(self._quantized_weight()[0], self.weight_quantizer.grid)
-            centered = prelu(operands[0], alpha, out)
-        else:
-            centered = simulate(_without_clip(node), operands, out, self._real_weights())
+        centered = self._integers(values, grids, out)
         lo, hi = node.attrs.get("clip", (None, None))
         if node.op == "clip":
             lo, hi = node.attrs["lo"], node.attrs["hi"]
@@ -219,7 +220,7 @@ class QuantizedLayer(keras.layers.Layer):
         node = self.node
         if self.output_quantizer is None:
             y = compute(node, self._with_constants(values))
-            return (round_ste(y / grids[0][0]) * grids[0][0] if node.op in _AVERAGES else y), grids[0]
+            return (round_ste(y / grids[0][0]) * grids[0][0] if self._kernel.averages else y), grids[0]
         if node.op in ("input", "requantize"):
             return self.output_quantizer.fake_quantize(values[0])
         y = self._forward(self._with_constants(values))
@@ -231,7 +232,7 @@ class QuantizedLayer(keras.layers.Layer):
         """The output in training, before its quantizer."""
         weights = self.float_weights()
         if self.weight_quantizer is not None:
-            key = QUANTIZED_WEIGHT[self.node.op][0]
+            key = weight_of(self.node).name
             weights[key] = self.fake_quantized(weights[key])
         return self._compute(inputs, weights)
 
@@ -256,33 +257,44 @@ class QuantizedLayer(keras.layers.Layer):
         y = compute(_without_clip(self.node), [cast(t) for t in inputs], {k: cast(w) for k, w in weights.items()})
         return tf.cast(y, tf.float32)
 
-    def _linear(self, x: Operand, out: Operand) -> Tensor:
-        key, _ = QUANTIZED_WEIGHT[self.node.op]
-        weights = self.float_weights()
-        weight, bias = weights[key], weights[BIAS[self.node.op]]
-        if self.weight_quantizer is None:  # weights in float, activations in integers: simulation only
-            return round_ste(self._compute_linear(x.value, weight, bias) / out.scale)
-        w_scale = self.weight_scale()
-        w_int, _ = self._quantized_weight()
-        b_int = round_ste(bias / (x.scale * w_scale))
-        # an int16 input overflows the 24 bits in which float32 is exact
-        wide = tf.float64 if out.bits > 8 else tf.float32
-        acc = self._compute_linear(*(tf.cast(t, wide) for t in (x.centered, w_int, b_int)))
-        return requantization(self.node, self.weight_quantizer.bits, out.bits)(acc, x.scale, w_scale, out.scale)
+    @property
+    def _kernel(self) -> Kernel:
+        """The target's kernel of the operation."""
+        return self.target.kernels[self.node.op]
 
-    def _compute_linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        node, key = self.node, QUANTIZED_WEIGHT[self.node.op][0]
-        weights = {key: weight, BIAS[node.op]: bias}
-        return compute(_without_clip(node), [x], weights)
+    def _integers(self, values: list[Tensor], grids: list[Tensor], out: Operand) -> Tensor:
+        """What the target's kernel computes on the grid `out`, before the clamp."""
+        weight = None
+        if self.weight_quantizer is not None:
+            bits = self.target.weight_container(self.node.op, self.weight_quantizer.width, out.bits)
+            weight = Operand(self._quantized_weight()[0], self.weight_scale(), 0.0, bits)
+        call = Call(
+            node=_without_clip(self.node),
+            inputs=self._operands(values, grids),
+            out=out,
+            weight=weight,
+            weights=self.float_weights(),
+        )
+        return self._kernel.arithmetic[self.activation_bits](call)
+
+    @property
+    def grid_of_weight(self) -> FakeQuant | None:
+        """The quantizer of the weight; the table of an embedding has the grid of the output."""
+        return self.output_quantizer if op_of(self.node).lookup else self.weight_quantizer
 
     def _quantized_weight(self) -> tuple[Tensor, Tensor]:
-        """The integers of the weight and their real values, in the weight's own shape."""
-        if self.weight_quantizer is None:
+        """The integers of the weight, less the zero point, and their real values, in the weight's own shape."""
+        if self.grid_of_weight is None:
             raise AssertionError(f"{self.node.name!r} has no weight quantizer")
-        weight = self.float_weights()[QUANTIZED_WEIGHT[self.node.op][0]]
-        integers = self.weight_quantizer.integers(weight_view(self.node, weight))
-        real = self.weight_quantizer.real(integers)
-        return tf.reshape(integers, weight.shape), tf.reshape(real, weight.shape)
+        shape = self.variables_by_name[self._quantized_key()].shape
+        if self.integers is not None:
+            view = weight_view(self.node, tf.cast(tf.convert_to_tensor(self.integers), tf.float32))
+            integers = view - self.grid_of_weight.spread(self.grid_of_weight.parameters()[1], view.shape)
+        else:
+            view = weight_view(self.node, self.float_weights()[self._quantized_key()])
+            integers = self.grid_of_weight.integers(view)
+        real = self.grid_of_weight.real(integers)
+        return tf.reshape(integers, shape), tf.reshape(real, shape)
 
     def float_weights(self) -> dict[str, Tensor]:
         """The weights of the operation as it is deployed, before quantization."""
@@ -292,7 +304,7 @@ class QuantizedLayer(keras.layers.Layer):
         """The weights as they are trained."""
         weights = {k: tf.convert_to_tensor(v) for k, v in self.variables_by_name.items()}
         if self.unit is not None:
-            weights[QUANTIZED_WEIGHT[self.node.op][0]] *= self.unit
+            weights[self._quantized_key()] *= self.unit
         return weights
 
     def weight_scale(self) -> Tensor:
@@ -301,17 +313,19 @@ class QuantizedLayer(keras.layers.Layer):
             raise AssertionError(f"{self.node.name!r} has no weight quantizer")
         return self.weight_quantizer.parameters()[0]
 
-    def deployed(self) -> tuple[dict[str, np.ndarray], Grid | None]:
-        """The weights of the operation as it is deployed, and the grid of the quantized one."""
+    def deployed(self) -> tuple[dict[str, np.ndarray], Grid | None, np.ndarray | None]:
+        """The weights as they are deployed; of the quantized one its grid, and its integers if decided."""
         weights = {k: np.asarray(v.numpy(), np.float32) for k, v in self.float_weights().items()}
-        return weights, None if self.weight_quantizer is None else self.weight_quantizer.to_grid()
+        if self.grid_of_weight is None or not self._quantized_key():
+            return weights, None, None
+        grid = self.grid_of_weight.to_grid()
+        return weights, grid, None if self.integers is None else weight_view(self.node, np.asarray(self.integers))
 
     def _real_weights(self) -> dict[str, Tensor]:
         """The weights as real numbers, on their grid where they have one."""
-        weights = self.float_weights()
-        if self.weight_quantizer is not None:
-            weights[QUANTIZED_WEIGHT[self.node.op][0]] = self._quantized_weight()[1]
-        return weights
+        if self.grid_of_weight is None or not self._quantized_key():
+            return self.float_weights()
+        return {**self.float_weights(), self._quantized_key(): self._quantized_weight()[1]}
 
     def _with_constants(self, values: list[Tensor]) -> list[Tensor]:
         """All inputs in order, constants in their places, on their grid where they have one."""
@@ -323,12 +337,14 @@ class QuantizedLayer(keras.layers.Layer):
         return self.constant_quantizers[name](value) if name in self.constant_quantizers else value
 
     def _operands(self, values: list[Tensor], grids: list[Tensor]) -> list[Operand]:
-        rest = iter(zip(values, grids, strict=True))
+        rest = iter(zip(values, grids, strict=bool(grids)))
         operands = []
         for name in self.node.inputs:
             if name in self.constants:
                 quantizer = self.constant_quantizers[name]
                 grid, centered = quantizer.grid, quantizer.integers(tf.convert_to_tensor(self.constants[name]))
+            elif not grids:  # ids
+                centered, grid = values[0], tf.constant([1.0, 0.0])
             else:
                 value, grid = next(rest)
                 centered = round_ste(value / grid[0])
@@ -340,10 +356,8 @@ class QuantizedLayer(keras.layers.Layer):
 
     def _shared_grid(self, values: list[Tensor], grids: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Operations that move or select values, on the grid of their input."""
-        if self.node.op in _AVERAGES or self.node.op == "pad":
-            x = self._operands(values, grids)[0]
-            return simulate(self.node, [x], x, {}) * x.scale, grids[0]
-        return compute(self.node, self._with_constants(values)), grids[0]
+        out = self._operand(None, grids[0])
+        return self._integers(values, grids, out) * out.scale, grids[0]
 
     def compute_output_spec(self, values: Any, grids: Any = (), training: bool | None = False) -> Any:
         output = keras.KerasTensor(self.node.shape, dtype=self.node.dtype)
@@ -361,6 +375,9 @@ class QuantizedLayer(keras.layers.Layer):
             "relative_weight": self.unit is not None,
             "rounds_in_training": self.rounds_in_training,
             "training_dtype": self.training_dtype,
+            "frozen": self.frozen,
+            "integers": None if self.integers is None else self.integers.dtype,
+            "target": self.target.name,
             **{k: q and q.settings for k, q in quantizers.items()},
             "constants": {k: list(v.shape) for k, v in self.constants.items()},
             "constant_grids": {k: q.settings for k, q in self.constant_quantizers.items()},

@@ -15,13 +15,16 @@ import numpy as np
 
 from kquant.errors import ModelError
 from kquant.graph.ir import Graph, Node
+from kquant.graph.ops import op_of
 from kquant.graph.quantized import QuantizedGraph
 from kquant.graph.tracing.float_call import FloatCall
 from kquant.grids.gradients import checked_loss
 from kquant.grids.grid import Grid
-from kquant.keras.layer import UNIT_AXES, QuantizedLayer, grid_settings, node_from_dict, node_to_dict
+from kquant.keras.layer import QuantizedLayer, grid_settings
+from kquant.keras.record import ModelRecord, node_from_dict, node_to_dict
 from kquant.keras.report import format_report
 from kquant.quantize.plan import is_final
+from kquant.quantize.record import Quantization
 from kquant.targets.target import Target, get_target
 
 _NOT_FINITE = (
@@ -56,66 +59,81 @@ class QuantizedModel(keras.Model):
     """A functional model of `QuantizedLayer`s that remembers how it was quantized.
 
     Attributes:
-        quantization: JSON-able facts: graph inputs and outputs, float nodes, target, config, report.
+        record: how it was quantized, and how its layers make up the graph.
     """
 
-    quantization: Mapping[str, Any]
+    record: ModelRecord
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "quantization": self.quantization}
+        return {**super().get_config(), "quantization": self.record.to_dict()}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> QuantizedModel:
         config = dict(config)
-        quantization = config.pop("quantization")
+        record = ModelRecord.from_dict(config.pop("quantization"))
         model = super().from_config(config, custom_objects=custom_objects)
-        model.quantization = quantization
+        model.record = record
         model.tie()
         return model
 
     def tie(self) -> None:
         """Make one variable of those that the training keeps equal; serialization makes them several."""
-        tied = self.quantization.get("tied", {})
-        layers = {layer.node.name: layer for layer in self.layers if isinstance(layer, QuantizedLayer)}
+        layers = self.quantized_layers
         quantizers = {name: q for layer in layers.values() for name, q in layer.quantizers.items()}
-        for first, *rest in tied.get("weights", ()):
+        for first, *rest in self.record.tied_weights:
             for name in rest:
                 layers[name].tie_weights(layers[first])
-        for first, *rest in tied.get("grids", ()):
+        for first, *rest in self.record.tied_grids:
             for name in rest:
                 quantizers[name].tie(quantizers[first])
 
+    @property
+    def quantized_layers(self) -> dict[str, QuantizedLayer]:
+        """The layers that simulate the nodes of the graph, by the names of these."""
+        return {layer.node.name: layer for layer in self.layers if isinstance(layer, QuantizedLayer)}
+
+    @property
+    def quantization(self) -> Quantization:
+        """How the model was quantized."""
+        return self.record.quantization
+
     def compute_loss(self, *args: Any, training: bool = True, **kwargs: Any) -> Any:
         """The loss that `compile` was given; a training step whose loss is not finite fails and changes no weight."""
+        if training and self.quantized_layers and all(layer.frozen for layer in self.quantized_layers.values()):
+            raise ModelError(
+                f"The integers of {self.name!r} are decided, and fit would not change them: train what "
+                "kquant.prepare_qat makes of it, or of the float model."
+            )
         loss = super().compute_loss(*args, training=training, **kwargs)
         return checked_loss(loss, _NOT_FINITE) if training and loss is not None else loss
 
     @property
     def target(self) -> Target:
         """The hardware that the model simulates."""
-        return get_target(self.quantization["target"])
+        return get_target(self.quantization.target)
 
     @property
     def report(self) -> str:
-        """What was done, layer by layer, and what stayed float and why."""
-        return format_report(self.quantization)
+        """What was done, tensor by tensor as the model stands now, and what stays float and why."""
+        return format_report(self.quantization, extract(self))
 
 
 def insert(
     qgraph: QuantizedGraph,
-    facts: Mapping[str, Any],
-    learning: Learning = Learning(),  # noqa: B008 (frozen)
+    quantization: Quantization,
+    learning: Learning | None = None,
     training_dtype: str = "float32",
 ) -> QuantizedModel:
     """The Keras model that simulates `qgraph`.
 
     Args:
-        qgraph: float weights and the grids of all integer tensors.
-        facts: what to remember in `QuantizedModel.quantization`: "target" at least.
-        learning: how grids learn when the model is trained; by default they do not.
+        qgraph: the graph, its grids and integers.
+        quantization: how it was quantized.
+        learning: how weights and grids learn. Without it the integers are decided: the model computes with these, and
+            does not train.
         training_dtype: in what operations compute when the model is trained (see `QuantizedLayer`).
     """
-    graph, target = qgraph.graph, get_target(facts["target"])
+    graph, target = qgraph.graph, get_target(quantization.target)
     values: dict[str, Any] = {}
     grids: dict[str, Any] = {}
     inputs, float_nodes = [], {}
@@ -147,18 +165,18 @@ def insert(
             values[node.name] = layer(arguments)
     outputs = [values[o] for o in graph.outputs]
     model = QuantizedModel(_alone(inputs), _alone(outputs), name=graph.name)
-    structure = {
-        "inputs": list(graph.inputs),
-        "outputs": list(graph.outputs),
-        "input_names": list(graph.input_names),
-        "output_names": list(graph.output_names),
-        "order": list(graph.nodes),
-        "float_nodes": float_nodes,
-        "plain_inputs": {i: node_to_dict(graph[i]) for i in graph.inputs if qgraph.activations.get(i) is None},
-    }
-    groups = {"weights": learning.tied_weights, "grids": learning.tied_grids}
-    tied = {kind: [list(names) for names in found] for kind, found in groups.items()}
-    model.quantization = {**facts, "structure": structure, "tied": tied}
+    model.record = ModelRecord(
+        quantization=quantization,
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        input_names=graph.input_names,
+        output_names=graph.output_names,
+        order=tuple(graph.nodes),
+        float_nodes=float_nodes,
+        plain_inputs={i: node_to_dict(graph[i]) for i in graph.inputs if qgraph.activations.get(i) is None},
+        tied_weights=learning.tied_weights if learning else (),
+        tied_grids=learning.tied_grids if learning else (),
+    )
     model.tie()
     return model
 
@@ -174,27 +192,34 @@ def _alone(tensors: list[Any]) -> Any:
     return tensors[0] if len(tensors) == 1 else tensors
 
 
-def _layer(qgraph: QuantizedGraph, node: Node, target: Target, learning: Learning, dtype: str) -> QuantizedLayer:
+def _layer(qgraph: QuantizedGraph, node: Node, target: Target, learning: Learning | None, dtype: str) -> QuantizedLayer:
     """The layer of one node, with its variables set."""
     graph = qgraph.graph
     output, weight = qgraph.activations.get(node.name), qgraph.weights.get(node.name)
     constants = {i: graph[i].weights["value"] for i in node.inputs if graph[i].op == "const"}
     shares = output is not None and node.op in target.same_scale | target.inputs_share_output
+    integers = qgraph.integers.get(node.name) if learning is None else None
+    frozen, learning = learning is None, learning or Learning()
     grids = learning.grids
     constant_grids = {i: grid_settings(qgraph.activations[i], grids.get(i)) for i in constants if output is not None}
     layer = learning.layer.get(node.name, QuantizedLayer)(
         node,
-        weight_grid=grid_settings(weight, learning.weights.get(node.name)) if node.op != "embedding" else None,
+        weight_grid=grid_settings(weight, learning.weights.get(node.name)) if not op_of(node).lookup else None,
         output_grid=None if shares else grid_settings(output, grids.get(node.name)),
         shares_grid=shares,
         activation_bits=8 if output is None else output.container,
         constants=constants,
         constant_grids=constant_grids,
-        relative_weight=learning.relative_weights and node.op in UNIT_AXES,
+        relative_weight=learning.relative_weights and op_of(node).matrix,
         rounds_in_training=node.op != "softmax" or not is_final(graph, node),
         name=_keras_name(node),
         training_dtype=dtype,
+        integers=None if integers is None else str(integers.dtype),
+        frozen=frozen,
+        target=target.name,
     )
+    if layer.integers is not None and integers is not None:
+        layer.integers.assign(integers.reshape(layer.integers.shape))
     constant_pairs = ((q, qgraph.activations[name]) for name, q in layer.constant_quantizers.items())
     for quantizer, q in ((layer.weight_quantizer, weight), (layer.output_quantizer, output), *constant_pairs):
         if quantizer is not None and q is not None:
@@ -212,31 +237,31 @@ def extract(model: keras.Model) -> QuantizedGraph:
         raise ModelError(
             f"{getattr(model, 'name', model)!r} is not a quantized model: pass the result of kquant.quantize_model"
         )
-    structure = model.quantization["structure"]
-    layers = {layer.node.name: layer for layer in model.layers if isinstance(layer, QuantizedLayer)}
+    record, layers = model.record, model.quantized_layers
     operations = {op.name: op for op in model.operations}
     nodes: dict[str, Node] = {}
     activations: dict[str, Grid | None] = {}
     weights: dict[str, Grid | None] = {}
-    for name in structure["order"]:
-        if name in structure["float_nodes"]:
-            config = dict(structure["float_nodes"][name])
+    integers: dict[str, np.ndarray] = {}
+    for name in record.order:
+        if name in record.float_nodes:
+            config = dict(record.float_nodes[name])
             call = FloatCall.of(operations[config.pop("operation")])
             nodes[name], activations[name] = node_from_dict(config).with_(weights={}, call=call), None
-        elif name in structure["plain_inputs"]:
-            nodes[name], activations[name] = node_from_dict(structure["plain_inputs"][name]), None
+        elif name in record.plain_inputs:
+            nodes[name], activations[name] = node_from_dict(record.plain_inputs[name]), None
         elif name in layers:
-            _extract_layer(layers[name], nodes, activations, weights)
-    order = {name: k for k, name in enumerate(structure["order"])}
+            _extract_layer(layers[name], nodes, activations, weights, integers)
+    order = {name: k for k, name in enumerate(record.order)}
     graph = Graph(
         nodes={k: nodes[k] for k in sorted(nodes, key=lambda k: order[k])},
-        inputs=tuple(structure["inputs"]),
-        outputs=tuple(structure["outputs"]),
-        input_names=tuple(structure["input_names"]),
-        output_names=tuple(structure["output_names"]),
+        inputs=record.inputs,
+        outputs=record.outputs,
+        input_names=record.input_names,
+        output_names=record.output_names,
         name=model.name,
     )
-    return QuantizedGraph(graph, activations, weights)
+    return QuantizedGraph(graph, activations, weights, integers)
 
 
 def _extract_layer(
@@ -244,9 +269,10 @@ def _extract_layer(
     nodes: dict[str, Node],
     activations: dict[str, Grid | None],
     weights: dict[str, Grid | None],
+    integers: dict[str, np.ndarray],
 ) -> None:
     node = layer.node
-    values, weight_grid = layer.deployed()
+    values, weight_grid, decided = layer.deployed()
     for name, constant in layer.constants.items():
         value = np.asarray(constant.numpy(), np.float32)
         nodes[name] = Node(name=name, op="const", shape=value.shape, weights={"value": value}, origin=node.origin)
@@ -259,5 +285,5 @@ def _extract_layer(
         activations[node.name] = layer.output_quantizer.to_grid() if layer.output_quantizer else None
     if weight_grid is not None:
         weights[node.name] = weight_grid
-    elif node.op == "embedding" and activations[node.name] is not None:
-        weights[node.name] = activations[node.name]
+    if decided is not None:
+        integers[node.name] = decided

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import keras
 
 from kquant.config.quant_config import QuantConfig
 from kquant.errors import ModelError
+from kquant.graph.backend import check_backend
 from kquant.graph.ir import Graph
 from kquant.graph.quantized import QuantizedGraph
 from kquant.graph.transforms import prepare_graph
-from kquant.keras.backend import check_backend
 from kquant.keras.model import QuantizedModel, insert
-from kquant.keras.report import layer_rows
 from kquant.quantize.data import CalibrationData
-from kquant.quantize.pipeline import Step, quantize_after_training
-from kquant.quantize.plan import Plan
+from kquant.quantize.pipeline import quantize_after_training
+from kquant.quantize.record import Quantization
 
 
 def quantize_model(
@@ -68,28 +66,15 @@ def quantize_model(
 
 def quantize_to_graph(
     model: keras.Model, calibration_data: Any, config: QuantConfig, seed: int, progress: bool, batch_size: int
-) -> tuple[QuantizedGraph, dict[str, Any]]:
-    """The quantized graph of a float model, and the facts that a `QuantizedModel` remembers; see `quantize_model`."""
+) -> tuple[QuantizedGraph, Quantization]:
+    """The quantized graph of a float model, and how it was quantized; see `quantize_model`."""
     check_backend()
     graph = prepare_graph(model)
     data = None if calibration_data is None else _checked(graph, calibration_data, batch_size)
-    plan, qgraph, steps = quantize_after_training(graph, config, data, seed=seed, progress=progress)
-    return qgraph, facts_of(plan, qgraph, steps, config, seed)
+    return quantize_after_training(graph, config, data, seed=seed, progress=progress)
 
 
 def _checked(graph: Graph, source: Any, batch_size: int) -> CalibrationData:
     names = zip(graph.inputs, graph.input_names, strict=True)
     specs = [(name, graph[node].shape, graph[node].dtype) for node, name in names]
     return CalibrationData(source, specs, batch_size=batch_size)
-
-
-def facts_of(plan: Plan, qgraph: QuantizedGraph, steps: list[Step], config: QuantConfig, seed: int) -> dict[str, Any]:
-    """What a `QuantizedModel` remembers of how it was made, JSON-able."""
-    return {
-        "target": plan.target.name,
-        "config": config.to_dict(),
-        "seed": seed,
-        "steps": [asdict(step) for step in steps],
-        "layers": layer_rows(plan, qgraph),
-        "float": [{"node": s.node, "layer": s.layer, "reason": s.reason} for s in plan.skipped],
-    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,10 +9,10 @@ import numpy as np
 from kquant.config.text import table
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid
-from kquant.quantize.plan import Plan
+from kquant.quantize.record import Quantization
 
 
-def layer_rows(plan: Plan, qgraph: QuantizedGraph) -> list[dict[str, Any]]:
+def layer_rows(quantization: Quantization, qgraph: QuantizedGraph) -> list[dict[str, Any]]:
     """One JSON-able row per integer node: its weights, its output grid and what dictated it."""
     rows = []
     for node in qgraph.graph:
@@ -21,8 +20,7 @@ def layer_rows(plan: Plan, qgraph: QuantizedGraph) -> list[dict[str, Any]]:
         w = qgraph.weights.get(node.name)
         if node.op == "const" or (q is None and w is None):
             continue
-        leader = plan.groups.get(node.name, node.name)
-        shared = leader if leader != node.name else ""
+        dictated = node.name in quantization.fixed
         rows.append(
             {
                 "node": node.name,
@@ -30,7 +28,7 @@ def layer_rows(plan: Plan, qgraph: QuantizedGraph) -> list[dict[str, Any]]:
                 "weights": _weights(w),
                 "range": _range(q),
                 "grid": "float" if q is None else f"{q.bits}-bit",
-                "shared": "fixed by the target" if leader in plan.fixed else shared,
+                "shared": "fixed by the target" if dictated else quantization.shared.get(node.name, ""),
             }
         )
     return rows
@@ -44,18 +42,18 @@ def _range(q: Grid | None) -> list[float] | None:
     return None if q is None else [float(q.scale * (b - q.zero_point)) for b in (q.qmin, q.qmax)]
 
 
-def format_report(quantization: Mapping[str, Any]) -> str:
-    """The facts of a quantized model as text."""
+def format_report(quantization: Quantization, qgraph: QuantizedGraph) -> str:
+    """What was done to a network, and its tensors as they are now, as text."""
     rows = []
-    for row in quantization["layers"]:
+    for row in layer_rows(quantization, qgraph):
         bounds = "" if row["range"] is None else "[{:.4g}, {:.4g}]".format(*row["range"])
         rows.append((row["node"], row["op"], row["weights"], row["grid"], bounds, row["shared"]))
-    steps = [(s["name"], "yes" if s["taken"] else "no", s["note"]) for s in quantization.get("steps", ())]
-    text = [f"target: {quantization['target']}"]
+    steps = [(s.name, "yes" if s.taken else "no", s.note) for s in quantization.steps]
+    text = [f"target: {quantization.target}"]
     if steps:
         text += [table(("step", "taken", "what, or why not"), steps), ""]
     text.append(table(("tensor", "op", "weights", "output", "range", "grid of"), rows))
-    if quantization["float"]:
+    if quantization.skipped:
         text.append("\nstays float:")
-        text.append(table(("node", "layer", "reason"), [tuple(s.values()) for s in quantization["float"]]))
+        text.append(table(("node", "layer", "reason"), [(s.node, s.layer, s.reason) for s in quantization.skipped]))
     return "\n".join(text)

@@ -16,6 +16,7 @@ mean of its output, so that training starts from the folded network exactly.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -27,7 +28,7 @@ from tqdm.auto import tqdm
 from kquant.config.specs import Training
 from kquant.errors import ConfigError, ModelError
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import BIAS, LINEAR, QUANTIZED_WEIGHT, weight_view
+from kquant.graph.ops import bias_of, op_of, weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid
 from kquant.keras.layer import QuantizedLayer
@@ -66,7 +67,7 @@ class BatchNormLayer(QuantizedLayer):
         Args:
             mean, std: of the output with its bias, [channels].
         """
-        bias = self.variables_by_name[BIAS[self.node.op]]
+        bias = self.variables_by_name[bias_of(self.node)]
         self.moving_mean.assign(mean - bias.numpy())
         self.moving_variance.assign(np.square(std))
         self.gamma.assign(np.sqrt(np.square(std) + _EPSILON))
@@ -74,7 +75,7 @@ class BatchNormLayer(QuantizedLayer):
 
     def float_weights(self) -> dict[str, Tensor]:
         weights = super().float_weights()
-        key, bias = QUANTIZED_WEIGHT[self.node.op][0], BIAS[self.node.op]
+        key, bias = weight_of(self.node).name, bias_of(self.node)
         ratio = self._ratio(tf.convert_to_tensor(self.moving_variance))
         return {key: self._scaled(weights[key], ratio), bias: weights[bias] - ratio * self.moving_mean}
 
@@ -84,26 +85,26 @@ class BatchNormLayer(QuantizedLayer):
             return scale
         return scale * tf.abs(self._ratio(tf.convert_to_tensor(self.moving_variance)))
 
-    def deployed(self) -> tuple[dict[str, np.ndarray], Grid | None]:
-        weights, grid = super().deployed()
+    def deployed(self) -> tuple[dict[str, np.ndarray], Grid | None, np.ndarray | None]:
+        weights, grid, decided = super().deployed()
         if grid is None or self.batch_norm != "keep":
-            return weights, grid
-        key = QUANTIZED_WEIGHT[self.node.op][0]
+            return weights, grid, decided
+        key = weight_of(self.node).name
         scale = np.asarray(self.weight_scale().numpy(), np.float32)
         real = np.asarray(self._quantized_weight()[1].numpy(), np.float32)
-        return {**weights, key: real}, Grid(scale, grid.zero_point, grid.qmin, grid.qmax, grid.axis)
+        return {**weights, key: real}, replace(grid, scale=scale), decided
 
     def _quantized_weight(self) -> tuple[Tensor, Tensor]:
         if self.weight_quantizer is None or self.batch_norm != "keep":
             return super()._quantized_weight()
-        weight = self.trained_weights()[QUANTIZED_WEIGHT[self.node.op][0]]
+        weight = self.trained_weights()[weight_of(self.node).name]
         integers = self.weight_quantizer.integers(weight_view(self.node, weight))
         integers *= tf.sign(self._along_weight(tf.convert_to_tensor(self.gamma), integers))
         real = integers * self._along_weight(self.weight_scale(), integers)
         return tf.reshape(integers, weight.shape), tf.reshape(real, weight.shape)
 
     def _forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        key, offset = QUANTIZED_WEIGHT[self.node.op][0], BIAS[self.node.op]
+        key, offset = weight_of(self.node).name, bias_of(self.node)
         weights = self.trained_weights()
         weight, beta = weights[key], weights[offset]
 
@@ -135,7 +136,7 @@ class BatchNormLayer(QuantizedLayer):
         return tf.reshape(view * self._along_weight(factor, view), weight.shape)
 
     def _along_weight(self, v: Tensor, view: Tensor) -> Tensor:
-        axis = QUANTIZED_WEIGHT[self.node.op][1]
+        axis = weight_of(self.node).channels
         return tf.reshape(v, [-1 if k == axis else 1 for k in range(view.shape.rank)])
 
     def get_config(self) -> dict[str, Any]:
@@ -200,7 +201,7 @@ def batch_norm_layers(qgraph: QuantizedGraph, training: Training) -> dict[str, C
 
 
 def _normalized(graph: Graph) -> list[Node]:
-    return [n for n in graph if n.op in LINEAR - {"affine"} and {"mean", "std"} <= n.stats.keys()]
+    return [n for n in graph if op_of(n).matrix and {"mean", "std"} <= n.stats.keys()]
 
 
 def _maker(node: Node, batch_norm: str) -> Callable[..., QuantizedLayer]:

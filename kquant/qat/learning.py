@@ -10,15 +10,13 @@ import numpy as np
 from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import QuantSpec, Training
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import QUANTIZED_WEIGHT, weight_view
+from kquant.graph.ops import op_of, weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid
 from kquant.keras.model import Learning
 from kquant.qat.batch_norm import batch_norm_layers
 from kquant.quantize.plan import resolve, share_grids
 from kquant.targets.target import Target, get_target
-
-_GIVEN = ("input", "const", "embedding")  # what has the range of given values
 
 
 def learning_of(qgraph: QuantizedGraph, config: QuantConfig, training: Training) -> Learning:
@@ -33,8 +31,8 @@ def learning_of(qgraph: QuantizedGraph, config: QuantConfig, training: Training)
     specs = resolve(graph, config)
     weights = {}
     for name, q in qgraph.weights.items():
-        if q is not None and graph[name].op != "embedding":
-            elements = np.size(graph[name].weights[QUANTIZED_WEIGHT[graph[name].op][0]]) // np.size(q.scale)
+        if q is not None and not op_of(graph[name]).lookup:
+            elements = np.size(graph[name].weights[weight_of(graph[name]).name]) // np.size(q.scale)
             weights[name] = _settings(_symmetric(training.gradient, specs[name].weights), training, elements, q)
     groups = _groups(qgraph, target)
     grids = {}
@@ -98,7 +96,7 @@ def _asymmetric(gradient: str, node: Node, q: Grid | None, spec: QuantSpec | Non
 
 def _is_given(node: Node, q: Grid | None, target: Target) -> bool:
     """Whether the grid of a tensor is dictated: by the target, or by values that do not train."""
-    return q is None or node.op in _GIVEN or target.fixed_output(node.op, q.container) is not None
+    return q is None or op_of(node).given or target.fixed_output(node.op, q.container) is not None
 
 
 def _shares(node: Node, target: Target) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -12,7 +12,7 @@ import keras
 from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import Training
 from kquant.errors import ConfigError, ModelError
-from kquant.keras.backend import check_backend
+from kquant.graph.backend import check_backend
 from kquant.keras.model import QuantizedModel, extract, insert
 from kquant.keras.quantize_model import quantize_to_graph
 from kquant.qat.learning import learning_of, zero_ranges
@@ -52,8 +52,8 @@ def prepare_qat(
     if not isinstance(model, QuantizedModel):
         settings = QuantConfig.load("w8a8" if config is None else config)
         _refuse_undeployable(settings)
-        qgraph, facts = quantize_to_graph(model, calibration_data, settings, seed, progress, batch_size)
-    elif "training" in model.quantization:
+        qgraph, quantization = quantize_to_graph(model, calibration_data, settings, seed, progress, batch_size)
+    elif model.quantization.training is not None:
         raise ModelError(f"{model.name!r} is prepared for training already: compile and fit it as it is.")
     elif config is not None or calibration_data is not None:
         raise ConfigError(
@@ -61,13 +61,13 @@ def prepare_qat(
             "start anew, or the quantized model alone."
         )
     else:
-        facts = {k: v for k, v in model.quantization.items() if k not in ("structure", "tied")}
-        settings = QuantConfig.from_dict(facts["config"])
+        quantization = model.quantization
+        settings = quantization.config
         _refuse_undeployable(settings)
         qgraph = extract(model)
     _refuse_zero_ranges(model.name, zero_ranges(qgraph, settings))
     learning = learning_of(qgraph, settings, training)
-    return insert(qgraph, {**facts, "training": asdict(training)}, learning, _training_dtype())
+    return insert(qgraph, replace(quantization, training=training), learning, _training_dtype())
 
 
 def _training_dtype() -> str:

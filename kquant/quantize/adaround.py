@@ -20,17 +20,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from kquant.config.specs import AdaRound
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import weight_view
-from kquant.grids.grid import Grid, fake_quantize
+from kquant.graph.ops import bias_of, clip_of, linear_of, op_of, weight_of, weight_view
+from kquant.grids.grid import Grid, fake_quantize, fit_bias
 from kquant.quantize.descent import Quadratic, descent, sequential
 from kquant.quantize.gram import (
-    MATRIX_OPS,
     Moments,
     channels_to_groups,
     from_matrices,
@@ -52,7 +52,8 @@ class LayerRounding:
 
     Attributes:
         node: its name.
-        grid: of its weights; not the given one where `AdaRound.scales` offers others.
+        grid: of its weights; not the given one where `AdaRound.scales` offers others, or the bias would not fit.
+        integers: its weights on that grid, in the shape of the `weight_view`.
         rows: how many patches were seen.
         power: variance of the float output: what the errors compare to.
         nearest_loss: error with weights rounded to nearest on the given grid, at the best bias.
@@ -62,6 +63,7 @@ class LayerRounding:
 
     node: str
     grid: Grid = field(repr=False)
+    integers: Array = field(repr=False)
     rows: int
     power: float
     nearest_loss: float
@@ -84,18 +86,18 @@ def _stochastic(layer: _Layer, settings: AdaRound, seed: int) -> Array:
     node, m = layer.node, layer.moments
     fits = _ROW_BYTES / (4 * m.gram.shape[0] * m.gram.shape[1] * m.rows)
     positions = max(1, int(min(_positions(node, settings), positions_of(node)) * min(1.0, fits)))
-    w = to_matrices(node, node.weights["kernel"])
-    offset = channels_to_groups(node, node.weights["bias"]) - m.y_mean
+    w = to_matrices(node, node.weights[weight_of(node).name])
+    offset = channels_to_groups(node, node.weights[bias_of(node)]) - m.y_mean
     found, wanted = [], []
     for x, x_hat in sampled_rows(node, layer.batches(), positions, seed):
         found.append(x_hat.numpy() - m.x_mean)
         wanted.append(x.numpy() @ w + offset)
     rows = np.concatenate(found, axis=1), np.concatenate(wanted, axis=1)
-    lo, hi = node.attrs.get("clip", (None, None))
+    lo, hi = clip_of(node)
     clip = (-np.inf if lo is None else lo, np.inf if hi is None else hi)
-    lo, hi = (channels_to_groups(node, np.asarray(v, np.float64)) - m.y_mean for v in clip)
+    low, high = (channels_to_groups(node, np.asarray(v, np.float64)) - m.y_mean for v in clip)
     return relax_rows(
-        layer.problem, layer.scale, rows, (lo, hi), iterations=settings.iterations, batch=settings.batch, seed=seed
+        layer.problem, layer.scale, rows, (low, high), iterations=settings.iterations, batch=settings.batch, seed=seed
     )
 
 
@@ -115,6 +117,7 @@ def adaround(
     seed: int = 0,
     progress: bool = True,
     memory: int = 3 << 28,
+    input_bits: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[Graph, list[LayerRounding]]:
     """Round the weights of linear operations with the output in view.
 
@@ -127,6 +130,8 @@ def adaround(
         seed: of the positions and minibatches.
         progress: show a bar.
         memory: bytes for activations, see `walk.layer_by_layer`.
+        input_bits: node -> bits of the grid that its input will have, so that the bias fits 32 bits beside the integers
+            that are decided here (`fit_bias`); without an entry it is not looked at.
 
     Returns:
         The graph with kernels on the grids that the report names and biases that fit them, and a report per layer in
@@ -135,12 +140,12 @@ def adaround(
     Raises:
         CalibrationError: the data is empty or does not fit, or a tensor is not finite.
     """
-    names = [n.name for n in graph if n.name in weights and n.op in MATRIX_OPS]
+    names = [n.name for n in graph if n.name in weights and op_of(n).matrix]
     report: list[LayerRounding] = []
 
     def solve(node: Node, batches: Batches) -> Node:
         inputs = batches if settings.asymmetric else lambda: ((x, x) for x, _ in batches())
-        node, row = round_layer(node, inputs, weights[node.name], settings, seed)
+        node, row = round_layer(node, inputs, weights[node.name], settings, seed, input_bits.get(node.name))
         report.append(row)
         return node
 
@@ -149,39 +154,64 @@ def adaround(
 
 
 def round_layer(
-    node: Node, batches: Batches, grid: Grid, settings: AdaRound, seed: int = 0
+    node: Node, batches: Batches, grid: Grid, settings: AdaRound, seed: int = 0, input_bits: int | None = None
 ) -> tuple[Node, LayerRounding]:
     """One layer of `adaround`, from passes over its inputs (x, x^)."""
-    kernel = node.weights["kernel"]
+    key = weight_of(node).name
+    kernel, view = node.weights[key], weight_view(node)
     w = to_matrices(node, kernel)
     m = moments(node, batches(), positions=_positions(node, settings), seed=seed)
     target, metric = m.target(w, settings.damping)
+    grid = grid if input_bits is None else _with_room(node, grid, m, input_bits)
     best = _rescaled(node, grid, target, metric, settings.scales)
     problem, scale = _problem(node, best, target, metric)
     u = SOLVERS[settings.solver](_Layer(node, batches, m, problem, scale), settings, seed)
     rounded = (u * scale).astype(np.float32)
-    nearest = to_matrices(node, fake_quantize(weight_view(node), grid).reshape(kernel.shape))
+    nearest = to_matrices(node, fake_quantize(view, grid).reshape(kernel.shape))
     steps = np.rint(nearest / channels_to_groups(node, grid.scale))
+    integers = from_matrices(node, u).reshape(view.shape) + best.spread(best.zero_point, view.shape)
     row = LayerRounding(
         node=node.name,
         grid=best,
+        integers=integers.astype(np.int8 if best.container == 8 else np.int16),
         rows=m.rows,
         power=float(m.power.sum()),
         nearest_loss=float(m.loss(nearest).sum()),
         loss=float(m.loss(rounded).sum()),
         changed=float(np.mean(u != steps)),
     )
-    return node.with_weights(kernel=from_matrices(node, rounded), bias=m.bias(rounded).astype(np.float32)), row
+    found = {key: from_matrices(node, rounded), bias_of(node): m.bias(rounded).astype(np.float32)}
+    return node.with_weights(**found), row
+
+
+def _with_room(node: Node, grid: Grid, m: Moments, input_bits: int) -> Grid:
+    """The grid, coarser in channels whose bias would not fit: those that are dead, with weights near zero.
+
+    No range is smaller than the root mean square of the values in it, so that half of that has room for what clips.
+    """
+    rms = float(np.sqrt(np.max(np.diagonal(m.gram, axis1=1, axis2=2) + np.square(m.x_mean[:, 0]))))
+    least = rms / 2**input_bits / 2
+    return fit_bias(grid, node.weights[bias_of(node)], least) if least > 0 else grid
 
 
 def _positions(node: Node, settings: AdaRound) -> int:
-    return -(-settings.positions // 4) if node.op == "depthwise_conv2d" else settings.positions
+    """Positions of a sample: a quarter is enough where the outputs read one channel each."""
+    return -(-settings.positions // 4) if linear_of(node).channelwise else settings.positions
 
 
 def _problem(node: Node, grid: Grid, target: Array, metric: Array) -> tuple[Quadratic, Array]:
     scale = channels_to_groups(node, grid.scale)
     zero = channels_to_groups(node, grid.zero_point)
-    return Quadratic(metric, target / scale.astype(np.float64), grid.qmin - zero, grid.qmax - zero), scale
+    levels = None if grid.table is None else _levels(node, grid)
+    steps = target / scale.astype(np.float64)
+    return Quadratic(metric, steps, grid.qmin - zero, grid.qmax - zero, levels), scale
+
+
+def _levels(node: Node, grid: Grid) -> Array:
+    """The allowed integers less the zero point as `to_matrices` has the weights [levels, groups, k, m]."""
+    shape = weight_view(node).shape
+    kernel = node.weights["kernel"].shape
+    return np.stack([to_matrices(node, np.broadcast_to(v, shape).reshape(kernel)) for v in grid.levels(shape)])
 
 
 def _rescaled(node: Node, grid: Grid, target: Array, metric: Array, factors: tuple[float, ...]) -> Grid:

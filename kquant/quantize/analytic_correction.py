@@ -3,7 +3,7 @@
     E[W_q x] - E[W x] = (W_q - W) E[x]
 
 White paper section 3.3 (Nagel et al. 2019, arXiv 1906.04721, section 4.2): the expectation E[x] of an input comes from
-batch normalization statistics and the clipped normal distribution (`ptq.moments`).
+batch normalization statistics and the clipped normal distribution (`quantize.moments`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kquant.graph.ir import Graph
-from kquant.graph.ops import BIAS, LINEAR, QUANTIZED_WEIGHT
+from kquant.graph.moments import Moments
+from kquant.graph.ops import bias_of, op_of, weight_of
 from kquant.grids.grid import Grid
 from kquant.quantize.bias_correction import round_kernel
 from kquant.quantize.input_moments import estimate_inputs
-from kquant.quantize.moments import Moments, linear_mean, propagate
+from kquant.quantize.moments import linear_mean, propagate
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +54,9 @@ def correct_biases_analytically(
     known, unknown = propagate(graph, estimate_inputs(graph) if inputs is None else inputs)
     nodes, corrected, skipped = dict(graph.nodes), {}, {}
     for node in graph:
-        if node.op not in LINEAR or node.name not in weights:
+        if not op_of(node).linear or node.name not in weights:
             continue
-        key, source = QUANTIZED_WEIGHT[node.op][0], node.inputs[0]
+        key, source = weight_of(node).name, node.inputs[0]
         rounded = round_kernel(node, weights[node.name])
         nodes[node.name] = rounded
         if source in unknown:
@@ -63,7 +64,7 @@ def correct_biases_analytically(
             continue
         error = rounded.weights[key].astype(np.float64) - node.weights[key]
         shift = -linear_mean(node, error, known[source].mean, graph[source].shape)
-        bias = (node.weights[BIAS[node.op]] + shift).astype(np.float32)
-        nodes[node.name] = rounded.with_weights(**{BIAS[node.op]: bias})
+        bias = (node.weights[bias_of(node)] + shift).astype(np.float32)
+        nodes[node.name] = rounded.with_weights(**{bias_of(node): bias})
         corrected[node.name] = shift
     return graph.rebuild(nodes.values()), CorrectionReport(corrected, skipped)

@@ -19,11 +19,10 @@ import numpy as np
 import tensorflow as tf
 
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import BIAS, LINEAR, QUANTIZED_WEIGHT, compute, weight_view
+from kquant.graph.ops import bias_of, compute, op_of, weight_of, weight_view
 from kquant.grids.grid import Grid, fake_quantize
 from kquant.quantize.walk import Batches, Data, layer_by_layer
 
-CORRECTED = LINEAR - {"affine"}
 _SPREAD_SAMPLES = 8  # the report's unit needs no precision
 
 
@@ -53,7 +52,7 @@ def correct_biases(
     Raises:
         CalibrationError: the data is empty, or a tensor is not finite.
     """
-    names = [n.name for n in graph if n.op in CORRECTED and n.name in weights]
+    names = [n.name for n in graph if op_of(n).matrix and n.name in weights]
     shifts: dict[str, float] = {}
 
     def solve(node: Node, batches: Batches) -> Node:
@@ -70,14 +69,14 @@ def _correct(node: Node, grid: Grid, batches: Batches) -> tuple[Node, float]:
     rounded = round_kernel(node, grid)
     axes = tuple(range(mean.ndim - 1))
     correction = (accumulator(node, mean) - accumulator(rounded, mean_hat)).mean(axes)
-    bias = (node.weights[BIAS[node.op]] + correction).astype(np.float32)
+    bias = (node.weights[bias_of(node)] + correction).astype(np.float32)
     spread = float(accumulator(node, first).std())
-    return rounded.with_weights(**{BIAS[node.op]: bias}), float(np.abs(correction).max()) / max(spread, 1e-12)
+    return rounded.with_weights(**{bias_of(node): bias}), float(np.abs(correction).max()) / max(spread, 1e-12)
 
 
 def round_kernel(node: Node, grid: Grid) -> Node:
     """The node with its kernel on `grid`, rounded to nearest."""
-    name = QUANTIZED_WEIGHT[node.op][0]
+    name = weight_of(node).name
     kernel = node.weights[name]
     return node.with_weights(**{name: fake_quantize(weight_view(node), grid).reshape(kernel.shape)})
 

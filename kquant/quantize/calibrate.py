@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from kquant.config.specs import QuantSpec
 from kquant.errors import CalibrationError
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import BIAS, LINEAR, QUANTIZED_WEIGHT, evaluate, weight_view
+from kquant.graph.ops import bias_of, evaluate, op_of, weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid, fit_bias, grid_from_range
 from kquant.grids.observers import Histogram, MinMax, Rows
@@ -49,7 +49,7 @@ def observe(plan: Plan, data: CalibrationData, progress: bool = True) -> Observe
     leave it, into streaming histograms or samples of rows.
     """
     graph = plan.graph
-    names = [n for members in plan.observed.values() for n in members if graph[n].op not in ("const", "embedding")]
+    names = [n for members in plan.observed.values() for n in members if op_of(graph[n]).values is None]
     kinds = {n: _OBSERVERS[m] for n in names if (m := plan.activations[n].method) in _OBSERVERS}
     observers: Observers = {n: kind(n) for n, kind in kinds.items()}
     reduced = [n for n, kind in kinds.items() if kind is MinMax]
@@ -117,34 +117,44 @@ def weight_grids(plan: Plan) -> dict[str, Grid]:
     grids = {}
     for name, spec in plan.weights.items():
         node = plan.graph[name]
-        axis = QUANTIZED_WEIGHT[node.op][1] if spec.per_channel else None
+        axis = weight_of(node).channels if spec.per_channel else None
         low, high = weight_range(spec.method, weight_view(node), spec, axis, name=node.origin or name)
-        if node.op in BIAS and not (low.any() or high.any()):  # any scale will do: one that keeps the bias' step fine
-            high = np.full_like(high, np.abs(node.weights[BIAS[node.op]]).max(initial=0.0) / 256)
+        if op_of(node).linear and not (
+            low.any() or high.any()
+        ):  # any scale will do: one that keeps the bias' step fine
+            high = np.full_like(high, np.abs(node.weights[bias_of(node)]).max(initial=0.0) / 256)
         grids[name] = grid_from_range(low, high, spec, axis)
     return grids
 
 
-def make_grids(plan: Plan, weights: Mapping[str, Grid], statistics: Mapping[str, Any]) -> QuantizedGraph:
+def make_grids(
+    plan: Plan,
+    weights: Mapping[str, Grid],
+    statistics: Mapping[str, Any],
+    integers: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> QuantizedGraph:
     """All grids: those of activations from statistics, and those of weights, where a bias must fit its accumulator.
 
     Args:
         plan: what is quantized.
         weights: from `weight_grids`.
         statistics: tensor -> its observer, or its moments for "batch_norm".
+        integers: node -> the integers of its weight on that grid, where a step has decided them; others are the nearest
+            ones. They are decided anew only where the bias leaves no room for them.
     """
     leaders = {leader: _activation_grid(plan, leader, statistics) for leader in plan.sources} | plan.fixed
     activations: dict[str, Grid | None] = {n.name: None for n in plan.graph}
     activations.update({name: leaders[leader] for name, leader in plan.groups.items()})
     chosen: dict[str, Grid | None] = {n: _with_room(plan.graph[n], q, activations) for n, q in weights.items()}
-    chosen |= {n.name: activations[n.name] for n in plan.graph if n.op == "embedding"}
-    return QuantizedGraph(plan.graph, activations, chosen)
+    decided = {n: q for n, q in integers.items() if chosen[n] is weights[n]}
+    chosen |= {n.name: activations[n.name] for n in plan.graph if op_of(n).lookup}
+    return QuantizedGraph(plan.graph, activations, chosen, decided)
 
 
 def _with_room(node: Node, weights: Grid, activations: Mapping[str, Grid | None]) -> Grid:
     """The weights' grid, coarser where the bias of an integer operation would not fit otherwise."""
     x = activations.get(node.inputs[0])
-    return weights if node.op not in LINEAR or x is None else fit_bias(weights, node.weights[BIAS[node.op]], x.scale)
+    return weights if not op_of(node).linear or x is None else fit_bias(weights, node.weights[bias_of(node)], x.scale)
 
 
 def _activation_grid(plan: Plan, leader: str, observers: Mapping[str, Any]) -> Grid:
@@ -159,8 +169,8 @@ def _source_range(plan: Plan, name: str, grid: QuantSpec, observers: Mapping[str
     node, own = plan.graph[name], plan.activations[name]
     if own.range is not None:
         return own.range
-    if node.op in ("const", "embedding"):
-        value = node.weights["value" if node.op == "const" else "table"]
+    if (values := op_of(node).values) is not None:
+        value = node.weights[values]
         return float(value.min()), float(value.max())
     if name not in observers:
         raise CalibrationError(

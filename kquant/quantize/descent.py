@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from kquant.grids.grid import nearest
+
 Array = np.ndarray[Any, Any]
 _BLOCK = 64  # coordinates between two matrix products; these are TensorFlow's: BLAS threads stall on a busy machine
 
@@ -28,16 +30,19 @@ class Quadratic:
         target: t, in steps of the grid [groups, k, m].
         low: smallest integer, broadcasts against `target`.
         high: largest integer.
+        levels: the integers that are allowed, in rising order [levels, groups, k, m]; None where all from `low` to
+            `high` are.
     """
 
     metric: Array
     target: Array
     low: Array
     high: Array
+    levels: Array | None = None
 
     def nearest(self) -> Array:
         """Every coordinate rounded on its own."""
-        return np.clip(np.rint(self.target), self.low, self.high)
+        return rounded(self.target, self.low, self.high, self.levels)
 
     def cost(self, u: Array) -> Array:
         """(u - t)^T A (u - t) of every column [groups, 1, m], float64."""
@@ -47,6 +52,13 @@ class Quadratic:
     def better(self, u: Array, v: Array) -> Array:
         """Column by column the one with the lower cost, u where they tie."""
         return np.where(self.cost(v) < self.cost(u), v, u)
+
+
+def rounded(x: Array, low: Array, high: Array, levels: Array | None) -> Array:
+    """The nearest of the integers from `low` to `high`, or of the `levels`."""
+    if levels is None:
+        return np.minimum(np.maximum(np.rint(x), low), high)
+    return nearest(x, levels)
 
 
 def descent(problem: Quadratic, sweeps: int = 50) -> Array:
@@ -71,13 +83,15 @@ def sequential(problem: Quadratic) -> Array:
     t = np.take_along_axis(problem.target, order[:, :, None], 1).astype(np.float32)
     factor = tf.linalg.cholesky(metric).numpy()
     factor = (factor / np.diagonal(factor, axis1=1, axis2=2)[:, None, :]).astype(np.float32)
+    levels = None if problem.levels is None else np.take_along_axis(problem.levels, order[None, :, :, None], 2)
     u, error, low, high = np.empty_like(t), np.zeros_like(t), problem.low[:, 0], problem.high[:, 0]
     for end in range(t.shape[1], 0, -_BLOCK):
         block = slice(max(0, end - _BLOCK), end)
         later = tf.matmul(factor[:, end:, block], error[:, end:], transpose_a=True).numpy()
         inner, centre, now = factor[:, block, block], t[:, block] - later, u[:, block]
         for k in reversed(range(now.shape[1])):
-            now[:, k] = np.minimum(np.maximum(np.rint(centre[:, k]), low), high)
+            allowed = None if levels is None else levels[:, :, block.start + k]
+            now[:, k] = rounded(centre[:, k], low, high, allowed)
             step = now[:, k] - t[:, block][:, k]
             centre[:, :k] -= inner[:, k, :k, None] * step[:, None]
         error[:, block] = now - t[:, block]
@@ -100,17 +114,19 @@ def descend(problem: Quadratic, start: Array, sweeps: int = 50) -> Array:
     starts = out.shape[2] // problem.target.shape[2]
     t = np.tile(problem.target.astype(np.float32), starts)
     low, high = (_per_column(e, problem.target, starts) for e in (problem.low, problem.high))
+    levels = None if problem.levels is None else np.tile(problem.levels.astype(np.float32), starts)
     axis = 2 if len(out) == 1 else 0  # a lone group drops columns, others drop whole groups
     u, active = out.copy(), np.arange(out.shape[axis])
     for _ in range(sweeps):
         before = u.copy()
-        _sweep(metric, u, t, low, high)
+        _sweep(metric, u, t, low, high, levels)
         keep = np.flatnonzero((u != before).any(axis=(0, 1) if axis == 2 else (1, 2)))
         out[(slice(None),) * axis + (active,)] = u
         if not keep.size:
             break
         active = active[keep]
         u, t, low, high = (np.take(a, keep, axis) for a in (u, t, low, high))
+        levels = None if levels is None else np.take(levels, keep, axis + 1)
         metric = metric if axis == 2 else metric[keep]
     return out
 
@@ -120,7 +136,7 @@ def _per_column(edge: Array, target: Array, starts: int) -> Array:
     return np.tile(np.broadcast_to(edge, (len(target), 1, target.shape[2])).astype(np.float32), starts)
 
 
-def _sweep(metric: Array, u: Array, t: Array, low: Array, high: Array) -> None:
+def _sweep(metric: Array, u: Array, t: Array, low: Array, high: Array, levels: Array | None) -> None:
     """Visit every coordinate once; u is updated in place."""
     inverse, error = 1 / np.diagonal(metric, axis1=1, axis2=2)[:, :, None], u - t
     for begin in range(0, u.shape[1], _BLOCK):
@@ -128,8 +144,8 @@ def _sweep(metric: Array, u: Array, t: Array, low: Array, high: Array) -> None:
         inner, now = metric[:, block, block], u[:, block]
         residual = tf.matmul(metric[:, block], error).numpy()
         for k in range(now.shape[1]):
-            new = np.rint(now[:, k] - residual[:, k] * inverse[:, begin + k])
-            new = np.minimum(np.maximum(new, low[:, 0]), high[:, 0])
+            allowed = None if levels is None else levels[:, :, begin + k]
+            new = rounded(now[:, k] - residual[:, k] * inverse[:, begin + k], low[:, 0], high[:, 0], allowed)
             residual[:, k + 1 :] += inner[:, k + 1 :, k, None] * (new - now[:, k])[:, None]
             now[:, k] = new
         error[:, block] = now - t[:, block]

@@ -1,8 +1,8 @@
 """Linear operations as matrix products, and the second moments of their inputs.
 
-Every linear operation is, for each of its groups, y = W^T x + b with a patch x of its input: im2col. A convolution has
-`groups` groups, a depthwise convolution one for each input channel, all others one. A transposed convolution reads the
-same kind of patch: the inputs that meet an output position, zero where none does.
+Every linear operation is, for each of its groups, y = W^T x + b with a patch x of its input: im2col (`ops.blocks`). A
+transposed convolution reads the same kind of patch as others: the inputs that meet an output position, zero where none
+does.
 
 For a fixed layer the expected squared error of the output needs the data only through its moments (AdaRound, arXiv
 2004.10568, eq. 11-13; white paper, arXiv 2106.08295, eq. 31 and 35 without the activation). With x the input of the
@@ -21,61 +21,25 @@ import numpy as np
 import tensorflow as tf
 
 from kquant.graph.ir import Node
-from kquant.graph.ops import BIAS
+from kquant.graph.ops import bias_of, linear_of, weight_of
 
 Array = np.ndarray[Any, Any]
 _PATCHES = 32 << 20  # bytes of patches at once
-MATRIX_OPS = frozenset({"conv2d", "depthwise_conv2d", "conv2d_transpose", "dense"})
 
 
 def to_matrices(node: Node, kernel: Array) -> Array:
     """The kernel as [groups, inputs, outputs of the group]; channel g * outputs + m of the layer is [g, :, m]."""
-    if node.op == "dense":
-        return kernel[None]
-    if node.op == "conv2d_transpose":
-        return kernel.transpose(0, 1, 3, 2).reshape(1, -1, kernel.shape[2])
-    h, w, cin, cout = kernel.shape
-    if node.op == "depthwise_conv2d":
-        return kernel.reshape(h * w, cin, cout).transpose(1, 0, 2)
-    return kernel.reshape(h * w * cin, groups_of(node), -1).transpose(1, 0, 2)
+    return linear_of(node).matrices(node, kernel)
 
 
 def from_matrices(node: Node, matrices: Array) -> Array:
     """The inverse of `to_matrices`."""
-    shape = node.weights["kernel"].shape
-    if node.op == "dense":
-        return matrices[0]
-    if node.op == "conv2d_transpose":
-        h, w, cout, cin = shape
-        return np.ascontiguousarray(matrices.reshape(h, w, cin, cout).transpose(0, 1, 3, 2))
-    return np.ascontiguousarray(matrices.transpose(1, 0, 2)).reshape(shape)
-
-
-def groups_of(node: Node) -> int:
-    """How many groups of inputs the operation keeps apart."""
-    if node.op == "depthwise_conv2d":
-        return int(node.weights["kernel"].shape[2])
-    return int(node.attrs.get("groups", 1))
+    return linear_of(node).from_matrices(matrices, node.weights[weight_of(node).name].shape)
 
 
 def channels_to_groups(node: Node, values: Array) -> Array:
     """() or (channels,) values shaped to broadcast against `to_matrices`."""
-    return values.reshape(1, 1, 1) if values.ndim == 0 else values.reshape(groups_of(node), 1, -1)
-
-
-def _line(node: Node, axis: int, size: int) -> Array:
-    """[output positions, taps] -> index of the input that meets the kernel's tap along a spatial axis, or -1."""
-    out, taps = int(node.shape[axis + 1] or 0), node.weights["kernel"].shape[axis]
-    stride, dilation = node.attrs["strides"][axis], node.attrs.get("dilation", (1, 1))[axis]
-    transposed = node.op == "conv2d_transpose"
-    long, short = (out, size) if transposed else (size, out)
-    reach = (short - 1) * stride + (taps - 1) * dilation + 1 - long
-    pad = max(reach, 0) // 2 if node.attrs["padding"] == "same" else 0
-    o, k = np.arange(out)[:, None], np.arange(taps)[None] * dilation
-    index = (o + pad - k) if transposed else o * stride + k - pad
-    if transposed:
-        index = np.where(index % stride == 0, index // stride, -1)
-    return np.where((index >= 0) & (index < size), index, -1)
+    return values.reshape(1, 1, 1) if values.ndim == 0 else values.reshape(linear_of(node).groups(node), 1, -1)
 
 
 def patches(node: Node, x: tf.Tensor, positions: Array) -> tf.Tensor:
@@ -89,13 +53,14 @@ def patches(node: Node, x: tf.Tensor, positions: Array) -> tf.Tensor:
     Returns:
         [groups, samples * p, inputs of the group]; padding is zeros.
     """
-    x, groups = tf.convert_to_tensor(x), groups_of(node)
+    linear, kernel = linear_of(node), node.weights[weight_of(node).name]
+    x, groups = tf.convert_to_tensor(x), linear.groups(node)
     samples, channels = x.shape[0], x.shape[-1]
     pixels = tf.reshape(x, (-1, channels))
     first = np.arange(samples)[:, None] * (pixels.shape[0] // samples)  # a sample's first row of `pixels`
-    if node.op == "dense":
+    if not linear.window:
         return tf.gather(pixels, (first + positions).reshape(-1))[None]
-    rows, cols = _line(node, 0, x.shape[1]), _line(node, 1, x.shape[2])
+    rows, cols = linear.lines(node, x.shape, kernel)
     at_row, at_col = np.divmod(positions, len(cols))
     r, c = rows[at_row][..., :, None], cols[at_col][..., None, :]
     inside = (r >= 0) & (c >= 0)
@@ -125,7 +90,7 @@ def sampled_rows(
     """
     size, rng = positions_of(node), np.random.default_rng(seed)
     count = min(positions, size)
-    inputs = node.weights["kernel"].size // (node.shape[-1] or 1) * groups_of(node)
+    inputs = node.weights[weight_of(node).name].size // (node.shape[-1] or 1) * linear_of(node).groups(node)
     step = max(1, _PATCHES // (4 * count * inputs))
     for x, x_hat in _slices(batches, step):
         drawn = np.tile(np.arange(size), (len(x), 1))
@@ -196,7 +161,7 @@ def moments(node: Node, batches: Iterable[tuple[Any, Any]], *, positions: int = 
     Products are in float32 on data shifted by the mean of the first rows, sums in float64. With z = W^T x, or z = x
     where a layer has more outputs than inputs, all is known from the moments of x^ and z.
     """
-    w, offset = to_matrices(node, node.weights["kernel"]), node.weights[BIAS[node.op]]
+    w, offset = to_matrices(node, node.weights[weight_of(node).name]), node.weights[bias_of(node)]
     wide = w.shape[2] > w.shape[1]
     total: list[Array] | None = None
     rows = 0

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from kquant.graph.ir import Graph, Node
-from kquant.quantize.moments import Moments, linear_mean
+from kquant.graph.moments import Moments
+from kquant.graph.ops import bias_of, op_of, pads_zeros, weight_of
+from kquant.quantize.moments import linear_mean
 
 Array = np.ndarray[Any, Any]
 
@@ -49,25 +51,31 @@ def estimate_inputs(graph: Graph) -> dict[str, Moments]:
 def _first_layer(graph: Graph, name: str) -> Node | None:
     """The convolution with statistics that reads a tensor, directly or behind zero padding."""
     for reader in graph.consumers(name):
-        if reader.op == "conv2d" and reader.attrs["groups"] == 1 and {"mean", "std"} <= reader.stats.keys():
+        if _is_convolution(reader) and {"mean", "std"} <= reader.stats.keys():
             return reader
-        if reader.op == "pad" and reader.attrs["mode"] == "constant" and not reader.attrs.get("value"):
+        if pads_zeros(reader):
             layer = _first_layer(graph, reader.name)
             if layer is not None:
                 return layer
     return None
 
 
+def _is_convolution(node: Node) -> bool:
+    """Whether each output reads windows of all channels."""
+    linear = op_of(node).linear
+    return linear is not None and linear.window and not linear.transposed and linear.groups(node) == 1
+
+
 def _fit(graph: Graph, layer: Node) -> Moments | None:
     """The least squares; None where too few channels do anything."""
-    kernel = layer.weights["kernel"].astype(np.float64)
+    kernel = layer.weights[weight_of(layer).name].astype(np.float64)
     mean, std = (layer.stats[k].astype(np.float64) for k in ("mean", "std"))
     live = (std > 1e-6 * std.max()) & (np.abs(kernel).max((0, 1, 2)) > 0)
     if live.sum() < COLOURS:
         return None
     kernel, std = kernel[..., live] / std[live], std[live]  # each channel counts alike
     a = linear_mean(layer, kernel, np.ones(COLOURS), graph[layer.inputs[0]].shape)
-    b = (mean - layer.weights["bias"])[live] / std
+    b = (mean - layer.weights[bias_of(layer)])[live] / std
     quadratic = np.stack([_variance(kernel, c) for c in _covariances(*kernel.shape[:2])], 1)
     parts = nonnegative_least_squares(quadratic, np.ones(len(std)))
     if not (parts.sum() > 0 and a @ a > 0):

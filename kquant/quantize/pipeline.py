@@ -9,8 +9,8 @@ The config switches each step on or off; where it says None, the step is taken w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,41 +18,28 @@ from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import AdaRound
 from kquant.errors import CalibrationError, ConfigError
 from kquant.graph.ir import Graph
-from kquant.graph.ops import LINEAR
+from kquant.graph.moments import Moments
+from kquant.graph.ops import op_of
 from kquant.graph.quantized import QuantizedGraph
 from kquant.graph.transforms.absorb_bias import absorb_bias
 from kquant.graph.transforms.equalize import equalize
 from kquant.grids.grid import Grid
 from kquant.quantize.adaround import adaround
 from kquant.quantize.analytic_correction import correct_biases_analytically
-from kquant.quantize.bias_correction import CORRECTED, correct_biases
+from kquant.quantize.bias_correction import correct_biases
 from kquant.quantize.calibrate import make_grids, observe, smallest_outputs, weight_grids
 from kquant.quantize.data import CalibrationData
 from kquant.quantize.input_moments import estimate_inputs
-from kquant.quantize.moments import Moments, propagate
+from kquant.quantize.moments import propagate
 from kquant.quantize.plan import Plan, make_plan
+from kquant.quantize.record import Quantization, Step
 
 _NAMED = 8  # at most so many tensors are listed in a message
 
 
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One step of the pipeline.
-
-    Attributes:
-        name: field of `QuantConfig` that switches it, or what it sets.
-        taken: whether it was.
-        note: what it did, or why it was left out.
-    """
-
-    name: str
-    taken: bool
-    note: str
-
-
 def quantize_after_training(
     graph: Graph, config: QuantConfig, data: CalibrationData | None, *, seed: int = 0, progress: bool = True
-) -> tuple[Plan, QuantizedGraph, list[Step]]:
+) -> tuple[QuantizedGraph, Quantization]:
     """Quantize a float graph after training.
 
     Args:
@@ -63,7 +50,7 @@ def quantize_after_training(
         progress: show progress bars.
 
     Returns:
-        The plan, the quantized graph, and the steps in order, taken or not.
+        The quantized graph, and how it was quantized.
 
     Raises:
         ConfigError: the config is impossible for its target, or asks without data for what needs data.
@@ -78,11 +65,15 @@ def quantize_after_training(
         log.note("absorb_bias", note)
     plan = make_plan(graph, config)
     weights = weight_grids(plan)
-    linear = {n: q for n, q in weights.items() if plan.graph[n].op in CORRECTED}
+    integers: dict[str, np.ndarray] = {}
+    linear = {n: q for n, q in weights.items() if op_of(plan.graph[n]).matrix}
     if log.takes("adaround") and data is not None:
         settings = config.adaround if isinstance(config.adaround, AdaRound) else AdaRound()
-        graph, rows = adaround(plan.graph, linear, data, settings, seed=seed, progress=progress)
+        graph, rows = adaround(
+            plan.graph, linear, data, settings, seed=seed, progress=progress, input_bits=_input_bits(plan, linear)
+        )
         plan, weights = replace(plan, graph=graph), weights | {r.node: r.grid for r in rows}
+        integers = {r.node: r.integers for r in rows}
         ratio = np.mean([r.loss / r.nearest_loss for r in rows if r.nearest_loss > 0] or [1.0])
         log.note(
             "adaround", f"{settings.solver}, {len(rows)} layers, {ratio:.2f} of nearest rounding's error on average"
@@ -97,7 +88,20 @@ def quantize_after_training(
         statistics, notes = (observe(plan, data, progress) if plan.observed else {}), _methods(plan)
     for note in notes:
         log.note("activation ranges", note)
-    return plan, make_grids(plan, weights, statistics), log.steps
+    return make_grids(plan, weights, statistics, integers), record_of(plan, config, seed, log.steps)
+
+
+def _input_bits(plan: Plan, names: Iterable[str]) -> dict[str, int]:
+    """Linear operation -> bits of the grid of its input, where that is in integers."""
+    specs = {n: plan.activations.get(plan.graph[n].inputs[0]) for n in names if n in plan.activations}
+    return {n: spec.bits for n, spec in specs.items() if spec is not None}
+
+
+def record_of(plan: Plan, config: QuantConfig, seed: int, steps: Sequence[Step]) -> Quantization:
+    """What is remembered of a plan and the steps that were taken."""
+    return Quantization(
+        config=config, seed=seed, steps=tuple(steps), skipped=plan.skipped, shared=plan.shared, fixed=plan.dictated
+    )
 
 
 class _Log:
@@ -132,7 +136,7 @@ def decide(plan: Plan, config: QuantConfig, has_data: bool) -> dict[str, str]:
     Raises:
         ConfigError: AdaRound is asked for and there is no data.
     """
-    specs = [s for n, s in plan.weights.items() if plan.graph[n].op in CORRECTED]
+    specs = [s for n, s in plan.weights.items() if op_of(plan.graph[n]).matrix]
     per_tensor, coarse = any(not s.per_channel for s in specs), any(s.bits < 8 for s in specs)
     nothing = "" if specs else "no weights are quantized"
     estimated = plan.observed and not has_data
@@ -161,7 +165,7 @@ def _equalize(graph: Graph) -> tuple[Graph, str]:
 
 def _absorb(graph: Graph, data: CalibrationData | None, progress: bool) -> tuple[Graph, str]:
     """With the smallest values seen where there is data, with batch normalization statistics otherwise."""
-    lows = {} if data is None else smallest_outputs(graph, [n.name for n in graph if n.op in LINEAR], data, progress)
+    lows = {} if data is None else smallest_outputs(graph, [n.name for n in graph if op_of(n).linear], data, progress)
     graph, report = absorb_bias(graph, lows=lows)
     counts = [n for c in report.absorbed.values() if (n := int(np.count_nonzero(c)))]
     note = f"{sum(counts)} channels of {len(counts)} layers"

@@ -16,18 +16,10 @@ from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import LayerSpec, QuantSpec
 from kquant.errors import ConfigError
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import LINEAR, QUANTIZED_WEIGHT
+from kquant.graph.ops import op_of
 from kquant.grids.grid import Grid
+from kquant.quantize.record import Skip
 from kquant.targets.target import Target, get_target
-
-
-@dataclass(frozen=True)
-class Skip:
-    """A node that stays float, and why."""
-
-    node: str
-    layer: str
-    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +45,16 @@ class Plan:
     sources: dict[str, tuple[str, ...]]
     skipped: tuple[Skip, ...]
     target: Target
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """Node -> the first tensor on its grid, where that is another and the target does not dictate the grid."""
+        return {n: first for n, first in self.groups.items() if n != first and first not in self.fixed}
+
+    @property
+    def dictated(self) -> tuple[str, ...]:
+        """The nodes whose grid the target dictates."""
+        return tuple(n for n, first in self.groups.items() if first in self.fixed)
 
     @property
     def observed(self) -> dict[str, tuple[str, ...]]:
@@ -100,14 +102,16 @@ def make_plan(graph: Graph, config: QuantConfig) -> Plan:
         groups=groups,
         fixed=fixed,
         sources=sources,
-        skipped=tuple(Skip(n, graph[n].origin or n, r) for n, r in reasons.items() if graph[n].op != "const"),
+        skipped=tuple(
+            Skip(node=n, layer=graph[n].origin or n, reason=r) for n, r in reasons.items() if graph[n].op != "const"
+        ),
         target=target,
     )
 
 
 def resolve(graph: Graph, config: QuantConfig) -> dict[str, LayerSpec]:
     """The config's word on every node; model inputs have a spec of their own."""
-    linear = [n.origin for n in graph if n.op in LINEAR - {"affine"}]
+    linear = [n.origin for n in graph if op_of(n).matrix]
     first, last = (linear[0], linear[-1]) if linear else (None, None)
     specs: dict[str, LayerSpec] = {}
     matched: set[int] = set()
@@ -140,11 +144,11 @@ def _float_reasons(graph: Graph, specs: dict[str, LayerSpec], target: Target) ->
             reasons[node.name] = spec.reason or "activations are not quantized"
         elif target.float_only(node.op, target.container_bits(spec.activations.bits)):
             reasons[node.name] = f"{target.name} has no {spec.activations.bits}-bit kernel for {node.op}"
-        elif node.op in LINEAR and spec.weights is None and not target.float_weights:
+        elif op_of(node).linear and spec.weights is None and not target.float_weights:
             reasons[node.name] = spec.reason or "its weights are not quantized"
         elif node.op in target.same_scale and data[0].name in reasons:
             reasons[node.name] = f"it only moves the values of {data[0].name!r}, which stays float"
-        elif node.op != "embedding" and any(d.dtype != "float32" for d in data):
+        elif not op_of(node).lookup and any(d.dtype != "float32" for d in data):
             reasons[node.name] = "it reads integer ids"
     for node in graph:
         if node.op == "const" and all(c.name in reasons for c in graph.consumers(node.name)):
@@ -211,7 +215,7 @@ def _may_share(graph: Graph, source: str, reader: Node, reasons: dict[str, str],
     """Whether `source` can take the grid of its reader's output without harming other readers."""
     while True:
         node = graph[source]
-        if graph.sole_consumer(source) is not reader or source in reasons or node.op == "embedding":
+        if graph.sole_consumer(source) is not reader or source in reasons or op_of(node).lookup:
             return False
         if target.fixed_output(node.op, 8) is not None or reader.inputs.count(source) > 1:
             return False
@@ -244,7 +248,7 @@ def _activation_spec(node: Node, spec: LayerSpec) -> QuantSpec:
         raise ConfigError(f"{node.name!r} runs in integers but its activations have no spec")
     if node.op == "const" and spec.activations.bits < 8:
         return replace(spec.activations, bits=8)
-    if node.op == "embedding" and spec.activations.bits > 8:
+    if op_of(node).lookup and spec.activations.bits > 8:
         return replace(spec.activations, bits=8)
     return spec.activations
 
@@ -291,14 +295,12 @@ def _weight_specs(graph: Graph, specs: dict[str, LayerSpec], integer: set[str]) 
     """Specs of the weights. Batch-norm scales and PReLU slopes are few, and keep 8 bits."""
     chosen = {}
     for node in graph:
-        spec = specs[node.name].weights
-        if node.op not in QUANTIZED_WEIGHT or node.op == "embedding" or spec is None:
+        spec, record = specs[node.name].weights, op_of(node)
+        if record.weight is None or record.lookup or spec is None:
             continue
-        if node.name not in integer and (node.op in ("affine", "prelu") or specs[node.name].float):
+        if node.name not in integer and (not record.matrix or specs[node.name].float):
             continue
-        if node.op == "prelu":
-            spec = replace(spec, bits=8, per_channel=False)
-        elif node.op == "affine":
-            spec = replace(spec, bits=8)
+        if not record.matrix:
+            spec = replace(spec, bits=8, per_channel=spec.per_channel and record.weight.channels is not None)
         chosen[node.name] = spec
     return chosen

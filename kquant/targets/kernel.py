@@ -6,9 +6,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from kquant.targets.builtin import Builtin
 from kquant.targets.operand import Call
 
 Arithmetic = Callable[[Call], Any]  # -> integers q - zero_point of the output, rounded but not clamped
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the quantized weight of an operation lies in a file.
+
+    Attributes:
+        to_file: from its view with output channels on one axis (`graph.ops`) to the file's axes.
+        axis: the file's axis of the output channels.
+        hybrid: the float kernel takes int8 weights and quantizes its input itself.
+    """
+
+    to_file: Callable[[np.ndarray], np.ndarray] = lambda w: w
+    axis: int = 0
+    hybrid: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,19 +37,27 @@ class Kernel:
         op: key of `graph.ops.OPS`.
         arithmetic: container of the activations (8 or 16 bits) -> what it computes, on tensors, for the simulation;
             a container that is not in it has no kernel.
+        write: f(emitter, node, input tensors, sink) writes it into a file.
+        operators: operators of the file that it is written with, or that compute it in files made elsewhere.
+        layout: how its quantized weight is stored, if it has one.
         weights: container of the activations -> the containers below 8 bits that its weights may have.
         output: container of the activations -> the (scale, zero point) that it insists on for its output.
-        write: f(emitter, node, input tensors, sink) writes it into a file.
         fuses: activations that it applies itself.
         max_rank: most axes that it takes, None for any number.
-        reference: operator of the file -> its arithmetic in numpy, bit for bit with the runtime's reference kernels.
+        averages: it computes new values on the grid of its input, and rounds them to it.
+        takes_any: its inputs need no grid: ids, or real numbers that it quantizes.
+        looks_up: its output is rows of its weight, which is stored on the grid of the output.
     """
 
     op: str
     arithmetic: Mapping[int, Arithmetic]
     write: Callable[..., None]
+    operators: Mapping[str, Builtin] = field(default_factory=dict)
+    layout: Layout | None = None
     weights: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     output: Mapping[int, tuple[float, int]] = field(default_factory=dict)
     fuses: tuple[str, ...] = ("NONE",)
     max_rank: int | None = None
-    reference: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    averages: bool = False
+    takes_any: bool = False
+    looks_up: bool = False

@@ -13,7 +13,10 @@ Tensor = Any
 
 @dataclass(frozen=True)
 class Operand:
-    """`centered` = q - zero_point, integer-valued float32; the real value is scale * centered."""
+    """`centered` = q - zero_point, integer-valued float32; the real value is scale * centered.
+
+    `bits` are those of the integer type that stores it.
+    """
 
     centered: Tensor
     scale: Tensor
@@ -32,11 +35,11 @@ class Call:
 
     Attributes:
         node: the operation; its weights are shapes.
-        inputs: its inputs.
-        out: the grid of its output (`centered` is None); `bits` is the container of the activations.
+        inputs: its inputs (integer ids have scale 1).
+        out: the grid of its output (`centered` is None); `bits` are those of the activations' integer type.
         weight: the integers of its quantized weight in the weight's own shape, with the scale of its output channels
-            (or of all) and the number of bits of its grid; None where it has none.
-        weights: its other weights as real numbers (and the quantized one too, where `weight` is None).
+            (or of all); None where it has none.
+        weights: its weights as real numbers.
     """
 
     node: Node

@@ -1,9 +1,12 @@
-"""What a piece of hardware accepts: containers, granularity, grids that are tied or fixed.
+"""What a piece of hardware accepts: containers, granularity, grids that are tied or fixed, kernels, a runtime.
 
-The "tflite_" targets describe the integer kernels of TFLite (LiteRT 2.3, TensorFlow 2.21), as measured: a combination
-that a kernel takes but computes wrongly is not offered. "simulation" also takes what no kernel computes, float weights
-with integer activations, to tell the effects of the two apart. Operations go by their
-names in `graph.ops`.
+A target owns its rules: everything that depends on an operation is in the records of its kernels. One of your own is a
+few lines:
+
+    kquant.register_target(dataclasses.replace(kquant.get_target("litert"), name="mine", weight_bits=(4, 8)))
+    kquant.quantize_model(model, data, config={"preset": "w8a8", "target": "mine"})
+
+Operations go by their names in `graph.ops`.
 """
 
 from __future__ import annotations
@@ -11,10 +14,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from kquant.errors import ConfigError
+from kquant.targets.builtin import Builtin
+from kquant.targets.kernel import Kernel
+from kquant.targets.runtime import Runtime
 
 if TYPE_CHECKING:
     from kquant.config.quant_config import QuantConfig
@@ -22,32 +27,8 @@ if TYPE_CHECKING:
 
 
 # The kernels take the output's grid for the input's without looking (or refuse a difference).
-_SAME_SCALE = frozenset({"reshape", "transpose", "slice", "pad", "max_pool2d", "avg_pool2d", "resize", "reduce_max"})
-_INPUTS_SHARE_OUTPUT = frozenset({"concat", "maximum", "minimum"})
-_FIXED_OUTPUTS: Mapping[tuple[str, int], tuple[float, int]] = MappingProxyType(
-    {
-        ("softmax", 8): (1 / 256, -128),
-        ("logistic", 8): (1 / 256, -128),
-        ("tanh", 8): (1 / 128, 0),
-        ("softmax", 16): (1 / 32768, 0),
-        ("logistic", 16): (1 / 32768, 0),
-        ("tanh", 16): (1 / 32768, 0),
-    }
-)
-# (op, activation container) -> the weight containers below int8 that the kernel computes right.
-# Depthwise with int16 activations accepts int4 and is silently wrong, so it is not listed.
-_SMALL_WEIGHTS: Mapping[tuple[str, int], tuple[int, ...]] = MappingProxyType(
-    {
-        ("conv2d", 8): (4,),
-        ("depthwise_conv2d", 8): (4,),
-        ("dense", 8): (2, 4),
-        ("conv2d", 16): (4,),
-        ("dense", 16): (4,),
-    }
-)
-_FLOAT_ONLY: Mapping[int, frozenset[str]] = MappingProxyType(
-    {8: frozenset({"float"}), 16: frozenset({"float", "gelu", "elu", "hard_swish", "prelu"})}
-)
+_OF_INPUT = frozenset({"reshape", "transpose", "slice", "pad", "max_pool2d", "avg_pool2d", "resize", "reduce_max"})
+_SHARED = frozenset({"concat", "maximum", "minimum"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,29 +36,47 @@ class Target:
     """The rules of one target.
 
     Attributes:
-        name: key of `TARGETS`.
+        name: by which configs, layers and files know it (see `register_target`).
+        kernels: operation -> how it is computed; an operation that is not in it stays float.
         activation_bits: containers for the activations of a whole model.
         mixed_activation_bits: containers that a rule may give to single layers.
         weight_bits: smallest and largest number of bits of a weight.
+        packed_weights: weights of 4 bits and fewer are stored in int4 and int2 tensors where the kernel takes them;
+            otherwise in int8 tensors.
         per_channel_weights: one weight scale per output channel is accepted.
         symmetric_weights: weights need zero point 0.
         symmetric_activations: activations need zero point 0 (16-bit containers always do).
-        same_scale: operations whose output has the grid of their input.
-        inputs_share_output: operations whose inputs need the grid of their output.
         float_weights: integer activations may meet float weights. No hardware does that: such a target is for
             experiments, and cannot be exported to.
+        runtime: what runs and checks its files; None where nothing does.
     """
 
     name: str
+    kernels: Mapping[str, Kernel]
     activation_bits: tuple[int, ...]
     mixed_activation_bits: tuple[int, ...] = (8, 16)
     weight_bits: tuple[int, int] = (2, 8)
+    packed_weights: bool = True
     per_channel_weights: bool = True
     symmetric_weights: bool = True
     symmetric_activations: bool = False
-    same_scale: frozenset[str] = _SAME_SCALE
-    inputs_share_output: frozenset[str] = _INPUTS_SHARE_OUTPUT
     float_weights: bool = False
+    runtime: Runtime | None = None
+
+    @property
+    def same_scale(self) -> frozenset[str]:
+        """Operations whose output has the grid of their input."""
+        return _OF_INPUT & frozenset(self.kernels)
+
+    @property
+    def inputs_share_output(self) -> frozenset[str]:
+        """Operations whose inputs need the grid of their output."""
+        return _SHARED & frozenset(self.kernels)
+
+    @property
+    def operators(self) -> dict[str, Builtin]:
+        """The operators that its files consist of."""
+        return {name: builtin for kernel in self.kernels.values() for name, builtin in kernel.operators.items()}
 
     def container_bits(self, bits: int) -> int:
         """Bits of the integer type that stores a `bits`-bit activation."""
@@ -90,18 +89,22 @@ class Target:
 
     def weight_container(self, op: str, bits: int, activation_container: int) -> int:
         """Bits (2, 4 or 8) of the integer type that stores the `bits`-bit weights of `op`."""
-        for container in _SMALL_WEIGHTS.get((op, activation_container), ()):
-            if bits <= container:
-                return container
+        kernel = self.kernels.get(op)
+        if kernel is not None and self.packed_weights:
+            for container in sorted(kernel.weights.get(activation_container, ())):
+                if bits <= container:
+                    return container
         return 8
 
     def fixed_output(self, op: str, container: int) -> tuple[float, int] | None:
         """The (scale, zero point) that the kernel of `op` insists on for its output, if it does."""
-        return _FIXED_OUTPUTS.get((op, container))
+        return self.kernels[op].output.get(container) if op in self.kernels else None
 
     def float_only(self, op: str, container: int) -> bool:
         """Whether `op` has no integer kernel for activations in this container."""
-        return op in _FLOAT_ONLY[container]
+        if op in ("input", "const"):
+            return False
+        return op not in self.kernels or container not in self.kernels[op].arithmetic
 
     def check(self, config: QuantConfig) -> None:
         """Refuse what the target cannot run.
@@ -130,7 +133,7 @@ class Target:
             )
         if spec.per_channel and not self.per_channel_weights:
             raise ConfigError(
-                f"{where}: {self.name} has one scale per weight tensor; set per_channel=False or target='tflite_int8'."
+                f"{where}: {self.name} has one scale per weight tensor; set per_channel=False or target='litert'."
             )
 
     def _check_activations(self, spec: QuantSpec | None, where: str, containers: tuple[int, ...]) -> None:
@@ -140,10 +143,9 @@ class Target:
             raise ConfigError(f"{where}: {self.name} has one scale per activation tensor; set per_channel=False.")
         container = self.container_bits(spec.bits)
         if container not in containers:
-            other = TFLITE_INT16X8.name if container == 16 else TFLITE_INT8.name
             raise ConfigError(
                 f"{where}: {self.name} stores activations in {_join(containers)} bits, found bits={spec.bits}; "
-                f"set target={other!r}, or change single layers with a rule."
+                f"set bits={max(containers)}, or change single layers with a rule."
             )
         if (self.symmetric_activations or container == 16) and not (spec.symmetric and spec.signed):
             raise ConfigError(
@@ -156,13 +158,29 @@ def _join(values: tuple[int, ...]) -> str:
     return " or ".join(map(str, values))
 
 
-TFLITE_INT8 = Target(name="tflite_int8", activation_bits=(8,))
-TFLITE_INT8_PER_TENSOR = Target(name="tflite_int8_per_tensor", activation_bits=(8,), per_channel_weights=False)
-TFLITE_INT16X8 = Target(name="tflite_int16x8", activation_bits=(16,))
-SIMULATION = Target(name="simulation", activation_bits=(8, 16), float_weights=True)
-TARGETS: Mapping[str, Target] = MappingProxyType(
-    {t.name: t for t in (TFLITE_INT8, TFLITE_INT8_PER_TENSOR, TFLITE_INT16X8, SIMULATION)}
-)
+_REGISTERED: dict[str, Target] = {}
+
+
+def register_target(target: Target, *, also: tuple[str, ...] = ()) -> Target:
+    """Have `get_target`, configs and saved models find a target by its name.
+
+    A model that was saved for a target of your own loads once the target is registered.
+
+    Args:
+        target: replaces one that was registered by the same name.
+        also: other names for it.
+
+    Returns:
+        The target.
+
+    Raises:
+        TypeError: `target` is not a `Target`.
+    """
+    if not isinstance(target, Target):
+        raise TypeError(f"register_target takes a kquant.Target, not {target!r}")
+    for name in (target.name, *also):
+        _REGISTERED[name] = target
+    return target
 
 
 def get_target(name: str) -> Target:
@@ -171,8 +189,9 @@ def get_target(name: str) -> Target:
     Raises:
         ConfigError: there is none, with the nearest known name.
     """
-    if name in TARGETS:
-        return TARGETS[name]
-    close = get_close_matches(str(name), TARGETS, n=1)
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    close = get_close_matches(str(name), _REGISTERED, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ConfigError(f"Unknown target {name!r}{hint}; known are {', '.join(TARGETS)}.")
+    known = ", ".join(dict.fromkeys(t.name for t in _REGISTERED.values()))
+    raise ConfigError(f"Unknown target {name!r}{hint}; known are {known}; kquant.register_target adds one.")

@@ -22,18 +22,18 @@ import numpy as np
 from kquant.config.text import table
 from kquant.errors import CalibrationError, ExportError
 from kquant.graph.ir import Node
-from kquant.graph.ops import QUANTIZED_WEIGHT, evaluate, weight_view
+from kquant.graph.ops import BIAS, QUANTIZED_WEIGHT, evaluate
 from kquant.graph.quantized import QuantizedGraph
-from kquant.grids.grid import quantize, quantize_bias
+from kquant.grids.grid import quantize_bias
 from kquant.keras.layer import QuantizedLayer
 from kquant.keras.model import QuantizedModel, extract
 from kquant.quantize.data import CalibrationData
-from kquant.targets.litert.flatbuffer import for_reference_kernels, read_tensors, summary
-from kquant.targets.litert.linear import LAYOUTS
+from kquant.targets.litert.flatbuffer import read_tensors, summary
 from kquant.targets.litert.reader import Tensor, file_content
 from kquant.targets.litert.reference.interpreter import IntegerReference
 from kquant.targets.litert.runtime import TFLiteModel
 from kquant.targets.litert.writer import write_tflite
+from kquant.targets.runtime import KernelSet
 from kquant.targets.target import Target
 
 
@@ -167,14 +167,14 @@ def verify_tflite(
     batches = first_samples(CalibrationData(data, input_specs(qgraph), batch_size=batch_size), samples)
     few = [x[:tensor_samples] for x in batches[0]]
     info = summary(content)
-    kernels, stored = _kernel_tensors(content, few)
-    reference = IntegerReference(content, lambda op, _: [stored[t.name] for t in op.outputs], kernels)
+    kernels, stored = _kernel_tensors(model.target, content, few)
+    reference = IntegerReference(content, lambda op, _: [stored[t.name] for t in op.outputs], kernels.reference)
     return ParityReport(
-        structure=_structure(qgraph, content),
+        structure=_structure(qgraph, model.target, content),
         float_error=_float_error(qgraph, model.target, few),
         tensors=_tensor_parity(model, qgraph, reference, stored),
         end_to_end=_end_to_end(model, content, batches, qgraph),
-        kernels=kernels,
+        kernels=kernels.name,
         ops=info.op_counts,
         bytes=len(content),
     )
@@ -199,20 +199,23 @@ def first_samples(data: CalibrationData, samples: int) -> list[list[np.ndarray]]
     return batches
 
 
-def _kernel_tensors(content: bytes, inputs: Sequence[np.ndarray]) -> tuple[str, dict[str, np.ndarray]]:
-    """All tensors of one run of the reference kernels, or of the builtin ones where those lack an op version."""
-    for kernels, file in (("reference", for_reference_kernels(content)), ("builtin", content)):
+def _kernel_tensors(
+    target: Target, content: bytes, inputs: Sequence[np.ndarray]
+) -> tuple[KernelSet, dict[str, np.ndarray]]:
+    """All tensors of one run of the first of the runtime's kernels that accept the file."""
+    checks = () if target.runtime is None else target.runtime.checks
+    for kernels in checks:
         try:
-            model = TFLiteModel(file, kernels, keep_tensors=True)
-            model.run(inputs)
-            return kernels, model.tensors()
+            runner = kernels.open(content)
+            runner.run(inputs)
+            return kernels, runner.tensors()
         except ExportError:
-            if kernels == "builtin":
+            if kernels is checks[-1]:
                 raise
-    raise AssertionError("unreachable")
+    raise ExportError(f"{target.name} has no runtime that shows every tensor; verify with a target that has one.")
 
 
-def _structure(qgraph: QuantizedGraph, content: bytes) -> tuple[str, ...]:
+def _structure(qgraph: QuantizedGraph, target: Target, content: bytes) -> tuple[str, ...]:
     """Differences between the grids and integers of the plan and those of the file."""
     tensors = read_tensors(content)
     wrong = []
@@ -226,21 +229,23 @@ def _structure(qgraph: QuantizedGraph, content: bytes) -> tuple[str, ...]:
         stored = tensors[node.name]
         if not (np.array_equal(stored.scale, np.atleast_1d(q.scale)) and stored.zero_point[0] == int(q.zero_point)):
             wrong.append(f"{node.name!r} has grid {stored.scale} {stored.zero_point} in the file, not {q}")
-        wrong += [f"{name!r} differs from the plan" for name in _wrong_constants(qgraph, node, tensors)]
+        wrong += [f"{name!r} differs from the plan" for name in _wrong_constants(qgraph, target, node, tensors)]
     return tuple(wrong)
 
 
-def _wrong_constants(qgraph: QuantizedGraph, node: Node, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+def _wrong_constants(
+    qgraph: QuantizedGraph, target: Target, node: Node, tensors: Mapping[str, Tensor]
+) -> Iterator[str]:
     """Names of the weights and the bias of an integer operation that are not the plan's integers in the file."""
-    w = qgraph.weights.get(node.name)
-    if w is None:
+    w, layout = qgraph.weights.get(node.name), target.kernels[node.op].layout if node.op in target.kernels else None
+    if w is None or layout is None:
         return
-    layout, key = LAYOUTS[node.op], QUANTIZED_WEIGHT[node.op][0]
-    expected = {f"{node.name}/{key}": (layout.to_file(quantize(weight_view(node), w)), w.scale)}
+    key, bias_key = QUANTIZED_WEIGHT[node.op][0], BIAS.get(node.op, "")
+    expected = {f"{node.name}/{key}": (layout.to_file(qgraph.integers[node.name]), w.scale)}
     x = qgraph.activations.get(node.inputs[0])
-    if x is not None and layout.bias in node.weights:
-        bias = quantize_bias(node.weights[layout.bias], x.scale, w.scale)
-        expected[f"{node.name}/{layout.bias}"] = (bias, np.float32(x.scale) * np.asarray(w.scale, np.float32))
+    if x is not None and bias_key in node.weights:
+        bias = quantize_bias(node.weights[bias_key], x.scale, w.scale)
+        expected[f"{node.name}/{bias_key}"] = (bias, np.float32(x.scale) * np.asarray(w.scale, np.float32))
     for name, (integers, scale) in expected.items():
         stored = tensors.get(name)
         if (

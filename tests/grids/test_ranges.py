@@ -6,10 +6,10 @@ import pytest
 from kquant.config.specs import METHODS, WEIGHTS, QuantSpec
 from kquant.config.specs import WEIGHT_METHODS as WEIGHT_METHOD_NAMES
 from kquant.errors import CalibrationError, ConfigError, ModelError
+from kquant.graph.moments import Moments
 from kquant.grids.grid import fake_quantize, grid_from_range
 from kquant.grids.observers import Histogram, MinMax, Rows
 from kquant.grids.ranges import ACTIVATION_METHODS, WEIGHT_METHODS, activation_range, weight_range
-from kquant.quantize.moments import Moments
 
 GRIDS = {
     "asymmetric": QuantSpec(),

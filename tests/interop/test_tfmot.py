@@ -247,7 +247,7 @@ def test_kernels_keep_their_float_values(pair: Pair) -> None:
 @pytest.mark.parametrize("make", [unusual, branches])
 def test_unusual_models(tfmot: Any, layers: Any, make: Callable[[Any], Any]) -> None:
     quantized, model = both(tfmot, layers, make)
-    assert not model.quantization["float"]
+    assert not model.quantization.skipped
     x = inputs(quantized, 256, seed=2)
     # TFMOT does not quantize the outputs of softmax and tanh, whose grids the target dictates
     for a, b, q in zip(model(x), quantized(x), output_grids(model), strict=True):
@@ -269,8 +269,8 @@ def test_layers_that_are_not_annotated_stay_float(tfmot: Any, layers: Any) -> No
     x = inputs(quantized, 64)
     settle(quantized, x)
     model = from_tfmot(quantized)
-    assert {s["layer"] for s in model.quantization["float"]} >= {"first", "logits"}
-    assert "second" not in {s["layer"] for s in model.quantization["float"]}
+    assert {s.layer for s in model.quantization.skipped} >= {"first", "logits"}
+    assert "second" not in {s.layer for s in model.quantization.skipped}
     ours, theirs = np.asarray(model(x)), np.asarray(quantized(x))
     np.testing.assert_allclose(ours, theirs, atol=0.02 * np.abs(theirs).max())
 

@@ -59,7 +59,7 @@ def test_learning_starts_at_the_grid_that_is_assigned(gradient, per_channel):
         layer = layer_of(q, gradient)
         assert_same_grid(layer.to_grid(), q)
         np.testing.assert_array_equal(layer(samples()), fake_quantize(samples(), q))
-        assert layer.bits == bits
+        assert layer.width == bits
         assert len(layer.trainable_variables) == len(LEARNED_VARIABLES[gradient])
 
 

@@ -8,10 +8,8 @@ import tensorflow as tf
 from kquant.graph.ops import evaluate
 from kquant.grids.grid import Grid, fake_quantize, quantize, quantize_bias
 from kquant.keras.layer import FakeQuant, QuantizedLayer, grid_settings
-from kquant.keras.model import extract, insert
-from kquant.quantize.calibrate import quantize_graph
-from kquant.quantize.plan import make_plan
-from tests.support.toy import calibration, config, toy_data, toy_graph
+from kquant.keras.model import Learning, extract, insert
+from tests.support.toy import asked, config, toy_data, toy_graph, toy_qgraph
 
 
 def fake_quant(q: Grid) -> FakeQuant:
@@ -46,9 +44,8 @@ def test_gradient_is_one_inside_the_grid_and_zero_outside():
     np.testing.assert_allclose(tape.gradient(y, x).numpy(), [0, 1, 1, 1, 0], atol=1e-6)
 
 
-def build(name: str, **changes):
-    plan = make_plan(toy_graph(), config(name, **changes))
-    return insert(quantize_graph(plan, calibration(toy_data()), progress=False), {"target": plan.target.name})
+def build(name: str, learning=None, **changes):
+    return insert(toy_qgraph(name, **changes), asked(config(name, **changes).target), learning)
 
 
 def test_linear_layer_accumulates_the_integers_of_the_target():
@@ -109,7 +106,7 @@ def test_all_values_lie_on_their_grid():
 
 
 def test_gradients_reach_weights_through_every_layer():
-    model, x = build("w8a8"), toy_data(4, seed=5)
+    model, x = build("w8a8", Learning()), toy_data(4, seed=5)
     with tf.GradientTape() as tape:
         loss = tf.reduce_sum(model(x) ** 2)
     gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])

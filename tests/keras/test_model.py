@@ -18,17 +18,13 @@ from kquant.quantize.plan import make_plan
 from tests.support.graphs import chain, quantized
 from tests.support.operations import GRAPHS
 from tests.support.same import assert_same
-from tests.support.toy import calibration, config, toy_data, toy_graph
-
-
-def toy_qgraph(name="w8a8", **changes):
-    return quantize_graph(make_plan(toy_graph(), config(name, **changes)), calibration(toy_data()), progress=False)
+from tests.support.toy import asked, config, toy_qgraph
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w4a8-per_tensor", "w4a4", "w8a16", "w8"])
 def test_extract_inverts_insert(name):
     qgraph = toy_qgraph(name)
-    assert_same(qgraph, extract(insert(qgraph, {"target": config(name).target})))
+    assert_same(qgraph, extract(insert(qgraph, asked(config(name).target))))
 
 
 @pytest.mark.parametrize("name", ["add_const", "minimum_const", "prelu", "concat", "transposed_same", "affine_rank3"])
@@ -36,13 +32,13 @@ def test_constants_and_odd_weights_survive(name):
     graph = GRAPHS[name]()
     x = [np.random.default_rng(k).normal(size=(2, *graph[n].shape[1:])).astype("float32") for k, n in enumerate(graph.inputs)]  # fmt: skip # noqa: E501
     qgraph = quantized(graph, x)
-    assert_same(qgraph, extract(insert(qgraph, {"target": "tflite_int8"})))
+    assert_same(qgraph, extract(insert(qgraph, asked("tflite_int8"))))
 
 
 def test_a_layer_that_stays_float_is_fenced_and_survives():
     qgraph = toy_qgraph(rules=[{"name": "^dw$", "float": True}])
     assert qgraph.activations["dw"] is None
-    found = extract(insert(qgraph, {"target": "tflite_int8"}))
+    found = extract(insert(qgraph, asked("tflite_int8")))
     assert_same(qgraph, found)
     assert found.graph["dw"].weights["kernel"].shape == (3, 3, 8, 1)
 
@@ -62,7 +58,7 @@ def test_float_layers_are_copies_with_the_same_weights():
     graph = prepare_graph(model)
     data = CalibrationData(x, [("tokens", (None, 6, 4), "float32")])
     qgraph = quantize_graph(make_plan(graph, config()), data, progress=False)
-    found = extract(insert(qgraph, {"target": "tflite_int8"}))
+    found = extract(insert(qgraph, asked("tflite_int8")))
     assert_same(qgraph, found)
     floats = [n.name for n in graph if n.op == "float"]
     assert floats
@@ -92,7 +88,7 @@ def test_nothing_is_shared_with_the_users_model():
 
 
 def test_extract_reads_the_variables_as_they_stand():
-    model = insert(toy_qgraph(), {"target": "tflite_int8"})
+    model = insert(toy_qgraph(), asked("tflite_int8"))
     layer = model.get_layer("fc")
     layer.variables_by_name["bias"].assign(np.float32([1, 2, 3, 4, 5]))
     layer.output_quantizer.scale.assign(0.125)
@@ -103,7 +99,7 @@ def test_extract_reads_the_variables_as_they_stand():
 
 
 def test_a_shared_grid_is_read_from_its_source():
-    model = insert(toy_qgraph(), {"target": "tflite_int8"})
+    model = insert(toy_qgraph(), asked("tflite_int8"))
     model.get_layer("add").output_quantizer.scale.assign(0.75)
     found = extract(model).activations
     assert {float(found[n].scale) for n in ("add", "cat", "pool")} == {0.75}
@@ -114,7 +110,7 @@ def test_the_containers_of_shared_grids_are_known():
     graph = GRAPHS["bilinear"]()
     x = np.random.default_rng(0).normal(size=(2, *graph["x"].shape[1:])).astype(np.float32)
     for bits, target in ((8, "tflite_int8"), (16, "tflite_int16x8")):
-        model = insert(quantized(graph, [x], bits=bits, container=bits), {"target": target})
+        model = insert(quantized(graph, [x], bits=bits, container=bits), asked(target))
         assert model.get_layer("resize").activation_bits == bits
         copy = QuantizedModel.from_config(model.get_config())
         assert copy.get_layer("resize").activation_bits == bits
@@ -123,7 +119,7 @@ def test_the_containers_of_shared_grids_are_known():
 def test_integer_inputs_and_inputs_that_are_outputs():
     graph = chain((5,), dtype="int32")
     qgraph = QuantizedGraph(graph, {"x": None}, {})
-    model = insert(qgraph, {"target": "tflite_int8"})
+    model = insert(qgraph, asked("tflite_int8"))
     assert not any(isinstance(layer, QuantizedLayer) for layer in model.layers)
     assert_same(qgraph, extract(model))
 

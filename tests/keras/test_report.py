@@ -1,6 +1,7 @@
 """Rows and text of what was quantized."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from kquant.config.text import table
 from kquant.keras.report import format_report, layer_rows
 from kquant.quantize.calibrate import quantize_graph
+from kquant.quantize.pipeline import record_of
 from kquant.quantize.plan import make_plan
 from tests.support.toy import calibration, config, toy_data, toy_graph
 
@@ -15,7 +17,7 @@ from tests.support.toy import calibration, config, toy_data, toy_graph
 def rows_of(name="w8a8", **changes):
     plan = make_plan(toy_graph(), config(name, **changes))
     qgraph = quantize_graph(plan, calibration(toy_data(16)), progress=False)
-    return plan, qgraph, {r["node"]: r for r in layer_rows(plan, qgraph)}
+    return plan, qgraph, {r["node"]: r for r in layer_rows(record_of(plan, config(name), 0, []), qgraph)}
 
 
 @pytest.mark.parametrize(
@@ -49,17 +51,13 @@ def test_weight_only_rows_have_no_output_grid():
 
 def test_the_text_has_a_line_for_every_row_and_every_reason():
     plan, qgraph, rows = rows_of(rules=[{"name": "^dw$", "float": True}])
-    facts = {
-        "target": plan.target.name,
-        "layers": list(rows.values()),
-        "float": [{"node": s.node, "layer": s.layer, "reason": s.reason} for s in plan.skipped],
-    }
-    text = format_report(facts)
+    record = record_of(plan, config(), 0, [])
+    text = format_report(record, qgraph)
     assert text.startswith("target: tflite_int8\n")
     first = {line.split()[0] for line in text.splitlines() if line.strip()}
     assert set(rows) <= first
     assert plan.skipped[0].reason in text and "stays float:" in text
-    assert "stays float" not in format_report({**facts, "float": []})
+    assert "stays float" not in format_report(replace(record, skipped=()), qgraph)
 
 
 def test_columns_are_aligned_numbers_to_the_right():

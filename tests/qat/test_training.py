@@ -14,13 +14,14 @@ from keras import layers
 import kquant
 from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import QuantSpec, Training
-from kquant.graph.ops import QUANTIZED_WEIGHT, weight_view
+from kquant.graph.ops import weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import grid_from_range
 from kquant.keras.model import Learning, QuantizedModel, extract, insert
 from kquant.qat.learning import learning_of
 from kquant.qat.prepare import prepare_qat
 from tests.support.quantizers import TQT, layer_table, outputs, weights
+from tests.support.toy import asked
 
 CLASSES = 3
 
@@ -109,7 +110,7 @@ def test_fit_learns_weights_and_grids():
         assert moved == (after.graph[name].op not in still), name
     for name, q in before.weights.items():
         assert not np.array_equal(after.weights[name].scale, q.scale)
-        key = QUANTIZED_WEIGHT[after.graph[name].op][0]
+        key = weight_of(after.graph[name]).name
         assert not np.array_equal(after.graph[name].weights[key], before.graph[name].weights[key])
 
 
@@ -267,14 +268,14 @@ def with_16_bits(model: QuantizedModel, training: Training) -> QuantizedModel:
         most = np.abs(view).max(tuple(k for k in range(view.ndim) if k != q.axis))
         grids[name] = grid_from_range(-most, most, QuantSpec(bits=16, symmetric=True, narrow_range=True), q.axis)
     qgraph = QuantizedGraph(qgraph.graph, qgraph.activations, grids)
-    return insert(qgraph, {"target": config.target}, learning_of(qgraph, config, training))
+    return insert(qgraph, asked(config.target), learning_of(qgraph, config, training))
 
 
 def without_grids(model: QuantizedModel, training: Training) -> QuantizedModel:
     """The same network and the same variables of weights, in float."""
     graph, none = extract(model).graph, dict.fromkeys(extract(model).graph.nodes)
     learning = Learning(relative_weights=training.relative_weights)
-    return insert(QuantizedGraph(graph, none, none), {"target": model.target.name}, learning)
+    return insert(QuantizedGraph(graph, none, none), asked(model.target.name), learning)
 
 
 @pytest.mark.parametrize("relative", [False, True], ids=["weights as they are", "weights in units"])

@@ -12,7 +12,7 @@ import pytest
 from kquant.config.specs import QuantSpec
 from kquant.errors import ConfigError
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import QUANTIZED_WEIGHT, evaluate, weight_view
+from kquant.graph.ops import evaluate, weight_of, weight_view
 from kquant.grids.grid import Grid, dequantize, fake_quantize, grid_from_range, quantize
 from kquant.grids.ranges import weight_range
 from kquant.quantize.adaround import SOLVERS, AdaRound, adaround
@@ -26,7 +26,7 @@ def grids(graph: Graph, **spec: Any) -> dict[str, Grid]:
     chosen, found = QuantSpec(**spec), {}
     for node in graph:
         if node.op in ("conv2d", "depthwise_conv2d", "conv2d_transpose", "dense"):
-            axis = QUANTIZED_WEIGHT[node.op][1] if chosen.per_channel else None
+            axis = weight_of(node).channels if chosen.per_channel else None
             view = weight_view(node)
             found[node.name] = grid_from_range(*weight_range(chosen.method, view, chosen, axis), chosen, axis)
     return found

@@ -10,12 +10,13 @@ import pytest
 
 from kquant.config.specs import WEIGHTS
 from kquant.graph.ir import Graph
-from kquant.graph.ops import LINEAR, QUANTIZED_WEIGHT, evaluate, weight_view
+from kquant.graph.moments import Moments
+from kquant.graph.ops import evaluate, op_of, weight_of, weight_view
 from kquant.graph.transforms import prepare_graph
 from kquant.grids.grid import Grid, fake_quantize, grid_from_range
 from kquant.grids.ranges import weight_range
 from kquant.quantize.analytic_correction import correct_biases_analytically
-from kquant.quantize.moments import Moments, linear_mean
+from kquant.quantize.moments import linear_mean
 from tests.support.tracing import build
 
 L = keras.layers
@@ -25,8 +26,8 @@ def grids(graph: Graph, bits: int = 3, per_channel: bool = False) -> dict[str, G
     """Min-max grids of all linear operations."""
     spec, found = WEIGHTS.override({"bits": bits, "per_channel": per_channel}), {}
     for node in graph:
-        if node.op in LINEAR:
-            axis = QUANTIZED_WEIGHT[node.op][1] if per_channel else None
+        if op_of(node).linear:
+            axis = weight_of(node).channels if per_channel else None
             low, high = weight_range("min_max", weight_view(node), spec, axis)
             found[node.name] = grid_from_range(low, high, spec, axis)
     return found

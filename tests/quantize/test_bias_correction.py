@@ -10,7 +10,7 @@ from experiments import zoo
 from kquant.config.quant_config import QuantSpec
 from kquant.errors import CalibrationError
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import LINEAR, QUANTIZED_WEIGHT, evaluate, weight_view
+from kquant.graph.ops import evaluate, op_of, weight_of, weight_view
 from kquant.graph.transforms import prepare_graph
 from kquant.graph.transforms.equalize import equalize
 from kquant.grids.grid import Grid, fake_quantize, grid_from_range
@@ -22,8 +22,8 @@ from tests.support.toy import calibration, toy_data, toy_graph
 def grids(graph: Graph, bits: int = 3, per_channel: bool = False) -> dict[str, Grid]:
     spec, found = QuantSpec(bits=bits), {}
     for node in graph:
-        if node.op in LINEAR - {"affine"}:
-            view, axis = weight_view(node), QUANTIZED_WEIGHT[node.op][1] if per_channel else None
+        if op_of(node).matrix:
+            view, axis = weight_view(node), weight_of(node).channels if per_channel else None
             others = tuple(a for a in range(view.ndim) if a != axis)
             found[node.name] = grid_from_range(view.min(others), view.max(others), spec, axis)
     return found

@@ -9,12 +9,11 @@ import pytest
 import tensorflow as tf
 
 from kquant.graph.ir import Node
-from kquant.graph.ops import compute
+from kquant.graph.ops import compute, linear_of
 from kquant.quantize import gram
 from kquant.quantize.gram import (
     Moments,
     from_matrices,
-    groups_of,
     moments,
     patches,
     positions_of,
@@ -78,7 +77,7 @@ def test_patches_times_matrices_is_the_operation(case: str) -> None:
     y = y.transpose(1, 0, 2).reshape(len(x), *node.shape[1:]) + node.weights["bias"]
     np.testing.assert_allclose(y, compute(node, [x]), atol=1e-4)
     np.testing.assert_array_equal(from_matrices(node, w), node.weights["kernel"])
-    assert len(w) == groups_of(node)
+    assert len(w) == linear_of(node).groups(node)
 
 
 def gather(node: Node, batches: Any, positions: int) -> list[np.ndarray]:

@@ -11,10 +11,11 @@ import pytest
 
 from experiments.zoo import MODELS, load_model
 from kquant.graph.ir import Graph, Node
+from kquant.graph.moments import Moments, clipped_normal
 from kquant.graph.ops import evaluate
 from kquant.graph.transforms import prepare_graph
 from kquant.quantize.input_moments import estimate_inputs, nonnegative_least_squares
-from kquant.quantize.moments import Moments, clipped_normal, linear_mean, propagate
+from kquant.quantize.moments import linear_mean, propagate
 from tests.support.toy import toy_graph
 from tests.support.tracing import build
 

@@ -15,20 +15,21 @@ from keras import layers
 import kquant
 from kquant.config.quant_config import QuantConfig
 from kquant.graph.ir import Graph
-from kquant.graph.ops import LINEAR, QUANTIZED_WEIGHT, evaluate, weight_view
+from kquant.graph.ops import evaluate, op_of, weight_of, weight_view
 from kquant.graph.transforms import prepare_graph
 from kquant.graph.transforms.absorb_bias import absorb_bias
 from kquant.graph.transforms.equalize import equalize
 from kquant.grids.grid import quantize
 from kquant.keras.model import extract
+from kquant.keras.report import layer_rows
 from kquant.quantize.adaround import adaround
 from kquant.quantize.analytic_correction import correct_biases_analytically
-from kquant.quantize.bias_correction import CORRECTED, correct_biases, round_kernel
+from kquant.quantize.bias_correction import correct_biases, round_kernel
 from kquant.quantize.calibrate import quantize_graph, smallest_outputs, weight_grids
 from kquant.quantize.pipeline import decide, quantize_after_training
 from kquant.quantize.plan import make_plan
 from kquant.targets.litert.flatbuffer import read_tensors
-from kquant.targets.litert.linear import LAYOUTS
+from kquant.targets.litert.kernels import KERNELS
 from tests.support import zoo
 from tests.support.toy import calibration, config, toy_data, toy_graph
 
@@ -74,11 +75,11 @@ def run(settings: Any, data: Any = "images", seed: int = 0) -> kquant.QuantizedM
 
 
 def taken(qmodel: kquant.QuantizedModel) -> list[str]:
-    return [s["name"] for s in qmodel.quantization["steps"] if s["taken"]]
+    return [s.name for s in qmodel.quantization.steps if s.taken]
 
 
 def note(qmodel: kquant.QuantizedModel, name: str) -> str:
-    return " | ".join(s["note"] for s in qmodel.quantization["steps"] if s["name"] == name)
+    return " | ".join(s.note for s in qmodel.quantization.steps if s.name == name)
 
 
 def assert_same_weights(a: Graph, b: Graph) -> None:
@@ -96,8 +97,8 @@ def assert_stored(graph: Graph, weights: Mapping[str, Any], content: bytes) -> N
     """The file holds the integers of these kernels on these grids."""
     stored = integers(content)
     for name, grid in weights.items():
-        key = QUANTIZED_WEIGHT[graph[name].op][0]
-        expected = LAYOUTS[graph[name].op].to_file(quantize(weight_view(graph[name]), grid))
+        key = weight_of(graph[name]).name
+        expected = KERNELS[graph[name].op].layout.to_file(quantize(weight_view(graph[name]), grid))
         np.testing.assert_array_equal(stored[f"{name}/{key}"], expected, err_msg=name)
 
 
@@ -174,7 +175,7 @@ def test_adaround_without_data_is_refused():
 def test_the_steps_are_reported_in_order(data, tmp_path):
     everything = {"preset": "w8a8-per_tensor", "equalize": True, "absorb_bias": True}
     qmodel = run(everything, "images" if data else None)
-    rows = qmodel.quantization["steps"]
+    rows = qmodel.quantization.steps
     assert list(dict.fromkeys(r["name"] for r in rows)) == [*SWITCHES, "activation ranges"]
     assert [r["name"] for r in rows if not r["taken"]] == ["adaround"]
     assert all(r["note"] and f"{r['name']} " in qmodel.report and r["note"] in qmodel.report for r in rows)
@@ -184,7 +185,7 @@ def test_the_steps_are_reported_in_order(data, tmp_path):
     assert data or "'image' is estimated to be within" in note(qmodel, "activation ranges")
     qmodel.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert loaded.report == qmodel.report and loaded.quantization["steps"] == rows
+    assert loaded.report == qmodel.report and loaded.quantization.steps == rows
 
 
 def test_the_report_of_adaround():
@@ -199,7 +200,7 @@ def test_the_pipeline_is_its_steps_one_after_the_other():
     settings = config("w8a8-per_tensor", absorb_bias=True)
     graph, data = prepare_graph(mobile()), calibration(images())
     graph, _ = equalize(graph)
-    lows = smallest_outputs(graph, [n.name for n in graph if n.op in LINEAR], data, False)
+    lows = smallest_outputs(graph, [n.name for n in graph if op_of(n).linear], data, False)
     graph, _ = absorb_bias(graph, lows=lows)
     plan = make_plan(graph, settings)
     corrected, _ = correct_biases(plan.graph, weight_grids(plan), data, progress=False)
@@ -220,9 +221,9 @@ def test_the_data_free_pipeline_is_its_steps_one_after_the_other():
 
 def test_without_a_step_it_is_the_plain_quantization():
     settings = config("w8a8")
-    plan, qgraph, steps = quantize_after_training(toy_graph(), settings, calibration(toy_data()), progress=False)
+    qgraph, quantization = quantize_after_training(toy_graph(), settings, calibration(toy_data()), progress=False)
     plain = quantize_graph(make_plan(toy_graph(), settings), calibration(toy_data()), progress=False)
-    assert [s.name for s in steps if s.taken] == ["activation ranges"]
+    assert [s.name for s in quantization.steps if s.taken] == ["activation ranges"]
     assert_same_weights(plain.graph, qgraph.graph)
     for name, grid in plain.activations.items():
         np.testing.assert_array_equal(grid.scale, qgraph.activations[name].scale)
@@ -251,7 +252,7 @@ def test_the_automatic_choice_is_better_than_none(preset):
     want = evaluate(graph, [x], [logits])[0]
 
     def error(settings: Any) -> float:
-        _, q, _ = quantize_after_training(graph, config(**settings), calibration(images(128)), progress=False)
+        q, _ = quantize_after_training(graph, config(**settings), calibration(images(128)), progress=False)
         # rounded weights, float activations: the part that the steps are about
         rounded = q.graph.rebuild(
             n if q.weights.get(n.name) is None else round_kernel(n, q.weights[n.name]) for n in q.graph
@@ -268,13 +269,13 @@ def test_the_automatic_choice_is_better_than_none(preset):
 def test_the_integers_of_adaround_are_those_of_the_file(solver):
     settings = config("w4a8", adaround={"solver": solver, "iterations": 50, "scales": [0.9, 1.0]})
     plan = make_plan(prepare_graph(mobile()), settings)
-    weights = {n: q for n, q in weight_grids(plan).items() if plan.graph[n].op in CORRECTED}
+    weights = {n: q for n, q in weight_grids(plan).items() if op_of(plan.graph[n]).matrix}
     graph, rows = adaround(plan.graph, weights, calibration(images()), settings.adaround, progress=False)
     assert np.mean([r.changed for r in rows]) > 0.01
     qmodel = run(settings)
     assert_stored(graph, {r.node: r.grid for r in rows}, assert_parity(qmodel))
     assert note(qmodel, "adaround").startswith(f"{solver}, 5 layers")
-    assert QuantConfig.from_dict(qmodel.quantization["config"]) == settings
+    assert qmodel.quantization.config == settings
 
 
 def test_corrected_weights_are_rounded_to_nearest_in_the_file():
@@ -307,7 +308,7 @@ def test_without_data_the_outputs_are_those_of_the_float_model(preset):
     x, qmodel = images(256, seed=4), run(preset, None)
     want, got = mobile().predict(x, verbose=0), qmodel.predict(x, verbose=0)
     assert np.abs(got - want).max() < 0.08 and np.abs(got - want).mean() < 0.012
-    ranges = {r["node"]: r["range"] for r in qmodel.quantization["layers"]}
+    ranges = {r["node"]: r["range"] for r in layer_rows(qmodel.quantization, extract(qmodel))}
     low, high = ranges["image"]
     assert low < 0 < high and 0.5 < (high - low) / (images().max() - images().min()) < 2
 
@@ -358,7 +359,7 @@ def test_a_fixed_input_range_is_enough_for_one_layer(layer, channels):
         kquant.quantize_model(model, progress=False)
     qmodel = kquant.quantize_model(model, config={"inputs": {"range": [-1, 3]}}, progress=False)
     want, got = model.predict(x, verbose=0), qmodel.predict(x, verbose=0)
-    at_input, at_output = (np.asarray(row["range"]) for row in qmodel.quantization["layers"])
+    at_input, at_output = (np.asarray(row["range"]) for row in layer_rows(qmodel.quantization, extract(qmodel)))
     np.testing.assert_allclose(at_input, [-1, 3], atol=0.02)
     assert np.mean(np.abs(got - want) > 0.015 * np.ptp(want)) < 0.002  # few values are clipped,
     assert np.ptp(at_output) < 2 * np.ptp(want)  # and no whole bit is wasted
@@ -393,7 +394,7 @@ def test_the_same_seed_gives_the_same_file(preset):
     files = [kquant.export_tflite(run(settings, seed=s)).content for s in (1, 1, 2)]
     assert files[0] == files[1]
     assert (files[0] != files[2]) == (preset == "w4a8")  # only the positions of AdaRound are drawn
-    assert run(settings, seed=3).quantization["seed"] == 3
+    assert run(settings, seed=3).quantization.seed == 3
 
 
 def batches(size: int = 16) -> Any:

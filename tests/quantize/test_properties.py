@@ -9,12 +9,12 @@ import pytest
 
 from kquant.config.specs import METHODS, AdaRound, QuantSpec
 from kquant.graph.ir import Graph, Node
+from kquant.graph.moments import Moments
 from kquant.graph.ops import evaluate
 from kquant.grids.grid import Grid, fake_quantize, grid_from_range, quantize
 from kquant.grids.observers import Histogram, MinMax, Rows
 from kquant.grids.ranges import activation_range
 from kquant.quantize.adaround import SOLVERS, adaround
-from kquant.quantize.moments import Moments
 
 GRIDS = {"asymmetric": QuantSpec(bits=4), "symmetric": QuantSpec(bits=4, symmetric=True)}
 RNG = np.random.default_rng(0)

@@ -10,18 +10,16 @@ import pytest
 
 from kquant.errors import CalibrationError
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import LINEAR, evaluate
+from kquant.graph.ops import evaluate, op_of
 from kquant.graph.transforms import prepare_graph
 from kquant.quantize import walk
 from kquant.quantize.walk import Batches, layer_by_layer
 from tests.support.random_models import random_data, random_model
 from tests.support.toy import calibration, toy_data, toy_graph
 
-CORRECTED = LINEAR - {"affine"}
-
 
 def linear(graph: Graph) -> list[str]:
-    return [n.name for n in graph if n.op in CORRECTED]
+    return [n.name for n in graph if op_of(n).matrix]
 
 
 def perturbed(node: Node) -> Node:
@@ -177,7 +175,7 @@ def test_values_that_are_not_finite(value: float) -> None:
     bias = graph["dw"].weights["bias"].copy()
     bias[3] = value
     graph = graph.rebuild(n.with_weights(bias=bias) if n.name == "dw" else n for n in graph)
-    graph = graph.rebuild(n.with_attrs(clip=(None, None)) if n.op in CORRECTED else n for n in graph)
+    graph = graph.rebuild(n.with_attrs(clip=(None, None)) if op_of(n).matrix else n for n in graph)
 
     def solve(node: Node, batches: Batches) -> Node:
         list(batches())

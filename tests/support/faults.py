@@ -11,20 +11,18 @@ from kquant.graph.ir import Node
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid
 from kquant.keras.model import QuantizedModel, insert
-from kquant.quantize.calibrate import quantize_graph
-from kquant.quantize.plan import make_plan
-from tests.support.toy import calibration, config, toy_data, toy_graph
+from tests.support.toy import asked, config, toy_qgraph
 
 
 def build(name: str = "w8a8") -> tuple[QuantizedModel, QuantizedGraph]:
-    plan = make_plan(toy_graph(), config(name))
-    qgraph = quantize_graph(plan, calibration(toy_data()), progress=False)
-    return insert(qgraph, {"target": plan.target.name}), qgraph
+    qgraph = toy_qgraph(name)
+    return insert(qgraph, asked(config(name).target)), qgraph
 
 
 def with_node(qgraph: QuantizedGraph, name: str, change: Callable[[Node], Node]) -> QuantizedGraph:
-    graph = qgraph.graph
-    return replace(qgraph, graph=graph.rebuild(change(n) if n.name == name else n for n in graph))
+    """The graph with one node changed, its integers rounded anew."""
+    graph = qgraph.graph.rebuild(change(n) if n.name == name else n for n in qgraph.graph)
+    return QuantizedGraph(graph, qgraph.activations, qgraph.weights)
 
 
 def with_scale(grids: dict[str, Grid | None], names: list[str], factor: float) -> dict[str, Grid | None]:

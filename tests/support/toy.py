@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from kquant.config.quant_config import QuantConfig
 from kquant.graph.ir import Graph, Node
+from kquant.graph.quantized import QuantizedGraph
+from kquant.quantize.calibrate import quantize_graph
 from kquant.quantize.data import CalibrationData
+from kquant.quantize.plan import make_plan
+from kquant.quantize.record import Quantization
 
 SPATIAL = {"strides": [1, 1], "padding": "same", "dilation": [1, 1]}
 
@@ -65,3 +70,20 @@ def calibration(x: np.ndarray, batch_size: int = 16) -> CalibrationData:
 def config(name: str = "w8a8", **changes: Any) -> QuantConfig:
     """A preset with overrides."""
     return QuantConfig.load({"preset": name, **changes})
+
+
+def asked(target: str) -> Quantization:
+    """The record of a network of which nothing is known but its target."""
+    return Quantization(config=QuantConfig(target=target))
+
+
+@cache
+def _quantized(name: str) -> QuantizedGraph:
+    return quantize_graph(make_plan(toy_graph(), config(name)), calibration(toy_data()), progress=False)
+
+
+def toy_qgraph(name: str = "w8a8", **changes: Any) -> QuantizedGraph:
+    """The quantized toy graph; that of a preset is made once, since nothing can change it."""
+    if not changes:
+        return _quantized(name)
+    return quantize_graph(make_plan(toy_graph(), config(name, **changes)), calibration(toy_data()), progress=False)

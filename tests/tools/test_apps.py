@@ -109,7 +109,7 @@ def test_quantize_switches_steps(files, capsys):
         row[0]: row[1] for row in rows if row and row[0] in ("equalize", "absorb_bias", "adaround", "correct_bias")
     }
     assert steps == {"equalize": "no", "absorb_bias": "no", "adaround": "no", "correct_bias": "yes"}
-    config = keras.saving.load_model(options["output"]).quantization["config"]
+    config = keras.saving.load_model(options["output"]).quantization.config.to_dict()
     assert config["inputs"]["range"] == [0.0, 1.0] and config["equalize"] is False
 
 

@@ -77,7 +77,7 @@ def test_the_table_says_what_the_files_score(files, trained):
 def test_the_written_model_is_the_file_and_can_train_on(files, trained):
     qmodel = keras.saving.load_model(trained.out_keras)
     assert kquant.export_tflite(qmodel).content == Path(trained.out_tflite).read_bytes()
-    assert qmodel.quantization["training"]["gradient"] == "lsq"
+    assert qmodel.quantization.training.gradient == "lsq"
     assert isinstance(keras.saving.load_model(trained.best_keras, compile=False), kquant.QuantizedModel)
     assert len(list(Path(trained.logs).iterdir())) == 1
 
@@ -105,8 +105,8 @@ def test_a_post_training_model_is_prepared_and_learns_without_labels(files, tmp_
     teacher = {"teacher": files.folder / "float.keras", "gradient": "min_max", "epochs": 1}
     assert run_app(train_qat, model=start, output=end, **options, **teacher) == 0
     model = keras.saving.load_model(end, compile=False)
-    assert model.quantization["training"]["gradient"] == "min_max"
-    assert model.quantization["config"]["weights"]["bits"] == 4
+    assert model.quantization.training.gradient == "min_max"
+    assert model.quantization.config.weights.bits == 4
 
 
 @pytest.mark.slow

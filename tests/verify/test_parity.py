@@ -10,12 +10,13 @@ import tensorflow as tf
 
 from kquant.errors import CalibrationError, ExportError
 from kquant.graph.quantized import QuantizedGraph
-from kquant.keras.model import QuantizedModel
-from kquant.targets.litert import ops, simulate
+from kquant.keras.model import QuantizedModel, insert
+from kquant.targets.litert.target import LITERT
 from kquant.targets.litert.writer import write_tflite
+from kquant.targets.target import register_target
 from kquant.verify.parity import ParityReport, TensorParity, same_decision, verify_tflite
 from tests.support.faults import build, swapped_depthwise, with_node, with_scale
-from tests.support.toy import toy_data
+from tests.support.toy import asked, toy_data
 
 
 def verify(model: QuantizedModel, qgraph: QuantizedGraph) -> ParityReport:
@@ -126,19 +127,29 @@ def test_a_single_wrong_integer_of_a_bias_is_found(toy) -> None:  # type: ignore
     assert report.structure == ("'fc/bias' differs from the plan",)
 
 
-def test_a_writer_that_miswires_fails_in_float_too(toy, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    model, qgraph = toy
-    monkeypatch.setitem(ops.RULES, "add", ops.RULES["sub"])
-    report = verify(model, qgraph)
+def with_add(name: str, qgraph: QuantizedGraph, **changes: object) -> QuantizedModel:
+    """The model for a target whose addition differs from LiteRT's."""
+    add = replace(LITERT.kernels["add"], **changes)
+    register_target(replace(LITERT, name=name, kernels={**LITERT.kernels, "add": add}))
+    return insert(qgraph, asked(name))
+
+
+def test_a_writer_that_miswires_fails_in_float_too(toy) -> None:  # type: ignore[no-untyped-def]
+    _, qgraph = toy
+
+    def subtracts(e, node, x, out) -> None:  # type: ignore[no-untyped-def]
+        e.op("SUB", x, [out.tensor], fusedActivationFunction=out.activation, potScaleInt16=False)
+
+    report = verify(with_add("miswired", qgraph, write=subtracts), qgraph)
     assert report.float_error > 1e-2 and not report.ok
     assert report.structure == () and report.reference_max_lsb == 0
 
 
-def test_a_wrong_simulation_is_found(toy, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    model, qgraph = toy
-    right = simulate.SIMULATE["add"]
-    monkeypatch.setitem(simulate.SIMULATE, "add", lambda *a: right(*a) + tf.constant(2.0))
-    report = verify(model, qgraph)
+def test_a_wrong_simulation_is_found(toy) -> None:  # type: ignore[no-untyped-def]
+    _, qgraph = toy
+    right = LITERT.kernels["add"].arithmetic[8]
+    wrong = with_add("wrong", qgraph, arithmetic={8: lambda call: right(call) + tf.constant(2.0)})
+    report = verify(wrong, qgraph)
     assert [t.name for t in report.tensors if t.simulation_max > 1] == ["add"]
     assert not report.ok and report.structure == () and report.float_error < 1e-5
 

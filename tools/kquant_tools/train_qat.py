@@ -116,7 +116,7 @@ def student_of(model: Any) -> Any:
     from kquant.qat.prepare import prepare_qat
 
     quantized = isinstance(model, QuantizedModel)
-    prepared = quantized and "training" in model.quantization
+    prepared = quantized and model.quantization.training is not None
     fixed = [CONFIG, TARGET] * quantized + [GRADIENT, RATE, BATCH_NORM, RELATIVE] * prepared
     given = [f"--{flag.name}" for flag in fixed if flags.FLAGS[flag.name].present]
     if given:

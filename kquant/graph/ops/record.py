@@ -7,10 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kquant.graph.ir import Node
+from kquant.graph.ir import Node, Shape
+from kquant.graph.moments import Moments
+from kquant.graph.ops.blocks import Linear
+from kquant.graph.scaling import Channels
 
 Tensor = Any
 Compute = Callable[[Node, Sequence[Tensor], Mapping[str, Tensor]], Tensor]
+MomentRule = Callable[[Node, Sequence[Node], Sequence[Moments]], Moments]
 
 
 class Tie(enum.Enum):
@@ -47,13 +51,56 @@ class Op:
         compute: f(node, input tensors, weights) -> output, in real numbers, without a fused activation.
         weight: the weight that carries a grid, if there is one.
         bias: name of the weight that is added to the accumulator, if there is one.
+        values: name of the weight whose entries are the values of its output, if there is one.
+        given: its values are given: by the user, or by a weight; no data is needed to know their range.
+        linear: the layout of its weight, where it is linear in one input with a weight of constants.
         grid: how the output's grid is tied.
         fuses_clip: a clip behind it may be part of it (attribute `clip`).
+        elementwise: the same function of every element.
+        averages: on the grid of its input, with values between the steps of it.
+        inserts: on the grid of its input, with values of its own beside those of the input.
+        channels: how it passes channels on; None where it does not keep them apart.
+        moments: f(node, the nodes that it reads, the moments of their outputs as far as they are known) -> the moments
+            of its output, without a fused activation; None where there is no rule.
+        unchanged: f(node, shape of the input) -> whether it returns its input as it is.
+        merge: f(first, node) -> one node that does what `node` behind `first`, both of this operation, does.
+        simpler: f(node, shape of the input) -> a simpler node that computes the same; None if there is none.
     """
 
     name: str
     compute: Compute
     weight: Weight | None = None
     bias: str | None = None
+    values: str | None = None
+    given: bool = False
+    linear: Linear | None = None
     grid: Tie = Tie.OWN
     fuses_clip: bool = False
+    elementwise: bool = False
+    averages: bool = False
+    inserts: bool = False
+    channels: Channels | None = None
+    moments: MomentRule | None = None
+    unchanged: Callable[[Node, Shape], bool] = lambda node, source: False
+    merge: Callable[[Node, Node], Node] | None = None
+    simpler: Callable[[Node, Shape], Node | None] = lambda node, source: None
+
+    @property
+    def lookup(self) -> bool:
+        """Whether integer ids choose its output from a table, whose grid is that of the output."""
+        return self.weight is not None and self.weight.name == self.values
+
+    @property
+    def matrix(self) -> bool:
+        """Whether it is a matrix product with patches of its input: several weights add up to an output."""
+        return self.linear is not None and self.weight is not None and bool(self.weight.fan_in)
+
+
+def same_moments(node: Node, sources: Sequence[Node], xs: Sequence[Moments]) -> Moments:
+    """`Op.moments` of what changes no moments of its input."""
+    return xs[0]
+
+
+def collect(*records: Op) -> dict[str, Op]:
+    """The records of a family by name."""
+    return {record.name: record for record in records}

@@ -21,7 +21,7 @@ from kquant.graph.tracing.builder import (
     transpose,
 )
 from kquant.graph.tracing.linear import from_2d, output_shape, pair, to_2d
-from kquant.graph.tracing.operations import concat, pool, resize, two_inputs
+from kquant.graph.tracing.operations import average_pool, concat, max_pool, resize, two_inputs
 
 L = keras.layers
 
@@ -114,8 +114,8 @@ def concatenate(b: Builder, layer: Any, inputs: Sequence[Any]) -> Node:
 
 @lowers_layer(L.MaxPooling1D, L.MaxPooling2D, L.AveragePooling1D, L.AveragePooling2D)
 def pooling(b: Builder, layer: Any, x: Node) -> Node:
-    op = "max_pool2d" if isinstance(layer, (L.MaxPooling1D, L.MaxPooling2D)) else "avg_pool2d"
-    return pool(b, op, x, layer.pool_size, layer.strides, layer.padding)
+    pool = max_pool if isinstance(layer, (L.MaxPooling1D, L.MaxPooling2D)) else average_pool
+    return pool(b, x, layer.pool_size, layer.strides, layer.padding)
 
 
 @lowers_layer(L.GlobalAveragePooling1D, L.GlobalAveragePooling2D, L.GlobalMaxPooling1D, L.GlobalMaxPooling2D)

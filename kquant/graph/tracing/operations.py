@@ -255,8 +255,17 @@ def reduce_sum(b: Builder, op: Any, x: Node) -> Node:
     return scale_offset(b, y, float(np.prod([x.shape[a] for a in axes])), 0.0)
 
 
-def pool(b: Builder, op: str, x: Node, pool_size: Any, strides: Any, padding: str) -> Node:
-    """Pooling of a sequence or an image."""
+def max_pool(b: Builder, x: Node, pool_size: Any, strides: Any, padding: str) -> Node:
+    """The maximum over windows of a sequence or an image."""
+    return _pool(b, "max_pool2d", x, pool_size, strides, padding)
+
+
+def average_pool(b: Builder, x: Node, pool_size: Any, strides: Any, padding: str) -> Node:
+    """The average over windows of a sequence or an image."""
+    return _pool(b, "avg_pool2d", x, pool_size, strides, padding)
+
+
+def _pool(b: Builder, op: str, x: Node, pool_size: Any, strides: Any, padding: str) -> Node:
     rank = len(x.shape) - 2
     if rank not in (1, 2):
         raise NotLowered("pooling of volumes has no integer kernel")
@@ -268,8 +277,8 @@ def pool(b: Builder, op: str, x: Node, pool_size: Any, strides: Any, padding: st
 
 @lowers_op("MaxPool", "AveragePool")
 def pool_op(b: Builder, op: Any, inputs: Node) -> Node:
-    kind = "max_pool2d" if type(op).__name__ == "MaxPool" else "avg_pool2d"
-    return pool(b, kind, inputs, op.pool_size, op.strides, op.padding)
+    pool = max_pool if type(op).__name__ == "MaxPool" else average_pool
+    return pool(b, inputs, op.pool_size, op.strides, op.padding)
 
 
 def resize(b: Builder, x: Node, size: Sequence[int], method: str) -> Node:

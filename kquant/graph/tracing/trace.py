@@ -19,7 +19,9 @@ import keras
 import numpy as np
 
 from kquant.errors import ModelError
+from kquant.graph.backend import check_backend
 from kquant.graph.ir import Graph, Node
+from kquant.graph.ops import op_of
 from kquant.graph.tracing import activations, layers, linear, operations  # noqa: F401  they fill the tables
 from kquant.graph.tracing.builder import Builder, NotLowered, Scope, find_lowering, is_builtin, without_batch
 from kquant.graph.tracing.float_call import FloatCall, Slot
@@ -33,7 +35,6 @@ from kquant.graph.tracing.keras_graph import (
     untouched,
 )
 from kquant.graph.tracing.registry import registered_lowering
-from kquant.keras.backend import check_backend
 
 # They read integers: ids, or pixels that they turn into numbers
 _READS_INTEGERS = {"Embedding", "Rescaling", "Normalization", "Cast"}
@@ -297,7 +298,7 @@ def _settle_input_types(graph: Graph) -> Graph:
     for name in graph.inputs:
         readers = graph.consumers(name)
         # a mask compares the ids with zero, in any type
-        ids = [n for n in readers if n.op == "embedding" or n.origin_type == "NotEqual"]
+        ids = [n for n in readers if op_of(n).lookup or n.origin_type == "NotEqual"]
         numbers = [n for n in readers if n not in ids and n.op != "float"]
         if name in graph.outputs or not ids + numbers:
             continue

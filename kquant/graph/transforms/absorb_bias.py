@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kquant.graph.ir import Graph, Node
-from kquant.graph.transforms.channels import Scaling
-from kquant.graph.transforms.fold_batch_norm import scale_input, scale_output, sees_offset
-from kquant.graph.transforms.regions import Region, clip_of, find_regions
+from kquant.graph.ops import clip_of, op_of, with_clip
+from kquant.graph.scaling import Scaling
+from kquant.graph.transforms.regions import Region, find_regions
+from kquant.graph.transforms.rescale import scale_input, scale_output, sees_offset
 
 REACH = 6.0  # standard deviations above the mean that a channel reaches (alpha of eq. 18-19, Nagel et al. 2019)
-MOVES = frozenset({"reshape", "transpose", "slice", "mean", "reduce_max", "max_pool2d", "avg_pool2d", "resize"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +92,8 @@ def _obstacle(nodes: Mapping[str, Node], region: Region) -> str:
         return "several layers make its output"
     offset = Scaling(np.ones(region.channels), np.ones(region.channels), {})
     for name in region.index:
-        node = nodes[name]
-        moves = node.op in MOVES or (node.op == "pad" and node.attrs["mode"] != "constant")
-        if name != region.name and not moves:
+        node, channels = nodes[name], op_of(nodes[name]).channels
+        if name != region.name and not (channels and channels.offset(node)):
             return f"{name!r} ({node.op}) does not commute with an offset"
     for name in region.sinks:
         if not sees_offset(nodes[name], nodes[nodes[name].inputs[0]].shape, offset):
@@ -107,7 +106,7 @@ def _move(nodes: dict[str, Node], region: Region, c: np.ndarray) -> None:
     source = scale_output(nodes[region.name], Scaling(np.ones_like(c), -c, {}))
     lo, hi = clip_of(source)
     if hi is not None:
-        source = source.with_attrs(clip=(lo, (np.asarray(hi) - c).astype(np.float32).tolist()))
+        source = with_clip(source, lo, (np.asarray(hi) - c).astype(np.float32).tolist())
     nodes[region.name] = source
     for name, index in region.sinks.items():
         nodes[name] = scale_input(nodes[name], Scaling(np.ones(len(index)), c[index], {}))

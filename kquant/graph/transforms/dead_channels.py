@@ -19,10 +19,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kquant.graph.ir import Graph, Node
-from kquant.graph.transforms.channels import Scaling
-from kquant.graph.transforms.fold_batch_norm import scale_input, scale_output, sees_offset
+from kquant.graph.ops import bias_of, clip_array, op_of
+from kquant.graph.scaling import Scaling
 from kquant.graph.transforms.magnitudes import input_ranges, magnitudes, output_ranges
-from kquant.graph.transforms.regions import JOINS, Region, clip_of
+from kquant.graph.transforms.regions import Region
+from kquant.graph.transforms.rescale import scale_input, scale_output, sees_offset
 
 NEGLIGIBLE = 1e-6  # sum of |w| over |b|: inputs below 1e6 in magnitude cannot change the sign of the output
 
@@ -116,17 +117,11 @@ def _read(nodes: dict[str, Node], region: Region) -> np.ndarray:
 
 def constant_outputs(node: Node) -> np.ndarray:
     """What a linear operation puts out where its weights are zero: its bias, clipped [channels]."""
-    return _clipped(node, _bias(node))
+    return clip_array(node, _bias(node))
 
 
 def _bias(node: Node) -> np.ndarray:
-    return node.weights["offset" if node.op == "affine" else "bias"].astype(np.float64)
-
-
-def _clipped(node: Node, x: np.ndarray) -> np.ndarray:
-    lo, hi = clip_of(node)
-    x = x if lo is None else np.maximum(x, lo)
-    return x if hi is None else np.minimum(x, hi)
+    return node.weights[bias_of(node)].astype(np.float64)
 
 
 def _constants(nodes: dict[str, Node], region: Region, start: np.ndarray) -> dict[str, np.ndarray]:
@@ -137,19 +132,12 @@ def _constants(nodes: dict[str, Node], region: Region, start: np.ndarray) -> dic
             continue
         node = nodes[name]
         x = values[node.inputs[0]].copy()
-        x[index] = _activated(node, x[index])
+        x[index] = _behind(node, x[index])
         values[name] = x
     return values
 
 
-def _activated(node: Node, x: np.ndarray) -> np.ndarray:
+def _behind(node: Node, x: np.ndarray) -> np.ndarray:
     """What a node that passes channels on makes of constants."""
-    if node.op == "leaky_relu":
-        return np.where(x < 0, x * node.attrs["alpha"], x)
-    if node.op in JOINS:
-        return np.full_like(x, np.nan)  # of two tensors
-    if node.op == "prelu":
-        return np.where(x < 0, np.nan, x)  # slopes may differ from place to place
-    if node.op == "pad" and node.attrs["mode"] == "constant":
-        return np.where(x == 0, x, np.nan)  # zeros beside it
-    return _clipped(node, x)
+    channels = op_of(node).channels
+    return x if channels is None else channels.constant(node, x)

@@ -24,11 +24,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kquant.graph.ir import Graph, Node
-from kquant.graph.transforms.channels import Scaling
+from kquant.graph.ops import bias_of, clip_of, with_clip
+from kquant.graph.scaling import Scaling
 from kquant.graph.transforms.dead_channels import DeadChannels, constant_outputs, resolve_dead_channels
-from kquant.graph.transforms.fold_batch_norm import scale_input, scale_output
 from kquant.graph.transforms.magnitudes import input_ranges, magnitudes, output_ranges, scale_magnitudes
-from kquant.graph.transforms.regions import Region, clip_of, find_regions
+from kquant.graph.transforms.regions import Region, find_regions
+from kquant.graph.transforms.rescale import scale_input, scale_output
 
 STEP_LIMIT = 1e4  # a sweep changes no scale by more,
 TOTAL_LIMIT = 1e8  # all of them together by no more: float32 neither overflows nor loses weights
@@ -164,7 +165,7 @@ def _at_least(ranges: np.ndarray, reach: np.ndarray, factor: float) -> np.ndarra
 
 def _reach(node: Node) -> np.ndarray:
     """About the largest |output| of every channel: known exactly for a dead one."""
-    block, bias = magnitudes(node), node.weights["offset" if node.op == "affine" else "bias"].astype(np.float64)
+    block, bias = magnitudes(node), node.weights[bias_of(node)].astype(np.float64)
     ranges = output_ranges(block)
     reach = np.abs(bias) + SPREAD * ranges
     if node.stats:
@@ -180,19 +181,14 @@ def _apply(nodes: dict[str, Node], region: Region, scale: np.ndarray) -> None:
         return
     for name, index in region.index.items():
         if name in region.sources:
-            nodes[name] = scale_output(nodes[name], _pure(1 / scale[index]))
+            nodes[name] = scale_output(nodes[name], Scaling.factors(1 / scale[index]))
         nodes[name] = _scale_cap(nodes[name], scale[index])
     for name, index in region.sinks.items():
-        nodes[name] = scale_input(nodes[name], _pure(scale[index]))
-
-
-def _pure(scale: np.ndarray) -> Scaling:
-    return Scaling(scale, np.zeros_like(scale), {})
+        nodes[name] = scale_input(nodes[name], Scaling.factors(scale[index]))
 
 
 def _scale_cap(node: Node, scale: np.ndarray) -> Node:
     lo, hi = clip_of(node)
     if hi is None:
         return node
-    caps = (np.asarray(hi) / scale).astype(np.float32).tolist()
-    return node.with_attrs(hi=caps) if node.op == "clip" else node.with_attrs(clip=(lo, caps))
+    return with_clip(node, lo, (np.asarray(hi) / scale).astype(np.float32).tolist())

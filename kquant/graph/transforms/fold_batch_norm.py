@@ -10,20 +10,20 @@ all that read its output:
     W (scale * x + offset) + b = (W * scale) x + (b + W offset)
 
 which needs every tap to see the offset, that is, no zero padding. Both directions pass through
-operations that commute with the affine (`transforms.channels`), backward also through
+operations that commute with the affine (`Op.channels`), backward also through
 concatenation, addition and subtraction. An affine is folded completely or not at all.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 
 import numpy as np
 
 from kquant.graph.ir import Graph, Node, Shape
-from kquant.graph.ops import LINEAR
-from kquant.graph.transforms.channels import Scaling, behind, in_front
+from kquant.graph.ops import op_of
+from kquant.graph.scaling import Scaling
+from kquant.graph.transforms.rescale import scale_input, scale_output, sees_offset
 
 Changes = dict[str, Node]
 
@@ -52,9 +52,11 @@ def _fold_one(graph: Graph, name: str) -> Graph:
     if name not in graph.nodes or "clip" in graph[name].attrs:
         return graph
     node = graph[name]
-    changes = _into_producer(graph, node.inputs[0], name, Scaling.of(node))
+    scale, offset = (node.weights[k].astype(np.float64) for k in ("scale", "offset"))
+    s = Scaling(scale, offset, dict(node.stats))
+    changes = _into_producer(graph, node.inputs[0], name, s)
     if changes is None and name not in graph.outputs:
-        changes = _into_readers(graph, node, Scaling.of(node))
+        changes = _into_readers(graph, node, s)
     if changes is None:
         return graph
     nodes = [changes.get(n.name, n) for n in graph if n.name != name]
@@ -68,31 +70,18 @@ def _into_producer(graph: Graph, name: str, reader: str, s: Scaling) -> Changes 
         return None
     if node.op != "const" and node.shape[-1] != len(s.scale):
         return None  # the channels appear by broadcasting
-    if node.op in LINEAR:
+    record = op_of(node)
+    if record.linear:
         return {name: scale_output(node, s)}
     if node.op == "const":
         value = node.weights["value"] * s.scale + s.offset
         return {name: node.with_weights(value=value.astype(np.float32)).with_(shape=value.shape)}
-    if node.op in ("add", "sub"):
-        rest = Scaling(s.scale, np.zeros_like(s.offset), {})
-        return _all(
-            _into_producer(graph, i, name, p) for i, p in zip(node.inputs, (s.without_stats(), rest), strict=True)
-        )
-    if node.op == "concat":
-        return _all(_into_producer(graph, i, name, p) for i, p in zip(node.inputs, _parts(graph, node, s), strict=True))
-    if len(node.inputs) != 1:
+    if record.channels is None:
         return None
-    source = graph[node.inputs[0]]
-    moved = in_front(node, source.shape, s)
-    return None if moved is None else _into_producer(graph, source.name, name, moved)
-
-
-def _parts(graph: Graph, node: Node, s: Scaling) -> list[Scaling]:
-    """A concatenation's scaling, branch by branch."""
-    if node.attrs["axis"] != len(node.shape) - 1:
-        return [s] * len(node.inputs)
-    edges = np.cumsum([0, *(graph[i].shape[-1] for i in node.inputs)])
-    return [s.select(slice(lo, hi)) for lo, hi in itertools.pairwise(edges)]
+    moved = record.channels.in_front(node, [graph[i].shape for i in node.inputs], s)
+    if moved is None:
+        return None
+    return _all(_into_producer(graph, i, name, p) for i, p in zip(node.inputs, moved, strict=True))
 
 
 def _into_readers(graph: Graph, node: Node, s: Scaling) -> Changes | None:
@@ -104,11 +93,12 @@ def _into_readers(graph: Graph, node: Node, s: Scaling) -> Changes | None:
 
 
 def _into_reader(graph: Graph, reader: Node, source: Shape, s: Scaling) -> Changes | None:
-    if reader.op in LINEAR:
+    record = op_of(reader)
+    if record.linear:
         return {reader.name: scale_input(reader, s)} if sees_offset(reader, source, s) else None
-    if len(reader.inputs) != 1 or "clip" in reader.attrs:
+    if len(reader.inputs) != 1 or "clip" in reader.attrs or record.channels is None:
         return None
-    moved = behind(reader, source, s)
+    moved = record.channels.behind(reader, source, s)
     return None if moved is None else _into_readers(graph, reader, moved)
 
 
@@ -120,58 +110,3 @@ def _all(parts: Iterable[Changes | None]) -> Changes | None:
             return None
         union.update(part)
     return union
-
-
-def sees_offset(node: Node, source: Shape, s: Scaling) -> bool:
-    """Whether every tap of the linear operation reads a real element, or the offset is zero."""
-    if not s.offset.any() or node.op in ("dense", "affine"):
-        return True
-    if node.op == "conv2d_transpose":
-        return False  # its border outputs see only some of the taps
-    if node.attrs["padding"] == "valid":
-        return True
-    taps = zip(source[1:3], node.shape[1:3], node.weights["kernel"].shape[:2], strict=True)
-    settings = zip(taps, node.attrs["strides"], node.attrs["dilation"], strict=True)
-    return all((out - 1) * stride + (k - 1) * d + 1 <= size for (size, out, k), stride, d in settings)  # type: ignore[operator]
-
-
-def scale_output(node: Node, s: Scaling) -> Node:
-    """The linear node whose output is scaled: W' = scale * W, b' = scale * b + offset."""
-    if node.op == "affine":
-        weights = {
-            "scale": node.weights["scale"] * s.scale,
-            "offset": node.weights["offset"] * s.scale + s.offset,
-        }
-    else:
-        kernel = node.weights["kernel"]
-        factor = s.scale
-        if node.op == "depthwise_conv2d":
-            factor = s.scale.reshape(kernel.shape[2:])
-        elif node.op == "conv2d_transpose":
-            factor = s.scale[:, None]
-        weights = {"kernel": kernel * factor, "bias": node.weights["bias"] * s.scale + s.offset}
-    stats = s.stats
-    if node.stats and not stats:
-        stats = {"mean": node.stats["mean"] * s.scale + s.offset, "std": node.stats["std"] * np.abs(s.scale)}
-    return node.with_(weights={k: v.astype(np.float32) for k, v in weights.items()}, stats=stats)
-
-
-def scale_input(node: Node, s: Scaling) -> Node:
-    """The linear node whose input was scaled: W' = W * scale, b' = b + W offset, summed over the taps."""
-    if node.op == "affine":
-        scale, offset = node.weights["scale"], node.weights["offset"]
-        weights = {"scale": scale * s.scale, "offset": scale * s.offset + offset}
-        return node.with_weights(**{k: v.astype(np.float32) for k, v in weights.items()})
-    kernel, bias = node.weights["kernel"].astype(np.float64), node.weights["bias"]
-    if node.op == "conv2d_transpose":  # [h, w, cout, cin]
-        scaled, shift = kernel * s.scale, (kernel * s.offset).sum((0, 1, 3))
-    elif node.op == "depthwise_conv2d":  # [h, w, c, m]
-        scaled, shift = kernel * s.scale[:, None], (kernel * s.offset[:, None]).sum((0, 1)).reshape(-1)
-    elif node.op == "dense":  # [cin, cout]
-        scaled, shift = kernel * s.scale[:, None], s.offset @ kernel
-    else:  # [h, w, cin / groups, cout]: output o reads the inputs of group o // (cout / groups)
-        groups, width, cout = node.attrs["groups"], kernel.shape[2], kernel.shape[3]
-        group = np.arange(cout) // (cout // groups)
-        scale, offset = s.scale.reshape(groups, width)[group].T, s.offset.reshape(groups, width)[group].T
-        scaled, shift = kernel * scale, (kernel * offset).sum((0, 1, 2))
-    return node.with_weights(kernel=scaled.astype(np.float32), bias=(bias + shift).astype(np.float32))

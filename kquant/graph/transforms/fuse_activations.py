@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kquant.graph.ir import Graph
-from kquant.graph.ops import FUSES_CLIP
+from kquant.graph.ops import clip_of, op_of
 
 
 def fuse_activations(graph: Graph) -> Graph:
@@ -23,8 +23,8 @@ def fuse_activations(graph: Graph) -> Graph:
         if node.op != "clip":
             continue
         producer = graph[graph[node.name].inputs[0]]
-        if producer.op in FUSES_CLIP and "clip" not in producer.attrs and graph.sole_consumer(producer.name):
-            fused = producer.with_attrs(clip=(node.attrs["lo"], node.attrs["hi"]))
+        if op_of(producer).fuses_clip and "clip" not in producer.attrs and graph.sole_consumer(producer.name):
+            fused = producer.with_attrs(clip=clip_of(node))
             nodes = [fused if n.name == producer.name else n for n in graph if n.name != node.name]
             graph = graph.rebuild(nodes, {node.name: producer.name})
     return graph

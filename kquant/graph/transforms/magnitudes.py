@@ -9,22 +9,13 @@ from __future__ import annotations
 import numpy as np
 
 from kquant.graph.ir import Node
+from kquant.graph.ops import linear_of, weight_of
 
 
 def magnitudes(node: Node) -> np.ndarray:
     """The block array of a linear operation."""
-    if node.op == "affine":
-        return np.abs(node.weights["scale"].astype(np.float64))[:, None, None]
-    kernel = np.abs(node.weights["kernel"].astype(np.float64))
-    if node.op == "dense":
-        return kernel[None]
-    kernel = kernel.max((0, 1))
-    if node.op == "depthwise_conv2d":  # [c, m]
-        return kernel[:, None, :]
-    if node.op == "conv2d_transpose":  # [cout, cin]
-        return kernel.T[None]
-    groups = node.attrs["groups"]  # [cin / groups, cout]
-    return kernel.reshape(len(kernel), groups, -1).transpose(1, 0, 2)
+    weight = node.weights[weight_of(node).name].astype(np.float64)
+    return np.abs(linear_of(node).blocks(node, weight)).max(1)
 
 
 def input_ranges(block: np.ndarray) -> np.ndarray:

@@ -13,11 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import LINEAR
-from kquant.graph.transforms.channels import Scaling, behind
-
-ACTIVATIONS = frozenset({"clip", "leaky_relu", "prelu"})
-JOINS = frozenset({"add", "sub"})
+from kquant.graph.ops import clip_of, op_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +53,7 @@ def find_regions(graph: Graph, across_joins: bool = False) -> tuple[list[Region]
     stops: dict[str, str] = {}
     covered: set[str] = set()
     for node in graph:
-        if node.op not in LINEAR or node.name in covered:
+        if not op_of(node).linear or node.name in covered:
             continue
         found = _Growth(graph, node, across_joins).grow()
         if isinstance(found, str):
@@ -68,18 +64,11 @@ def find_regions(graph: Graph, across_joins: bool = False) -> tuple[list[Region]
     return regions, stops
 
 
-def clip_of(node: Node) -> tuple[float | None, float | list[float] | None]:
-    """The bounds of a node's fused activation, or of a clip; see `graph.ops`."""
-    lo, hi = (node.attrs["lo"], node.attrs["hi"]) if node.op == "clip" else node.attrs.get("clip", (None, None))
-    return lo, hi
-
-
 class _Growth:
     """Spreads from one source over everything that its scale reaches."""
 
     def __init__(self, graph: Graph, seed: Node, across_joins: bool) -> None:
-        self.graph = graph
-        self.passing = ACTIVATIONS | JOINS if across_joins else ACTIVATIONS
+        self.graph, self.across_joins = graph, across_joins
         self.channels = int(seed.shape[-1] or 0)
         self.index: dict[str, np.ndarray] = {}
         self.todo: list[str] = []
@@ -98,21 +87,21 @@ class _Growth:
                 return f"{self.blocked!r} does not commute with a scaling"
         order = {name: k for k, name in enumerate(self.graph.nodes)}
         index = {name: self.index[name] for name in sorted(self.index, key=order.__getitem__)}
-        sources = {name: i for name, i in index.items() if self.graph[name].op in LINEAR}
+        sources = {name: i for name, i in index.items() if op_of(self.graph[name]).linear}
         return Region(self.channels, index, sources, sinks)
 
     def _equivariant(self, node: Node) -> bool:
-        """Whether the node's activation scales with its bounds, and the node is neither an input nor float."""
-        return node.op not in ("input", "const", "float", "embedding") and clip_of(node)[0] in (None, 0)
+        """Whether the node passes channels on, and its activation scales with its bounds."""
+        return bool(op_of(node).linear or op_of(node).channels) and clip_of(node)[0] in (None, 0)
 
     def _backward(self, node: Node) -> bool:
         """Reach the inputs of what is no source: only additions have one that is not reached yet."""
-        if node.op in LINEAR:
+        if op_of(node).linear:
             return True
         for name in node.inputs:
             if name not in self.index:
                 self.blocked = name
-                if self.graph[name].shape != node.shape or node.op not in self.passing:
+                if self.graph[name].shape != node.shape or not self._passes(node):
                     return False
                 self._reach(name, self.index[node.name])
         return True
@@ -120,7 +109,7 @@ class _Growth:
     def _forward(self, node: Node, sinks: dict[str, np.ndarray]) -> bool:
         """Reach the readers of a tensor, up to the linear ones."""
         for reader in self.graph.consumers(node.name):
-            if reader.op in LINEAR:
+            if op_of(reader).linear:
                 sinks[reader.name] = self.index[node.name]
                 continue
             moved, self.blocked = self._behind(reader, node), reader.name
@@ -128,17 +117,17 @@ class _Growth:
                 return False
         return bool(self.graph.consumers(node.name))
 
+    def _passes(self, node: Node) -> bool:
+        """Whether it works element by element; additions tie their inputs together where they are asked to."""
+        channels = op_of(node).channels
+        return bool(channels and channels.equivariant) and (self.across_joins or len(node.inputs) == 1)
+
     def _behind(self, reader: Node, source: Node) -> np.ndarray | None:
         """The channels behind a reader of `source`, None if it does not keep them apart."""
-        index = self.index[source.name]
-        if reader.op in self.passing:
-            return index if reader.shape[-1] == source.shape[-1] else None
-        if reader.op == "pad":
-            zeros = reader.attrs["mode"] != "constant" or not reader.attrs.get("value")
-            return index if zeros and not any(reader.attrs["paddings"][-1]) else None
-        # Numbers of channels travel as scales do.
-        moved = behind(reader, source.shape, Scaling(index + 1.0, np.zeros(len(index)), {}))
-        return None if moved is None else (moved.scale - 1).astype(int)
+        channels = op_of(reader).channels
+        if channels is None or (channels.equivariant and not self._passes(reader)):
+            return None
+        return channels.index_behind(reader, source.shape, self.index[source.name])
 
     def _reach(self, name: str, index: np.ndarray) -> bool:
         """Add a tensor; False if it is in the region with other channels."""

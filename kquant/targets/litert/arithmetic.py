@@ -23,7 +23,8 @@ class Activation(IntEnum):
     RELU6 = 3
 
 
-_REAL_BOUNDS: dict[Activation, tuple[float | None, float | None]] = {
+# the real numbers that they clamp to
+REAL_BOUNDS: dict[Activation, tuple[float | None, float | None]] = {
     Activation.NONE: (None, None),
     Activation.RELU: (0.0, None),
     Activation.RELU_N1_TO_1: (-1.0, 1.0),
@@ -148,7 +149,7 @@ def activation_range(activation: int, scale: np.float32, zero_point: int, dtype:
         ValueError: the activation is not one of `Activation`.
     """
     info = np.iinfo(dtype)
-    low, high = _REAL_BOUNDS[Activation(activation)]
+    low, high = REAL_BOUNDS[Activation(activation)]
 
     def quantize(bound: float) -> int:
         return zero_point + int(round_half_away(np.float32(bound) / np.float32(scale)))

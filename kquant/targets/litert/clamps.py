@@ -13,16 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kquant.grids.grid import Grid
+from kquant.targets.litert.arithmetic import REAL_BOUNDS
 
 Clip = tuple[float | None, float | Sequence[float] | None]  # the upper bound may be a list, a cap per channel
 
-# activation -> (lo, hi) in real units
-ACTIVATIONS: dict[str, tuple[float | None, float | None]] = {
-    "NONE": (None, None),
-    "RELU": (0.0, None),
-    "RELU6": (0.0, 6.0),
-    "RELU_N1_TO_1": (-1.0, 1.0),
-}
+ACTIVATIONS = {a.name: bounds for a, bounds in REAL_BOUNDS.items()}  # name -> (lo, hi) in real units
 
 
 @dataclass(frozen=True)

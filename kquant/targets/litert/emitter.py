@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,39 +12,15 @@ from kquant.errors import ExportError
 from kquant.graph.ir import Node, Shape
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid, quantize
+from kquant.targets.builtin import Use
+from kquant.targets.litert.arithmetic import Activation
 from kquant.targets.litert.clamps import Clamp
 from kquant.targets.litert.flatbuffer import FileGrid, FlatbufferBuilder
-from kquant.targets.litert.versions import op_version
 from kquant.targets.target import Target
 
 MODES = ("integer", "float32", "float16", "dynamic_range", "weight_only")
 
-# builtin -> name of its options table; the others have none, or an empty one that the runtime does not read
-_OPTIONS: Mapping[str, str] = {
-    "ADD": "AddOptions",
-    "AVERAGE_POOL_2D": "Pool2DOptions",
-    "CAST": "CastOptions",
-    "CONCATENATION": "ConcatenationOptions",
-    "CONV_2D": "Conv2DOptions",
-    "DEPTHWISE_CONV_2D": "DepthwiseConv2DOptions",
-    "FULLY_CONNECTED": "FullyConnectedOptions",
-    "GATHER": "GatherOptions",
-    "GELU": "GeluOptions",
-    "LEAKY_RELU": "LeakyReluOptions",
-    "MAX_POOL_2D": "Pool2DOptions",
-    "MEAN": "ReducerOptions",
-    "MIRROR_PAD": "MirrorPadOptions",
-    "MUL": "MulOptions",
-    "PACK": "PackOptions",
-    "REDUCE_MAX": "ReducerOptions",
-    "RESIZE_BILINEAR": "ResizeBilinearOptions",
-    "RESIZE_NEAREST_NEIGHBOR": "ResizeNearestNeighborOptions",
-    "SHAPE": "ShapeOptions",
-    "SOFTMAX": "SoftmaxOptions",
-    "STRIDED_SLICE": "StridedSliceOptions",
-    "SUB": "SubOptions",
-    "TRANSPOSE_CONV": "TransposeConvOptions",
-}
+PADDING = {"same": 0, "valid": 1}
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +37,18 @@ class Sink:
     q: Grid | None
     fused: str = "NONE"
 
+    @property
+    def activation(self) -> int:
+        """The activation to fuse, as the schema numbers it."""
+        return int(Activation[self.fused])
+
 
 class Emitter:
     """Writes the nodes of a quantized graph, one after the other, into a builder.
 
     Args:
         qgraph: what to write.
-        target: rules for the containers of weights.
+        target: its kernels, and rules for the containers of weights.
         mode: one of `MODES`; in all but "integer" every node runs in float.
         batch: fixed batch size, or None for a batch that a user may resize.
     """
@@ -80,6 +61,7 @@ class Emitter:
         self.weight_types: dict[str, str] = {}
         self._qgraph = qgraph
         self._floats: dict[str, int] = {}
+        self._operators = target.operators
 
     def grid(self, name: str) -> Grid | None:
         """Grid of a node's output as it is written; None where it is float (or integer ids)."""
@@ -88,6 +70,10 @@ class Emitter:
     def weight_grid(self, name: str) -> Grid | None:
         """Grid of a node's weights as they are written; None where they are not integers."""
         return None if self.mode in ("float32", "float16") else self._qgraph.weights.get(name)
+
+    def integers(self, name: str) -> np.ndarray:
+        """The integers of a node's weights, in the shape of their `weight_view`."""
+        return self._qgraph.integers[name]
 
     def shape(self, node: Node) -> Shape:
         """A node's shape with the batch that the writer was asked for."""
@@ -153,25 +139,29 @@ class Emitter:
 
         Args:
             builtin: the schema's name.
-            inputs: tensor indices; the data first (second for TRANSPOSE_CONV).
+            inputs: tensor indices.
             outputs: tensor indices.
             weights: index of its weights, if it has any.
             per_channel: whether these have a scale per channel.
             **fields: of its options table.
+
+        Raises:
+            ExportError: no kernel of the target is written with such an operator.
         """
         b = self.builder
-        data = outputs[0] if builtin == "QUANTIZE" else inputs[2] if builtin == "TRANSPOSE_CONV" else inputs[0]
-        version = op_version(
-            builtin,
-            b.dtype(data),
-            "" if weights is None else b.dtype(weights),
+        if builtin not in self._operators:
+            name = b.name(outputs[0])
+            raise ExportError(f"{name!r} needs the operator {builtin}, which {self.target.name} does not have.")
+        record = self._operators[builtin]
+        typed = outputs[0] if record.typed_by < 0 else inputs[record.typed_by]
+        use = Use(
+            dtype=b.dtype(typed),
+            weight_dtype="" if weights is None else b.dtype(weights),
             per_channel=per_channel,
-            rank=len(b.shape(data)),
-            half_pixel_centers=bool(fields.get("halfPixelCenters")),
-            keep_num_dims=bool(fields.get("keepNumDims")),
-            dilated=max(fields.get("dilationHFactor", 1), fields.get("dilationWFactor", 1)) > 1,
+            rank=len(b.shape(typed)),
+            fields=fields,
         )
-        b.operator(builtin, inputs, outputs, version, _OPTIONS.get(builtin), fields)
+        b.operator(builtin, inputs, outputs, record.version(use), record.options, fields)
 
     def clamp(self, node: Node, clamp: Clamp, source: int, out: Sink) -> None:
         """MAXIMUM and MINIMUM with scalars, or a number per channel, between `source` and the node's own tensor."""

@@ -1,6 +1,6 @@
 """Requantization, accumulator * multiplier, as the different kernels of the target round it.
 
-On tensors, for the simulation; `tflite/arithmetic.py` holds the same formulas on numpy arrays, for the
+On tensors, for the simulation; `arithmetic.py` holds the same formulas on numpy arrays, for the
 reference. Accumulators are integer-valued float32; products of 31-bit multipliers need int64.
 """
 
@@ -9,14 +9,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
-from kquant.graph.ir import Node
 from kquant.grids.gradients import exact, round_ste
+from kquant.targets.operand import Operand
 
 Tensor = Any
 Requantize = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (acc, s_x, s_w, s_y) -> integers
+
+
+def doubles(*scales: Tensor) -> tuple[Tensor, ...]:
+    """Scales in float64, without a gradient."""
+    return tuple(tf.stop_gradient(tf.cast(s, tf.float64)) for s in scales)
+
+
+def integers(x: Operand) -> Tensor:
+    """The integers of an operand, int64."""
+    return tf.cast(x.centered, tf.int64)
+
+
+def scaled(x: Tensor, ratio: Tensor) -> Tensor:
+    """x * ratio for int64 and a float64 factor: `scale_twice` with the factor's multiplier."""
+    return scale_twice(x, *multiplier(ratio))
+
+
+def with_gradient_of(ideal: Tensor, result: Tensor) -> Tensor:
+    """Integers (int64) as float32, with the gradient of the real function."""
+    return exact(ideal, tf.cast(result, tf.float32))
 
 
 def in_float32(acc: Tensor, s_x: Tensor, s_w: Tensor, s_y: Tensor) -> Tensor:
@@ -95,30 +114,3 @@ def shift_right(x: Tensor, shift: Tensor) -> Tensor:
 def bit_length(x: Tensor) -> Tensor:
     """Bits of a positive int64."""
     return tf.bitwise.right_shift(tf.bitcast(tf.cast(x, tf.float64), tf.int64), tf.constant(52, tf.int64)) - 1022
-
-
-def requantization(node: Node, weight_bits: int, activation_bits: int) -> Requantize:
-    """How LiteRT's default kernels scale the accumulator of a linear operation.
-
-    XNNPACK takes int8 weights, but no transposed convolution whose output shape depends on a dynamic batch.
-    Packed weights (4 bits, in dense layers also 2) it takes only in dense layers whose input depth fills whole
-    bytes; LiteRT's own kernels do the rest. Those round halves up where they are vectorized: depthwise and
-    transposed convolutions in whole blocks of 8 channels, grouped convolutions not at all.
-
-    Args:
-        node: the operation.
-        weight_bits: bits of its weights.
-        activation_bits: 8 or 16.
-    """
-    if activation_bits > 8:
-        return single_rounding if node.op == "dense" else reduced
-    packed = weight_bits <= 4
-    if node.op == "conv2d_transpose" or (packed and node.op == "depthwise_conv2d"):
-        channels = node.shape[-1] or 0
-        return double_rounding(np.arange(channels) >= channels - channels % 8)
-    if not packed or node.op not in ("dense", "conv2d"):
-        return in_float32
-    if node.op == "conv2d":
-        return double_rounding(node.attrs["groups"] > 1)
-    depth = node.weights["kernel"][0]
-    return in_float32 if depth % (4 if weight_bits <= 2 else 2) == 0 else double_rounding(False)

@@ -9,7 +9,6 @@ from kquant.graph.ir import Node
 from kquant.graph.ops import LINEAR
 from kquant.grids.grid import Grid
 from kquant.targets.litert.emitter import Emitter
-from kquant.targets.litert.ops import RULES
 from kquant.targets.target import Target
 
 _REPLAN = "make the plan again with kquant.quantize_model"
@@ -25,20 +24,20 @@ def check(e: Emitter, node: Node) -> None:
         if (q := e.grid(node.name)) is not None:
             _check_grid(node, q)
         return
-    if node.op not in RULES:
+    if node.op not in e.target.kernels:
         raise ExportError(f"{node.name!r}: there is no TFLite operator for op {node.op!r}; keep the layer float.")
-    rule = RULES[node.op]
+    kernel = e.target.kernels[node.op]
     rank = max((len(n.shape) for n in (node, *(e.graph[i] for i in node.inputs))), default=0)
-    if rule.max_rank is not None and rank > rule.max_rank:
+    if kernel.max_rank is not None and rank > kernel.max_rank:
         raise ExportError(
-            f"{node.name!r}: {node.op} takes at most {rule.max_rank} axes, found {rank}; reshape before it."
+            f"{node.name!r}: {node.op} takes at most {kernel.max_rank} axes, found {rank}; reshape before it."
         )
     q = e.grid(node.name)
     if q is None:
         return
     _check_grid(node, q)
     container = q.container
-    if container not in rule.containers:
+    if container not in kernel.arithmetic:
         raise ExportError(
             f"{node.name!r}: {node.op} has no kernel for int{container} activations; "
             "use 8 bits or keep the layer float."
@@ -75,7 +74,7 @@ def _check_inputs(e: Emitter, node: Node, q: Grid) -> None:
     for name in node.inputs:
         source = e.grid(name)
         if source is None:
-            if node.op in ("requantize", "embedding"):
+            if e.target.kernels[node.op].takes_any:
                 continue
             raise ExportError(
                 f"{node.name!r} runs in integers but reads {name!r}, which is float; put a requantize between them."

@@ -1,184 +1,121 @@
-"""How operations with weights are written: layouts, containers, biases."""
+"""Operations that multiply by weights and accumulate: convolutions, dense layers, a factor and offset per channel."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
+import tensorflow as tf
 
-from kquant.errors import ExportError
 from kquant.graph.ir import Node
-from kquant.graph.ops import QUANTIZED_WEIGHT, weight_view
-from kquant.grids.grid import BIAS_MAX, Grid, quantize, quantize_bias
-from kquant.targets.litert.emitter import Emitter, Sink
-from kquant.targets.litert.flatbuffer import FileGrid
+from kquant.graph.ops import BIAS, QUANTIZED_WEIGHT, compute
+from kquant.grids.gradients import round_ste
+from kquant.targets.builtin import Builtin, Reference, Use
+from kquant.targets.kernel import Arithmetic, Kernel, Layout
+from kquant.targets.litert.emitter import PADDING, Emitter, Sink
+from kquant.targets.litert.fixed_point import Requantize, Tensor, double_rounding, in_float32, reduced, single_rounding
+from kquant.targets.litert.reference import layout, linear, optimized
+from kquant.targets.litert.weights import weights
+from kquant.targets.operand import Call
 
-PADDING = {"same": 0, "valid": 1}
-ACTIVATION = {"NONE": 0, "RELU": 1, "RELU_N1_TO_1": 2, "RELU6": 3}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the weights of an operation are stored.
-
-    Attributes:
-        to_file: from `graph.ops.weight_view` to the file's axes.
-        axis: the file's axis of the output channels.
-        bias: name of the weight that is the bias.
-        hybrid: whether the float kernel takes int8 weights and quantizes its input itself.
-    """
-
-    to_file: Callable[[np.ndarray], np.ndarray]
-    axis: int = 0
-    bias: str = "bias"
-    hybrid: bool = False
+ALL = ("NONE", "RELU", "RELU6", "RELU_N1_TO_1")
 
 
-LAYOUTS = {
-    "conv2d": Layout(lambda w: w.transpose(3, 0, 1, 2), hybrid=True),  # HWIO -> OHWI
-    "depthwise_conv2d": Layout(lambda w: w[None], axis=3, hybrid=True),  # HW(CM) -> 1HW(CM)
-    "conv2d_transpose": Layout(lambda w: w.transpose(2, 0, 1, 3)),  # HWOI -> OHWI
-    "dense": Layout(lambda w: w.T, hybrid=True),
-    "affine": Layout(lambda w: w.reshape(1, 1, 1, -1), axis=3, bias="offset"),
-    "prelu": Layout(lambda w: w),
-    "embedding": Layout(lambda w: w),
-}
+def accumulate(rounding: Callable[[Call], Requantize]) -> Arithmetic:
+    """The exact sum of products and bias, brought to the output's grid.
 
+        acc = op(x_int, w_int) + round(b / (s_x s_w));   q - z_y = requantize(acc, s_x, s_w, s_y)
 
-@dataclass(frozen=True)
-class Weights:
-    """Tensors of an operation's weights."""
-
-    kernel: int
-    bias: int = -1
-    per_channel: bool = False
-
-
-def weights(e: Emitter, node: Node, x: int, out: Sink) -> Weights:
-    """Write the kernel and the bias of a linear operation (the alpha of a prelu, the table of an embedding).
+    (eq. 3 of the white paper, then requantization).
 
     Args:
-        e: the emitter.
-        node: the operation.
-        x: its input tensor.
-        out: its output, which says whether it runs in integers.
+        rounding: how the kernel that runs a call requantizes.
     """
-    layout, q = LAYOUTS[node.op], e.weight_grid(node.name)
-    name, view = f"{node.name}/{QUANTIZED_WEIGHT[node.op][0]}", weight_view(node)
-    if q is None:
-        if out.q is not None:
-            raise ExportError(
-                f"{node.name!r} runs in integers but its weights have no grid; quantize them or keep the layer float."
-            )
-        kernel, per_channel = _float_kernel(e, name, layout.to_file(view)), False
-        e.weight_types[node.name] = "FLOAT16" if e.mode == "float16" else "FLOAT32"
-    else:
-        hybrid = e.mode == "dynamic_range" and layout.hybrid
-        kernel = _integer_kernel(e, node, name, q, out.q, expand=hybrid)
-        per_channel = hybrid or q.axis is not None
-        e.weight_types[node.name] = e.builder.dtype(kernel)
-        if out.q is None and not hybrid:
-            kernel = _dequantized(e, name, kernel, view, layout, per_channel)
-            per_channel = False
-    return Weights(kernel, _bias(e, node, layout, q, out), per_channel)
+
+    def arithmetic(call: Call) -> Tensor:
+        key, x, out = QUANTIZED_WEIGHT[call.node.op][0], call.inputs[0], call.out
+        bias = call.weights[BIAS[call.node.op]]
+        if call.weight is None:  # weights in float, activations in integers: simulation only
+            return round_ste(_products(call.node, x.value, call.weights[key], bias) / out.scale)
+        w = call.weight
+        b_int = round_ste(bias / (x.scale * w.scale))
+        # an int16 input overflows the 24 bits in which float32 is exact
+        wide = tf.float64 if out.bits > 8 else tf.float32
+        acc = _products(call.node, *(tf.cast(t, wide) for t in (x.centered, w.centered, b_int)))
+        return rounding(call)(acc, x.scale, w.scale, out.scale)
+
+    return arithmetic
 
 
-def _float_kernel(e: Emitter, name: str, values: np.ndarray) -> int:
-    if e.mode != "float16":
-        return e.constant(name, values, "FLOAT32")
-    largest = float(np.max(np.abs(values), initial=0.0))
-    if largest > float(np.finfo(np.float16).max):
-        raise ExportError(f"{name!r} has a weight of {largest:.3g}, too large for float16; use another mode.")
-    small = e.constant(f"{name}/float16", values, "FLOAT16")
-    kernel = e.builder.tensor(name, values.shape, "FLOAT32")
-    e.op("DEQUANTIZE", [small], [kernel])
-    return kernel
+def _products(node: Node, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return compute(node, [x], {QUANTIZED_WEIGHT[node.op][0]: weight, BIAS[node.op]: bias})
 
 
-def _integer_kernel(e: Emitter, node: Node, name: str, q: Grid, out: Grid | None, expand: bool) -> int:
-    layout = LAYOUTS[node.op]
-    values = layout.to_file(quantize(weight_view(node), q))
-    activation = 8 if out is None else out.container
-    container = e.target.weight_container(node.op, q.bits, activation)
-    if out is None and (expand or container == 2):
-        container = 8  # the hybrid kernels and DEQUANTIZE
-    if container == 4 and activation == 16 and node.op in ("depthwise_conv2d", "affine"):
-        raise ExportError(
-            f"{node.name!r}: the kernel reads int4 depthwise weights wrongly with int16 activations; "
-            "use a target that stores them as int8."
-        )
-    limit = 2 ** (container - 1)
-    if q.qmin < -limit or q.qmax >= limit:
-        raise ExportError(
-            f"{node.name!r}: weights on [{q.qmin}, {q.qmax}] do not fit int{container}; use at most 8 bits, symmetric."
-        )
-    scale, zero_point = q.scale, q.zero_point
-    if expand and q.axis is None:  # these kernels read one scale per channel
-        scale = np.full(values.shape[layout.axis], q.scale, np.float32)
-    suffix = "" if out is not None or expand else f"/int{container}"
-    return e.constant(name + suffix, values, f"INT{container}", FileGrid(scale, zero_point, layout.axis))
+# How LiteRT's default kernels requantize. XNNPACK takes int8 weights, but no transposed convolution whose output shape
+# depends on a dynamic batch. Packed weights (int4, in dense layers also int2) it takes only in dense layers whose input
+# depth fills whole bytes; LiteRT's own kernels do the rest. Those round halves up where they are vectorized: depthwise
+# and transposed convolutions in whole blocks of 8 channels, grouped convolutions not at all.
 
 
-def _dequantized(e: Emitter, name: str, kernel: int, view: np.ndarray, layout: Layout, per_channel: bool) -> int:
-    result = e.builder.tensor(name, layout.to_file(view).shape, "FLOAT32")
-    e.op("DEQUANTIZE", [kernel], [result], per_channel=per_channel)
-    return result
+def _is_packed(call: Call) -> bool:
+    return call.weight is not None and call.weight.bits < 8
 
 
-def _bias(e: Emitter, node: Node, layout: Layout, q: Grid | None, out: Sink) -> int:
-    if layout.bias not in node.weights:
-        return -1
-    name, bias = f"{node.name}/{layout.bias}", node.weights[layout.bias]
-    if out.q is None:
-        return e.constant(name, bias, "FLOAT32")
-    source = e.grid(node.inputs[0])
-    assert source is not None and q is not None, "checked before"
-    stored = quantize_bias(bias, source.scale, q.scale)
-    if np.abs(stored).max(initial=0) >= BIAS_MAX:
-        raise ExportError(
-            f"{node.name!r}: a bias of {np.abs(bias).max():.3g} does not fit 32 bits at the scale of its products; "
-            "raise the scale of the weights (kquant.grids.grid.fit_bias) or keep the layer float."
-        )
-    scale = np.float32(source.scale) * np.asarray(q.scale, np.float32)
-    return e.constant(name, stored, "INT64" if out.q.container == 16 else "INT32", FileGrid(scale, 0))
+def _in_blocks_of_8(call: Call) -> Requantize:
+    channels = call.node.shape[-1] or 0
+    return double_rounding(np.arange(channels) >= channels - channels % 8)
 
 
-def conv2d(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
+def _conv2d_rounding(call: Call) -> Requantize:
+    return double_rounding(call.node.attrs["groups"] > 1) if _is_packed(call) else in_float32
+
+
+def _depthwise_rounding(call: Call) -> Requantize:
+    return _in_blocks_of_8(call) if _is_packed(call) else in_float32
+
+
+def _dense_rounding(call: Call) -> Requantize:
+    if call.weight is None or not _is_packed(call):
+        return in_float32
+    whole_bytes = call.node.weights["kernel"][0] % (8 // call.weight.bits) == 0
+    return in_float32 if whole_bytes else double_rounding(False)
+
+
+def _write_conv2d(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
     """CONV_2D; groups follow from the shape of the kernel."""
     w, a = weights(e, node, x[0], out), node.attrs
     (sh, sw), (dh, dw) = a["strides"], a["dilation"]
     e.op(
         "CONV_2D", [x[0], w.kernel, w.bias], [out.tensor], w.kernel, w.per_channel,
         padding=PADDING[a["padding"]], strideH=sh, strideW=sw, dilationHFactor=dh, dilationWFactor=dw,
-        fusedActivationFunction=ACTIVATION[out.fused],
+        fusedActivationFunction=out.activation,
     )  # fmt: skip
 
 
-def depthwise_conv2d(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
+def _write_depthwise_conv2d(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
     """DEPTHWISE_CONV_2D."""
     w, a = weights(e, node, x[0], out), node.attrs
     (sh, sw), (dh, dw) = a["strides"], a["dilation"]
     e.op(
         "DEPTHWISE_CONV_2D", [x[0], w.kernel, w.bias], [out.tensor], w.kernel, w.per_channel,
         padding=PADDING[a["padding"]], strideH=sh, strideW=sw, dilationHFactor=dh, dilationWFactor=dw,
-        depthMultiplier=node.weights["kernel"].shape[3], fusedActivationFunction=ACTIVATION[out.fused],
+        depthMultiplier=node.weights["kernel"].shape[3], fusedActivationFunction=out.activation,
     )  # fmt: skip
 
 
-def dense(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
+def _write_dense(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
     """FULLY_CONNECTED on the last axis."""
     w = weights(e, node, x[0], out)
     hybrid = out.q is None and e.builder.dtype(w.kernel) == "INT8"
     e.op(
         "FULLY_CONNECTED", [x[0], w.kernel, w.bias], [out.tensor], w.kernel, w.per_channel,
         keepNumDims=len(node.shape) > 2, asymmetricQuantizeInputs=hybrid,
-        fusedActivationFunction=ACTIVATION[out.fused],
+        fusedActivationFunction=out.activation,
     )  # fmt: skip
 
 
-def conv2d_transpose(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
+def _write_conv2d_transpose(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
     """TRANSPOSE_CONV, whose output shape is computed where the batch may be resized."""
     w, shape = weights(e, node, x[0], out), e.shape(node)
     if shape[0] is not None:
@@ -198,7 +135,7 @@ def conv2d_transpose(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> Non
     )  # fmt: skip
 
 
-def affine(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
+def _write_affine(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
     """DEPTHWISE_CONV_2D of size 1x1, on a tensor of four axes."""
     shape, grid = e.shape(node), e.grid(node.inputs[0]) if out.q is not None else None
     flat = len(shape) != 4
@@ -214,30 +151,105 @@ def affine(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
     e.op(
         "DEPTHWISE_CONV_2D", [source, w.kernel, w.bias], [result], w.kernel, w.per_channel,
         padding=PADDING["valid"], strideH=1, strideW=1, depthMultiplier=1,
-        fusedActivationFunction=ACTIVATION[out.fused],
+        fusedActivationFunction=out.activation,
     )  # fmt: skip
     if flat:
         e.op("RESHAPE", [result, e.indices(node, "shape", _with_batch(shape))], [out.tensor])
 
 
-def prelu(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
-    """PRELU."""
-    e.op("PRELU", [x[0], weights(e, node, x[0], out).kernel], [out.tensor])
-
-
-def embedding(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
-    """GATHER of rows; an integer table has the grid of the output."""
-    ids = x[0]
-    if e.builder.dtype(ids) != "INT32":
-        ids = e.builder.tensor(f"{node.name}/ids", e.builder.shape(x[0]), "INT32")
-        e.op("CAST", [x[0]], [ids], inDataType=0, outDataType=2)
-    if out.q is not None:
-        table = e.real_constant(f"{node.name}/table", node.weights["table"], out.q)
-        e.weight_types[node.name] = e.builder.dtype(table)
-    else:
-        table = weights(e, node, ids, out).kernel
-    e.op("GATHER", [table, ids], [out.tensor], axis=0)
-
-
 def _with_batch(shape: Sequence[int | None]) -> list[int]:
     return [-1 if d is None else d for d in shape]
+
+
+def _depthwise_least(use: Use) -> int:
+    return 2 if max(use.fields.get("dilationHFactor", 1), use.fields.get("dilationWFactor", 1)) > 1 else 1
+
+
+def _fully_connected_least(use: Use) -> int:
+    return 12 if use.per_channel else 5 if use.fields["keepNumDims"] else 1
+
+
+_CONVOLUTION_16 = accumulate(lambda call: reduced)
+
+KERNELS = (
+    Kernel(
+        op="conv2d",
+        arithmetic={8: accumulate(_conv2d_rounding), 16: _CONVOLUTION_16},
+        write=_write_conv2d,
+        operators={
+            "CONV_2D": Builtin(
+                options="Conv2DOptions",
+                versions=(1, 3, 4),
+                weight_versions={("INT8", "INT4"): 7, ("INT16", "INT4"): 7, ("FLOAT32", "INT8"): 5},
+                reference=Reference(compute=linear.conv_2d),
+                optimized=Reference(compute=optimized.conv_2d),
+            )
+        },
+        layout=Layout(lambda w: w.transpose(3, 0, 1, 2), hybrid=True),  # HWIO -> OHWI
+        weights={8: (4,), 16: (4,)},
+        fuses=ALL,
+    ),
+    Kernel(
+        op="depthwise_conv2d",
+        arithmetic={8: accumulate(_depthwise_rounding), 16: _CONVOLUTION_16},
+        write=_write_depthwise_conv2d,
+        operators={
+            "DEPTHWISE_CONV_2D": Builtin(
+                options="DepthwiseConv2DOptions",
+                versions=(1, 3, 5),
+                weight_versions={("INT8", "INT4"): 7, ("FLOAT32", "INT8"): 6},
+                least=_depthwise_least,
+                reference=Reference(compute=linear.depthwise_conv_2d),
+                optimized=Reference(compute=optimized.depthwise_conv_2d),
+            )
+        },
+        layout=Layout(lambda w: w[None], axis=3, hybrid=True),  # HW(CM) -> 1HW(CM)
+        weights={8: (4,)},  # with int16 activations the kernel accepts int4 and is silently wrong
+        fuses=ALL,
+    ),
+    Kernel(
+        op="conv2d_transpose",
+        arithmetic={8: accumulate(_in_blocks_of_8), 16: _CONVOLUTION_16},
+        write=_write_conv2d_transpose,
+        operators={
+            "TRANSPOSE_CONV": Builtin(
+                options="TransposeConvOptions",
+                versions=(3, 3, 3),
+                typed_by=2,
+                reference=Reference(compute=linear.transpose_conv),
+            ),
+            "SHAPE": Builtin(options="ShapeOptions", reference=Reference(compute=layout.shape, any_type=True)),
+        },
+        layout=Layout(lambda w: w.transpose(2, 0, 1, 3)),  # HWOI -> OHWI
+    ),
+    Kernel(
+        op="dense",
+        arithmetic={8: accumulate(_dense_rounding), 16: accumulate(lambda call: single_rounding)},
+        write=_write_dense,
+        operators={
+            "FULLY_CONNECTED": Builtin(
+                options="FullyConnectedOptions",
+                versions=(1, 4, 7),
+                weight_versions={
+                    ("INT8", "INT4"): 10,
+                    ("INT16", "INT4"): 10,
+                    ("INT8", "INT2"): 13,
+                    ("FLOAT32", "INT8"): 9,
+                },
+                least=_fully_connected_least,
+                reference=Reference(compute=linear.fully_connected),
+                optimized=Reference(compute=optimized.fully_connected),
+            )
+        },
+        layout=Layout(lambda w: w.T, hybrid=True),
+        weights={8: (2, 4), 16: (4,)},
+        fuses=ALL,
+    ),
+    Kernel(
+        op="affine",  # written as a depthwise convolution
+        arithmetic={8: accumulate(lambda call: in_float32), 16: _CONVOLUTION_16},
+        write=_write_affine,
+        layout=Layout(lambda w: w.reshape(1, 1, 1, -1), axis=3),
+        fuses=ALL,
+    ),
+)

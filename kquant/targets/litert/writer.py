@@ -1,7 +1,7 @@
 """`write_tflite`: a quantized graph as a TFLite file.
 
 Every node becomes one tensor of the node's name (helpers are called "<node>/<what>"), holding the
-very integers, scales and zero points of the graph. `ops.RULES` says how an operation is written,
+very integers, scales and zero points of the graph. The kernels' records say how an operation is written,
 `legality` what is refused, `clamps` how bounds are enforced.
 """
 
@@ -28,8 +28,8 @@ from kquant.targets.litert.emitter import MODES, Emitter, Sink
 from kquant.targets.litert.flatbuffer import FileGrid
 from kquant.targets.litert.islands import splice_island
 from kquant.targets.litert.legality import check, same_grid
-from kquant.targets.litert.ops import RULES
-from kquant.targets.target import TFLITE_INT8, Target
+from kquant.targets.litert.target import LITERT
+from kquant.targets.target import Target
 
 IO_TYPES = ("int8", "uint8", "int16", "float32")
 
@@ -75,7 +75,7 @@ class WriteReport:
 def write_tflite(
     qgraph: QuantizedGraph,
     *,
-    target: Target = TFLITE_INT8,
+    target: Target = LITERT,
     mode: str = "integer",
     input_type: str | None = None,
     output_type: str | None = None,
@@ -233,13 +233,13 @@ class _Writer:
             e.clamp(node, clamp if bounded else _bound_anyway(clamp, q), inputs[0], Sink(out, q))
             return
         result = e.helper(node, "unclamped", q=q) if bounded else out
-        RULES[node.op].emit(e, node, inputs, Sink(result, q, clamp.fused))
+        e.target.kernels[node.op].write(e, node, inputs, Sink(result, q, clamp.fused))
         if bounded:
             e.clamp(node, clamp, result, Sink(out, q))
 
     def _clamp(self, node: Node, q: Grid | None) -> Clamp:
         """What bounds the output of a node."""
-        attrs, fuses = node.attrs, RULES[node.op].fuses
+        attrs, fuses = node.attrs, self.emitter.target.kernels[node.op].fuses
         clip = (attrs["lo"], attrs["hi"]) if node.op == "clip" else tuple(attrs.get("clip", (None, None)))
         if q is None:
             return float_clamp(clip, fuses) if node.dtype == "float32" else Clamp()
@@ -249,7 +249,7 @@ class _Writer:
             # Integers only move: what comes out lies where the inputs lie.
             bounds = [integer_bounds(g) for g in (e.grid(i) for i in node.inputs) if g is not None]
             given = min(b[0] for b in bounds), max(b[1] for b in bounds)
-        elif node.op == "embedding":
+        elif e.target.kernels[node.op].looks_up:
             given = integer_bounds(q)
         return integer_clamp(q, clip, fuses, given)
 

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from kquant.graph.ir import Graph
-from kquant.graph.ops import evaluate
+from kquant.graph.ops import clip_of, evaluate
 from kquant.graph.transforms import prepare_graph
 from kquant.graph.transforms.absorb_bias import AbsorbReport, absorb_bias
-from kquant.graph.transforms.regions import clip_of
 from tests.support.tracing import build
 
 L = keras.layers

@@ -23,6 +23,7 @@ from kquant.grids.grid import Grid
 from kquant.keras.model import QuantizedModel, insert
 from kquant.quantize.calibrate import quantize_graph
 from kquant.quantize.data import CalibrationData
+from kquant.quantize.pipeline import record_of
 from kquant.quantize.plan import make_plan
 from kquant.targets.litert.clamps import Clamp, float_clamp, integer_clamp
 from tests.support.random_models import random_data, random_model
@@ -400,9 +401,7 @@ def quantized(model: keras.Model, x: np.ndarray, config: Any) -> QuantizedModel:
     config = QuantConfig.load(config)
     plan = make_plan(graph, config)
     data = CalibrationData(x, [(graph.input_names[0], graph[graph.inputs[0]].shape, "float32")], batch_size=32)
-    skipped = [{"node": s.node, "layer": s.layer, "reason": s.reason} for s in plan.skipped]
-    facts = {"target": plan.target.name, "config": config.to_dict(), "layers": [], "float": skipped}
-    return insert(quantize_graph(plan, data, progress=False), facts)
+    return insert(quantize_graph(plan, data, progress=False), record_of(plan, config, 0, []))
 
 
 @pytest.mark.parametrize("config", ["w8a8-per_tensor", "w4a4", "w8a16"])

@@ -1,10 +1,9 @@
-"""Requantization on tensors against the kernels' formulas in numpy (`tflite/arithmetic.py`)."""
+"""Requantization on tensors against the kernels' formulas in numpy (`arithmetic.py`)."""
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from kquant.graph.ir import Node
 from kquant.targets.litert import arithmetic
 from kquant.targets.litert import fixed_point as fixed
 
@@ -108,38 +107,3 @@ def test_bits_and_shifts():
     x, shift = np.arange(-9, 10), np.int64(2)
     np.testing.assert_array_equal(fixed.shift_right(tf.constant(x), tf.constant(shift)), np.floor(x / 4 + 0.5))
     np.testing.assert_array_equal(fixed.shift_right(tf.constant(x), tf.constant(shift * 0)), x)
-
-
-def node(op, channels=16, depth=6, groups=1):
-    return Node(name=op, op=op, shape=(None, channels), attrs={"groups": groups}, weights={"kernel": (depth, channels)})
-
-
-@pytest.mark.parametrize(
-    "operation, weight_bits, activation_bits, expected",
-    [
-        (node("conv2d"), 8, 8, [-2, -2, 0]),  # XNNPACK: to even
-        (node("conv2d"), 4, 8, [-2, -1, 1]),  # own kernels: up
-        (node("conv2d", groups=2), 4, 8, [-3, -2, 1]),  # grouped: away
-        (node("dense", depth=6), 4, 8, [-2, -2, 0]),  # whole bytes: XNNPACK
-        (node("dense", depth=5), 4, 8, [-2, -1, 1]),
-        (node("dense", depth=6), 2, 8, [-2, -1, 1]),
-        (node("dense", depth=8), 2, 8, [-2, -2, 0]),
-        (node("affine"), 4, 8, [-2, -2, 0]),  # stored as int8
-        (node("dense"), 8, 16, [-3, -2, 1]),
-        (node("conv2d"), 8, 16, [-2, -1, 1]),
-    ],
-)  # fmt: skip
-def test_which_kernel_runs(operation, weight_bits, activation_bits, expected):
-    acc, one = tf.constant([-10.0, -6.0, 2.0]), tf.constant(1.0)
-    found = fixed.requantization(operation, weight_bits, activation_bits)(acc, tf.constant(0.25), one, one)
-    np.testing.assert_array_equal(found, expected)
-
-
-KINDS = [("depthwise_conv2d", 4), ("conv2d_transpose", 4), ("conv2d_transpose", 8)]
-
-
-@pytest.mark.parametrize("kind, weight_bits", KINDS)
-def test_vectorized_in_blocks_of_8_channels(kind, weight_bits):
-    acc, one = tf.constant(np.full((1, 11), -6.0, np.float32)), tf.constant(1.0)
-    found = fixed.requantization(node(kind, 11), weight_bits, 8)(acc, tf.constant(0.25), one, one)
-    np.testing.assert_array_equal(found, [[-1] * 8 + [-2] * 3])

@@ -1,4 +1,4 @@
-"""Weights in every container and mode."""
+"""Operations with weights: how the simulation rounds them, and their weights in every container and mode."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from kquant.errors import ExportError
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import QUANTIZED_WEIGHT, compute, evaluate, weight_view
+from kquant.graph.ops import BIAS, QUANTIZED_WEIGHT, compute, evaluate, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid, dequantize, fake_quantize, quantize
 from kquant.targets.litert.flatbuffer import read_tensors
-from kquant.targets.litert.linear import LAYOUTS
+from kquant.targets.litert.kernels import KERNELS as RECORDS
 from kquant.targets.litert.writer import write_tflite
+from kquant.targets.operand import Call, Operand
 from tests.support.graphs import (
     KERNELS,
     chain,
@@ -54,7 +56,7 @@ def test_int8_activations_with_weights_of_any_bits(name: str, bits: int, per_cha
     least = SMALL.get(name, 8)
     assert stored.type == f"INT{2 if bits == 2 and least == 2 else 4 if bits <= 4 and least <= 4 else 8}"
     assert report.rows[-1].weights == stored.type
-    want = LAYOUTS[node.op].to_file(quantize(weight_view(node), qgraph.weights[node.name]))
+    want = RECORDS[node.op].layout.to_file(quantize(weight_view(node), qgraph.weights[node.name]))
     np.testing.assert_array_equal(stored.data, want)
     # the reference resolver has no int4 depthwise kernel of version 7
     kernels = [k for k in KERNELS if not (k == "reference" and name == "depthwise" and stored.type == "INT4")]
@@ -73,7 +75,7 @@ def test_int16_activations(name: str, bits: int) -> None:
     tensors = read_tensors(content)
     if bits == 4:
         assert tensors[kernel].type == ("INT8" if name in ("depthwise", "transposed", "affine") else "INT4")
-    assert tensors[f"{node.name}/{LAYOUTS[node.op].bias}"].type == "INT64"
+    assert tensors[f"{node.name}/{BIAS[node.op]}"].type == "INT64"
     for k in KERNELS:
         check_file(content, qgraph, integers(qgraph, [x]), k, lsb=2)
 
@@ -162,19 +164,6 @@ def test_embedding_gathers_rows(mode: str) -> None:
             )
 
 
-def test_int4_depthwise_with_int16_activations_is_refused_whatever_the_target_says() -> None:
-    from kquant.targets.target import Target
-
-    class Careless(Target):
-        def weight_container(self, op: str, bits: int, activation_container: int) -> int:
-            return 4
-
-    graph = LINEAR["depthwise"]()
-    qgraph = quantized(graph, [_feed(graph)], bits=16, container=16, weight_bits=4)
-    with pytest.raises(ExportError, match="'dw'.*int4 depthwise"):
-        write_tflite(qgraph, target=Careless(name="careless", activation_bits=(16,)))
-
-
 def test_weight_grids_of_more_than_8_bits_are_refused() -> None:
     graph = chain((4,), dense(cin=4, cout=3))
     qgraph = quantized(graph, [_feed(graph)])
@@ -190,3 +179,46 @@ def test_float_evaluation_is_what_the_helpers_assume() -> None:
     np.testing.assert_allclose(evaluate(graph, [x])[0], want, atol=1e-5)
     q = grid(-1.0, 2.0)
     np.testing.assert_allclose(dequantize(quantize(np.float32([-1, 0, 2]), q), q), [-1, 0, 2], atol=0.01)
+
+
+def rounded(kind: str, acc: list[float], bits: int, container: int, depth: int = 6, groups: int = 1) -> np.ndarray:
+    """What the kernel makes of accumulators (which its bias brings) at a factor of 1/4."""
+    cout = len(acc)
+    kernel = {"conv2d": (1, 1, depth // groups, cout), "depthwise_conv2d": (1, 1, cout, 1), "affine": (cout,)}
+    shape = {**kernel, "conv2d_transpose": (1, 1, cout, depth), "dense": (depth, cout)}[kind]
+    attrs = {"strides": (1, 1), "padding": "same", "dilation": (1, 1), "groups": groups}
+    node = Node(name=kind, op=kind, shape=(None, 1, 1, cout), attrs=attrs, weights={QUANTIZED_WEIGHT[kind][0]: shape})
+    channels = cout if kind in ("depthwise_conv2d", "affine") else depth
+    one, zero = tf.constant(1.0), tf.constant(0.0)
+    call = Call(
+        node=node,
+        inputs=[Operand(tf.zeros((1, 1, 1, channels)), tf.constant(0.25), zero, container)],
+        out=Operand(None, one, zero, container),
+        weight=Operand(tf.zeros(shape), one, 0.0, bits),
+        weights={BIAS[kind]: tf.constant(acc) * 0.25},
+    )
+    return np.ravel(RECORDS[kind].arithmetic[container](call))
+
+
+@pytest.mark.parametrize(
+    "kind, bits, container, shape, expected",
+    [
+        ("conv2d", 8, 8, {}, [-2, -2, 0]),  # XNNPACK: to even
+        ("conv2d", 4, 8, {}, [-2, -1, 1]),  # own kernels: up
+        ("conv2d", 4, 8, {"groups": 3}, [-3, -2, 1]),  # grouped: away
+        ("dense", 4, 8, {"depth": 6}, [-2, -2, 0]),  # whole bytes: XNNPACK
+        ("dense", 4, 8, {"depth": 5}, [-2, -1, 1]),
+        ("dense", 2, 8, {"depth": 6}, [-2, -1, 1]),
+        ("dense", 2, 8, {"depth": 8}, [-2, -2, 0]),
+        ("affine", 8, 8, {}, [-2, -2, 0]),
+        ("dense", 8, 16, {}, [-3, -2, 1]),
+        ("conv2d", 8, 16, {}, [-2, -1, 1]),
+    ],
+)  # fmt: skip
+def test_which_kernel_rounds(kind: str, bits: int, container: int, shape: dict[str, int], expected: list[int]) -> None:
+    np.testing.assert_array_equal(rounded(kind, [-10.0, -6.0, 2.0], bits, container, **shape), expected)
+
+
+@pytest.mark.parametrize("kind, bits", [("depthwise_conv2d", 4), ("conv2d_transpose", 4), ("conv2d_transpose", 8)])
+def test_vectorized_in_blocks_of_8_channels(kind: str, bits: int) -> None:
+    np.testing.assert_array_equal(rounded(kind, [-6.0] * 11, bits, 8), [-1] * 8 + [-2] * 3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
 
@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from kquant.errors import ExportError
+from kquant.targets.builtin import Reference
+from kquant.targets.litert.kernels import OPTIMIZED, REFERENCE
 from kquant.targets.litert.reference.interpreter import IntegerReference
 from tests.support.litert_files import Op, Resolver, T, build, run
 from tests.targets.litert.cases import (
@@ -131,7 +133,9 @@ def drawn(case: Callable[[Rng], Case]) -> Iterator[tuple[int, bytes, list[np.nda
         yield (seed, *case(np.random.default_rng(seed)))
 
 
-def assert_equal(case: Callable[[Rng], Case], kernels: str, resolver: object, outputs: int = OUTPUTS) -> None:
+def assert_equal(
+    case: Callable[[Rng], Case], kernels: Mapping[str, Reference], resolver: object, outputs: int = OUTPUTS
+) -> None:
     compared = 0
     for seed, model, inputs in drawn(case):
         expected = run(model, inputs, resolver)["y"]
@@ -145,12 +149,12 @@ def assert_equal(case: Callable[[Rng], Case], kernels: str, resolver: object, ou
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference_kernels(name: str) -> None:
-    assert_equal(CASES[name], "reference", Resolver.BUILTIN_REF)
+    assert_equal(CASES[name], REFERENCE, Resolver.BUILTIN_REF)
 
 
 @pytest.mark.parametrize("name", moves(np.random.default_rng(0)))
 def test_moves_equal_the_reference_kernels(name: str) -> None:
-    assert_equal(lambda rng: moves(rng)[name], "reference", Resolver.BUILTIN_REF, 1000)
+    assert_equal(lambda rng: moves(rng)[name], REFERENCE, Resolver.BUILTIN_REF, 1000)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +167,7 @@ def test_moves_equal_the_reference_kernels(name: str) -> None:
     ],
 )
 def test_equals_the_optimized_kernels(case: Callable[[Rng], Case]) -> None:
-    assert_equal(case, "builtin", Resolver.BUILTIN_WITHOUT_DEFAULT_DELEGATES, 10_000)
+    assert_equal(case, OPTIMIZED, Resolver.BUILTIN_WITHOUT_DEFAULT_DELEGATES, 10_000)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

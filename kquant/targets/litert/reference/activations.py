@@ -16,8 +16,7 @@ from kquant.targets.litert.arithmetic import (
     saturate,
 )
 from kquant.targets.litert.reader import Operator
-from kquant.targets.litert.reference.elementwise import Kernel
-from kquant.targets.litert.reference.linear import Values
+from kquant.targets.litert.reference.linear import Compute, Values
 from kquant.targets.litert.tables import SIGMOID
 
 Curve = Callable[[np.ndarray], np.ndarray]
@@ -33,7 +32,7 @@ def _offsets(op: Operator, x: Values) -> np.ndarray:
     return np.asarray(x[0]).astype(np.int64) - op.given(0).z
 
 
-def relu(low: float, high: float | None) -> Kernel:
+def relu(low: float, high: float | None) -> Compute:
     """RELU and its bounded kin: rescale, then clamp to the quantized bounds."""
 
     def kernel(op: Operator, x: Values) -> np.ndarray:
@@ -91,6 +90,9 @@ def _tanh(v: np.ndarray) -> np.ndarray:
 
 def _elu(v: np.ndarray) -> np.ndarray:
     return np.where(v < 0, np.expm1(np.minimum(v.astype(np.float64), 0)), v)
+
+
+elu = _eight_bit(_elu)  # ELU of 8 bits
 
 
 def _gelu(v: np.ndarray) -> np.ndarray:
@@ -183,18 +185,3 @@ def hard_swish(op: Operator, x: Values) -> np.ndarray:
     product = gate * scaled
     product = np.where(product < 0, -(-product >> 15), product >> 15)  # C division truncates
     return saturate(rounding_divide_by_pot(product, -scale_exponent) + out.z, out.dtype)
-
-
-KERNELS: dict[str, Kernel] = {
-    "RELU": relu(0.0, None),
-    "RELU6": relu(0.0, 6.0),
-    "RELU_N1_TO_1": relu(-1.0, 1.0),
-    "RELU_0_TO_1": relu(0.0, 1.0),
-    "LEAKY_RELU": leaky_relu,
-    "PRELU": prelu,
-    "LOGISTIC": logistic,
-    "TANH": tanh,
-    "ELU": _eight_bit(_elu),
-    "GELU": gelu,
-    "HARD_SWISH": hard_swish,
-}

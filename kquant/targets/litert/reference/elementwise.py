@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from kquant.errors import ExportError
@@ -18,9 +16,7 @@ from kquant.targets.litert.arithmetic import (
     saturate,
 )
 from kquant.targets.litert.reader import Operator, Tensor
-from kquant.targets.litert.reference.linear import Multiply, Values, window
-
-Kernel = Callable[[Operator, Values], np.ndarray | tuple[np.ndarray, ...]]
+from kquant.targets.litert.reference.linear import Compute, Multiply, Values, window
 
 
 def _activate(op: Operator, y: np.ndarray) -> np.ndarray:
@@ -39,7 +35,7 @@ def _power_of_two(scale: np.float32) -> bool:
     return bool(np.frexp(scale)[0] == 0.5)
 
 
-def _additive(sign: int) -> Kernel:
+def additive(sign: int) -> Compute:
     def kernel(op: Operator, x: Values) -> np.ndarray:
         """ADD or SUB: both operands on the grid 2 max(s_a, s_b) / 2^shift, then scaled to the output."""
         a, b, out = op.given(0), op.given(1), op.outputs[0]
@@ -68,7 +64,7 @@ def mul(op: Operator, x: Values) -> np.ndarray:
     return _activate(op, multiply_double_rounding(_centered(a, x[0]) * _centered(b, x[1]), by) + out.z)
 
 
-def extremum(function: np.ufunc) -> Kernel:
+def extremum(function: np.ufunc) -> Compute:
     """MAXIMUM or MINIMUM of the stored integers: operands and result share one grid."""
     return lambda op, x: function(x[0], x[1])
 
@@ -154,7 +150,7 @@ def mean(op: Operator, x: Values) -> np.ndarray:
     return saturate(multiply_double_rounding(total, by) + out.z, out.dtype)
 
 
-def reduce_extremum(function: np.ufunc) -> Kernel:
+def reduce_extremum(function: np.ufunc) -> Compute:
     """REDUCE_MAX or REDUCE_MIN of the stored integers."""
 
     def kernel(op: Operator, x: Values) -> np.ndarray:
@@ -162,19 +158,3 @@ def reduce_extremum(function: np.ufunc) -> Kernel:
         return function.reduce(value, axis=axes_of(x[1], value.ndim), keepdims=bool(op.option("keepDims", False)))
 
     return kernel
-
-
-KERNELS: dict[str, Kernel] = {
-    "ADD": _additive(1),
-    "SUB": _additive(-1),
-    "MUL": mul,
-    "MAXIMUM": extremum(np.maximum),
-    "MINIMUM": extremum(np.minimum),
-    "QUANTIZE": quantize,
-    "DEQUANTIZE": dequantize,
-    "AVERAGE_POOL_2D": average_pool_2d,
-    "MAX_POOL_2D": max_pool_2d,
-    "MEAN": mean,
-    "REDUCE_MAX": reduce_extremum(np.maximum),
-    "REDUCE_MIN": reduce_extremum(np.minimum),
-}

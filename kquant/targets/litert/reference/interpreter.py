@@ -1,15 +1,8 @@
 """A numpy interpreter of .tflite files whose integers equal those of TFLite's reference kernels.
 
 It reads the flatbuffer itself and knows nothing of kquant's graphs, so it can judge what the exporter wrote. Every
-integer tensor equals the one of `OpResolverType.BUILTIN_REF` bit for bit. Operators:
-
-| module | operators |
-| --- | --- |
-| linear | convolutions, fully connected |
-| elementwise | sums, products, requantization, pooling, means |
-| activations, softmax | activation functions |
-| layout | moves, padding, resizes |
-| optimized | what the optimized kernels compute differently |
+integer tensor equals the one of `OpResolverType.BUILTIN_REF` bit for bit. What each operator computes is in the records
+of the kernels; the formulas lie beside this module.
 """
 
 from __future__ import annotations
@@ -20,39 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from kquant.errors import ExportError
+from kquant.targets.builtin import Reference
+from kquant.targets.litert.kernels import REFERENCE
 from kquant.targets.litert.reader import Operator, Tensor, read
-from kquant.targets.litert.reference import (
-    activations,
-    elementwise,
-    layout,
-    linear,
-    optimized,
-    softmax,
-)
-from kquant.targets.litert.reference.elementwise import Kernel
 
 FloatOp = Callable[[Operator, Sequence[np.ndarray | None]], Sequence[np.ndarray]]
-
-KERNELS: dict[str, Kernel] = {
-    "CONV_2D": linear.conv_2d,
-    "DEPTHWISE_CONV_2D": linear.depthwise_conv_2d,
-    "TRANSPOSE_CONV": linear.transpose_conv,
-    "FULLY_CONNECTED": linear.fully_connected,
-    **elementwise.KERNELS,
-    **activations.KERNELS,
-    **layout.KERNELS,
-    **softmax.KERNELS,
-}
-KERNEL_SETS = {"reference": KERNELS, "builtin": {**KERNELS, **optimized.KERNELS}}
-_ANY_TYPE = frozenset(layout.KERNELS) - {"RESIZE_BILINEAR"} | {"QUANTIZE", "DEQUANTIZE", "MAXIMUM", "MINIMUM"}
-
-
-def supported(op: Operator) -> bool:
-    """Whether the operator has an integer kernel here: its code is known, and its values are integers."""
-    if op.code not in KERNELS or not op.outputs:
-        return False
-    tensors = [t for t in (*op.inputs, *op.outputs) if t is not None]
-    return op.code in _ANY_TYPE or all(np.issubdtype(t.dtype, np.integer) for t in tensors)
 
 
 class IntegerReference:
@@ -62,20 +27,21 @@ class IntegerReference:
         model: the file's bytes, or its path.
         float_op: computes an operator that has no integer kernel here: (operator, its input values) -> its output
             values. Without it such an operator is an error.
-        kernels: whose rounding to follow: "reference" (BUILTIN_REF), or "builtin", the optimized kernels that run
-            without delegates, for files with an operator version that the former lack.
+        kernels: operator -> what it computes: `kernels.REFERENCE` (BUILTIN_REF), or `kernels.OPTIMIZED`, the kernels
+            that run without delegates, for files with an operator version that the former lack.
 
     Raises:
         ExportError: the file cannot be read.
     """
 
     def __init__(
-        self, model: bytes | str | os.PathLike[str], float_op: FloatOp | None = None, kernels: str = "reference"
+        self,
+        model: bytes | str | os.PathLike[str],
+        float_op: FloatOp | None = None,
+        kernels: Mapping[str, Reference] = REFERENCE,
     ) -> None:
-        if kernels not in KERNEL_SETS:
-            raise ExportError(f"kernels is {kernels!r}; take one of {sorted(KERNEL_SETS)}")
         self.program = read(model)
-        self._kernels = KERNEL_SETS[kernels]
+        self._kernels = kernels
         self._float_op = float_op
 
     @property
@@ -95,7 +61,14 @@ class IntegerReference:
 
     def unsupported(self) -> list[Operator]:
         """The operators that `run` leaves to `float_op`."""
-        return [op for op in self.operators if not supported(op)]
+        return [op for op in self.operators if not self._supports(op)]
+
+    def _supports(self, op: Operator) -> bool:
+        """Whether the operator has an integer kernel here: its code is known, and its values are integers."""
+        if op.code not in self._kernels or not op.outputs:
+            return False
+        tensors = [t for t in (*op.inputs, *op.outputs) if t is not None]
+        return self._kernels[op.code].any_type or all(np.issubdtype(t.dtype, np.integer) for t in tensors)
 
     def run(self, inputs: Sequence[np.ndarray] | Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Compute every tensor.
@@ -133,9 +106,9 @@ class IntegerReference:
             ExportError: the operator is not supported, or an input is missing or does not fit.
         """
         values = [None if t is None else self._value(op, t, tensors) for t in op.inputs]
-        if supported(op):
+        if self._supports(op):
             try:
-                made = self._kernels[op.code](op, values)
+                made = self._kernels[op.code].compute(op, values)
             except (ValueError, IndexError, TypeError, AttributeError) as error:
                 raise ExportError(f"{op} cannot be computed from its inputs: {error}") from error
             outputs: Sequence[np.ndarray] = made if isinstance(made, tuple) else (made,)

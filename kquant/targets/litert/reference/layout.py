@@ -10,7 +10,6 @@ import numpy as np
 
 from kquant.errors import ExportError
 from kquant.targets.litert.reader import Operator
-from kquant.targets.litert.reference.elementwise import Kernel
 from kquant.targets.litert.reference.linear import Values
 
 
@@ -164,24 +163,3 @@ def resize_bilinear(op: Operator, x: Values) -> np.ndarray:
     total = row(value[:, top]) * (1024 - down) + row(value[:, bottom]) * down
     rounded = (np.abs(total) + (1 << 19)) >> 20
     return np.where(total < 0, -rounded, rounded).astype(op.outputs[0].dtype)
-
-
-KERNELS: dict[str, Kernel] = {
-    "RESHAPE": reshape,
-    "SQUEEZE": squeeze,
-    "EXPAND_DIMS": expand_dims,
-    "TRANSPOSE": transpose,
-    "SLICE": slice_,
-    "STRIDED_SLICE": strided_slice,
-    "GATHER": gather,
-    "CONCATENATION": concatenation,
-    "PACK": pack,
-    "UNPACK": unpack,
-    "SPLIT": split,
-    "SHAPE": shape,
-    "PAD": pad,
-    "PADV2": pad,
-    "MIRROR_PAD": mirror_pad,
-    "RESIZE_NEAREST_NEIGHBOR": resize_nearest_neighbor,
-    "RESIZE_BILINEAR": resize_bilinear,
-}

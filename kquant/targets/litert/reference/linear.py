@@ -22,6 +22,7 @@ from kquant.targets.litert.arithmetic import (
 from kquant.targets.litert.reader import Operator
 
 Values = Sequence[np.ndarray | None]
+Compute = Callable[[Operator, Values], np.ndarray | tuple[np.ndarray, ...]]
 Multiply = Callable[[np.ndarray, Multiplier], np.ndarray]
 
 

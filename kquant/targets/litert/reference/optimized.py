@@ -19,19 +19,21 @@ from kquant.targets.litert.arithmetic import (
 )
 from kquant.targets.litert.arithmetic import multiply_single_rounding as single
 from kquant.targets.litert.reader import Operator
-from kquant.targets.litert.reference.elementwise import Kernel, axes_of, mean, requantize
-from kquant.targets.litert.reference.linear import Values, conv_2d, depthwise_conv_2d, fully_connected
-from kquant.targets.litert.reference.softmax import softmax
+from kquant.targets.litert.reference import elementwise, linear
+from kquant.targets.litert.reference import softmax as reference_softmax
+from kquant.targets.litert.reference.elementwise import axes_of, requantize
+from kquant.targets.litert.reference.linear import Values
 
 _F = np.float32
 
 
-def _conv_2d(op: Operator, x: Values) -> np.ndarray:
+def conv_2d(op: Operator, x: Values) -> np.ndarray:
+    """CONV_2D: halves up, but for grouped convolutions."""
     grouped = np.asarray(x[0]).shape[-1] != np.asarray(x[1]).shape[-1]
-    return conv_2d(op, x, multiply_double_rounding if grouped else multiply_double_rounding_up)
+    return linear.conv_2d(op, x, multiply_double_rounding if grouped else multiply_double_rounding_up)
 
 
-def _depthwise_conv_2d(op: Operator, x: Values) -> np.ndarray:
+def depthwise_conv_2d(op: Operator, x: Values) -> np.ndarray:
     """Whole blocks of 8 channels are vectorized and round halves up, the rest rounds them away from zero."""
     channels = op.outputs[0].shape[-1]
     blocked = np.arange(channels) < channels - channels % 8
@@ -39,20 +41,21 @@ def _depthwise_conv_2d(op: Operator, x: Values) -> np.ndarray:
     def multiply(acc: np.ndarray, by: Multiplier) -> np.ndarray:
         return np.where(blocked, multiply_double_rounding_up(acc, by), multiply_double_rounding(acc, by))
 
-    return depthwise_conv_2d(op, x, multiply)
+    return linear.depthwise_conv_2d(op, x, multiply)
 
 
-def _fully_connected(op: Operator, x: Values) -> np.ndarray:
+def fully_connected(op: Operator, x: Values) -> np.ndarray:
+    """FULLY_CONNECTED: halves up, but for int16 data with a bias."""
     wide_with_bias = op.outputs[0].dtype == np.int16 and len(x) > 2 and x[2] is not None
-    return fully_connected(op, x, single if wide_with_bias else multiply_double_rounding_up)
+    return linear.fully_connected(op, x, single if wide_with_bias else multiply_double_rounding_up)
 
 
-def _mean(op: Operator, x: Values) -> np.ndarray:
+def mean(op: Operator, x: Values) -> np.ndarray:
     """Over height and width of 8-bit images the zero points and 1 / count go into a bias and a float32 factor."""
     source, out, value = op.given(0), op.outputs[0], np.asarray(x[0])
     spatial = value.ndim == 4 and axes_of(x[1], 4) == (1, 2) and op.option("keepDims", False)
     if not spatial or out.dtype == np.int16:
-        return mean(op, x)
+        return elementwise.mean(op, x)
     shift = _F(_F(source.z) * source.s) / out.s
     bias = out.z - int(shift + _F(0.5 if shift > 0 else -0.5))
     by = quantize_multiplier(source.s / (_F(value.shape[1] * value.shape[2]) * out.s))
@@ -60,7 +63,8 @@ def _mean(op: Operator, x: Values) -> np.ndarray:
     return saturate(multiply_double_rounding_up(total, by) + bias, out.dtype)
 
 
-def _quantize(op: Operator, x: Values) -> np.ndarray:
+def quantize(op: Operator, x: Values) -> np.ndarray:
+    """QUANTIZE: a reciprocal and halves to even from float; between 8-bit grids halves up in whole blocks of 16."""
     value, out = np.asarray(x[0]), op.outputs[0]
     if np.issubdtype(value.dtype, np.integer):
         if value.dtype.itemsize != 1 or out.dtype.itemsize != 1:
@@ -73,10 +77,10 @@ def _quantize(op: Operator, x: Values) -> np.ndarray:
     return saturate(np.clip(ratio, -(2.0**30), 2.0**30).astype(np.int64) + out.z, out.dtype)
 
 
-def _softmax(op: Operator, x: Values) -> np.ndarray:
+def softmax(op: Operator, x: Values) -> np.ndarray:
     """Softmax with a table of exp(-s beta d) in float32, summed in order in float32."""
     if op.given(0).dtype == np.int16:
-        return softmax(op, x)
+        return reference_softmax.softmax(op, x)
     source, out, value = op.given(0), op.outputs[0], np.asarray(x[0]).astype(np.int64)
     falling = -(source.s * _F(op.option("beta", 1.0)))
     table = np.exp((falling * np.arange(256).astype(_F)).astype(np.float64)).astype(_F)
@@ -84,13 +88,3 @@ def _softmax(op: Operator, x: Values) -> np.ndarray:
     total = np.cumsum(exps, axis=-1, dtype=_F)[..., -1:]  # cumsum adds in order, sum adds in pairs
     y = np.floor(exps * (_F(1) / (total * out.s)) + _F(0.5)).astype(np.int64)
     return saturate(y + out.z, out.dtype)
-
-
-KERNELS: dict[str, Kernel] = {
-    "CONV_2D": _conv_2d,
-    "DEPTHWISE_CONV_2D": _depthwise_conv_2d,
-    "FULLY_CONNECTED": _fully_connected,
-    "MEAN": _mean,
-    "QUANTIZE": _quantize,
-    "SOFTMAX": _softmax,
-}

@@ -18,7 +18,6 @@ from kquant.targets.litert.arithmetic import (
 )
 from kquant.targets.litert.arithmetic import saturating_rounding_doubling_high_mul as product
 from kquant.targets.litert.reader import Operator
-from kquant.targets.litert.reference.elementwise import Kernel
 from kquant.targets.litert.reference.linear import Values
 from kquant.targets.litert.tables import EXP, RECIPROCAL
 
@@ -108,6 +107,3 @@ def _softmax_16(op: Operator, x: Values) -> np.ndarray:
 def softmax(op: Operator, x: Values) -> np.ndarray:
     """SOFTMAX on the last axis."""
     return (_softmax_16 if op.given(0).dtype == np.int16 else _softmax_8)(op, x)
-
-
-KERNELS: dict[str, Kernel] = {"SOFTMAX": softmax}

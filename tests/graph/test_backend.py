@@ -6,7 +6,7 @@ import keras
 import pytest
 
 from kquant.errors import BackendError
-from kquant.keras.backend import check_backend
+from kquant.graph.backend import check_backend
 
 
 def test_tensorflow_is_accepted():

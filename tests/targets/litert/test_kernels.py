@@ -12,15 +12,15 @@ from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid
 from kquant.keras.model import insert
 from kquant.quantize.calibrate import place
+from kquant.targets.litert.elementwise import move, real
+from kquant.targets.litert.kernels import KERNELS
 from kquant.targets.litert.runtime import TFLiteModel
-from kquant.targets.litert.simulate import SIMULATE, simulate
-from kquant.targets.litert.simulate_int16 import SIMULATE_16
 from kquant.targets.litert.writer import write_tflite
-from kquant.targets.operand import Operand
+from kquant.targets.operand import Call, Operand
 from tests.support.graphs import chain, conv, dense, depthwise, integers, op, quantized, rng
 from tests.support.operations import GRAPHS, INT8_ONLY, LINEAR
+from tests.support.toy import asked
 
-TARGETS = {8: "tflite_int8", 16: "tflite_int16x8"}
 LSB = {"prelu": 1, "hard_swish": 1}  # the real function, rounded; the kernels have a fixed-point formula
 MOVES = {"reshape", "transpose", "slice", "pad", "pad_value", "pad_reflect", "pad_symmetric", "nearest_corner"}
 CASES = [(name, c) for name in GRAPHS for c in (8, 16) if c == 8 or name not in INT8_ONLY]
@@ -40,7 +40,7 @@ def check(qgraph: QuantizedGraph, x, container: int, lsb: int = 0):
     content, _ = write_tflite(qgraph)
     found = TFLiteModel(content).run(integers(qgraph, x))[0].astype(np.int64)
     q = qgraph.activations[qgraph.graph.outputs[0]]
-    y = np.asarray(insert(qgraph, {"target": TARGETS[container]})(x if len(x) > 1 else x[0]))
+    y = np.asarray(insert(qgraph, asked("litert"))(x if len(x) > 1 else x[0]))
     ours = np.rint(y / q.scale).astype(np.int64) + q.zero_point
     # an int16 kernel saturates at -32768, which is no integer of the symmetric grid
     found = np.maximum(found, -32767) if container == 16 else found
@@ -122,11 +122,11 @@ def test_changes_of_grid(source, result):
 
 
 def has_formula(name, container):
-    """Whether the operation has an entry of its own, and no bounds or constants that complicate the comparison."""
+    """Whether the operation has a formula of its own, and no bounds or constants that complicate the comparison."""
     graph = GRAPHS[name]()
     node = graph[graph.outputs[0]]
     plain = "c" not in node.inputs and "clip" not in node.attrs and node.op not in ("clip", "avg_pool2d")
-    return plain and node.op in {8: SIMULATE, 16: SIMULATE_16}[container]
+    return plain and not node.weights and KERNELS[node.op].arithmetic[container] not in (real, move)
 
 
 @pytest.mark.parametrize("name, container", [c for c in CASES if has_formula(*c)])
@@ -139,7 +139,8 @@ def test_gradients_are_those_of_the_real_function(name, container):
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(centered)
         operands = [Operand(c, s, tf.constant(0.0), container) for c, s in zip(centered, scales, strict=False)]
-        ours = simulate(node, operands, out, {}) * out.scale
+        call = Call(node=node, inputs=operands, out=out)
+        ours = KERNELS[node.op].arithmetic[container](call) * out.scale
         real = compute(node, [o.value for o in operands])
     for c in centered:
         np.testing.assert_allclose(tape.gradient(ours, c), tape.gradient(real, c), rtol=1e-4, atol=1e-6)

@@ -1,0 +1,124 @@
+"""Averages and maxima over places.
+
+| op | attrs | weights |
+| --- | --- | --- |
+| max_pool2d, avg_pool2d | pool_size, strides, padding ("same" or "valid") | |
+| mean, reduce_max | axes (positive, never the batch), keepdims | |
+
+An average pooling is on the grid of its input, a mean on a grid of its own. An average needs smaller steps than what it
+averages, most of all where the input has few bits, so that a pooling of whole images becomes a mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from kquant.graph.ir import Node, Shape
+from kquant.graph.moments import POINTS, Moments, phi, regroup
+from kquant.graph.ops.record import Op, Tie, collect, same_moments
+from kquant.graph.scaling import Channels, Scaling
+
+WINDOW = 0.5  # correlation of the places of a maximum,
+PLACES = 0.25  # and of a mean, which are farther apart
+
+
+def _keeps_channels(node: Node, source: Shape) -> bool:
+    return len(source) - 1 not in node.attrs.get("axes", ())
+
+
+def _average_behind(node: Node, source: Shape, s: Scaling) -> Scaling | None:
+    return s if _keeps_channels(node, source) else None
+
+
+def _maximum_behind(node: Node, source: Shape, s: Scaling) -> Scaling | None:
+    return s if _keeps_channels(node, source) and (s.scale > 0).all() else None
+
+
+def _average_in_front(node: Node, sources: Sequence[Shape], s: Scaling) -> Sequence[Scaling] | None:
+    return None if _average_behind(node, sources[0], s) is None else (s.without_stats(),)
+
+
+def _maximum_in_front(node: Node, sources: Sequence[Shape], s: Scaling) -> Sequence[Scaling] | None:
+    return None if _maximum_behind(node, sources[0], s) is None else (s.without_stats(),)
+
+
+AVERAGE = Channels(behind=_average_behind, in_front=_average_in_front, offset=lambda node: True)
+MAXIMUM = Channels(behind=_maximum_behind, in_front=_maximum_in_front, offset=lambda node: True)
+
+
+def _largest(x: Moments, count: int) -> Moments:
+    """The maximum of `count` normal variables of correlation rho: mean + sqrt(1 - rho) std E[max of N(0, 1)]."""
+    cdf = phi(POINTS[:, 0])
+    most = float((POINTS[1:, 0] + POINTS[:-1, 0]) @ np.diff(cdf**count)) / 2
+    mean = np.clip(x.mean + np.sqrt(1 - WINDOW) * most * x.std, x.low, x.high)
+    return Moments(mean, x.std, x.low, x.high)
+
+
+def _max_pool(node: Node, sources: Sequence[Node], xs: Sequence[Moments]) -> Moments:
+    return _largest(xs[0], int(np.prod(node.attrs["pool_size"])))
+
+
+def _reduce_max(node: Node, sources: Sequence[Node], xs: Sequence[Moments]) -> Moments:
+    return _largest(_merged(node, sources, xs), _count(node, sources))
+
+
+def _mean(node: Node, sources: Sequence[Node], xs: Sequence[Moments]) -> Moments:
+    """The mean of n places of correlation rho has variance (1 / n + (1 - 1 / n) rho) Var[x]."""
+    count, x = _count(node, sources), _merged(node, sources, xs)
+    return Moments(x.mean, x.std * np.sqrt(PLACES + (1 - PLACES) / count), x.low, x.high)
+
+
+def _merged(node: Node, sources: Sequence[Node], xs: Sequence[Moments]) -> Moments:
+    """In front of a reduction, with the channels of its output."""
+    return xs[0] if _keeps_channels(node, sources[0].shape) else regroup(xs[0], 1, node.shape[-1])
+
+
+def _count(node: Node, sources: Sequence[Node]) -> int:
+    return int(np.prod([sources[0].shape[a] or 1 for a in node.attrs["axes"]]))
+
+
+def _mean_of_all(node: Node, source: Shape) -> Node | None:
+    """A mean in place of a pooling of whole images."""
+    if node.attrs["padding"] != "valid" or tuple(node.attrs["pool_size"]) != source[1:3]:
+        return None
+    return node.with_(op="mean", attrs={"axes": (1, 2), "keepdims": True})
+
+
+def _padding(node: Node) -> str:
+    return str(node.attrs["padding"].upper())
+
+
+RECORDS = collect(
+    Op(
+        name="max_pool2d",
+        compute=lambda n, xs, w: tf.nn.max_pool2d(xs[0], n.attrs["pool_size"], n.attrs["strides"], _padding(n)),
+        grid=Tie.OF_INPUT,
+        channels=MAXIMUM,
+        moments=_max_pool,
+    ),
+    Op(
+        name="avg_pool2d",
+        compute=lambda n, xs, w: tf.nn.avg_pool2d(xs[0], n.attrs["pool_size"], n.attrs["strides"], _padding(n)),
+        grid=Tie.OF_INPUT,
+        averages=True,
+        channels=AVERAGE,
+        moments=same_moments,
+        simpler=_mean_of_all,
+    ),
+    Op(
+        name="mean",
+        compute=lambda n, xs, w: tf.reduce_mean(xs[0], n.attrs["axes"], n.attrs["keepdims"]),
+        channels=AVERAGE,
+        moments=_mean,
+    ),
+    Op(
+        name="reduce_max",
+        compute=lambda n, xs, w: tf.reduce_max(xs[0], n.attrs["axes"], n.attrs["keepdims"]),
+        grid=Tie.OF_INPUT,
+        channels=MAXIMUM,
+        moments=_reduce_max,
+    ),
+)

@@ -1,0 +1,125 @@
+"""Pooling, and reductions over axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from kquant.graph.ir import Node
+from kquant.graph.ops import compute
+from kquant.grids.gradients import exact, round_ste
+from kquant.targets.builtin import Builtin, Reference
+from kquant.targets.kernel import Kernel
+from kquant.targets.litert.elementwise import move
+from kquant.targets.litert.emitter import PADDING, Emitter, Sink
+from kquant.targets.litert.fixed_point import Tensor, doubles, integers, multiplier, scale_twice, with_gradient_of
+from kquant.targets.litert.reference import elementwise, optimized
+from kquant.targets.operand import Call
+
+
+def _count(call: Call) -> int:
+    """How many elements a mean averages."""
+    return int(np.prod([call.inputs[0].centered.shape[a] for a in call.node.attrs["axes"]]))
+
+
+def _mean(call: Call) -> Tensor:
+    """Integer sum, then one float32 scale s_x / s_o / N; halves to even of the stored integer (XNNPACK)."""
+    x, out, attrs = call.inputs[0], call.out, call.node.attrs
+    total = tf.reduce_sum(x.centered, attrs["axes"], attrs["keepdims"])
+    # float64 for a float32 quotient that does not depend on how the graph optimizer writes the division
+    ratio = tf.cast(tf.cast(x.scale / out.scale, tf.float64) / float(_count(call)), tf.float32)
+    return round_ste(total * ratio + out.zero_point) - out.zero_point
+
+
+def fixed_point_mean(call: Call) -> Tensor:
+    """The sum times (s_x / s_o) / N, N divided into the multiplier (LiteRT's own kernel)."""
+    x, out, attrs, count = call.inputs[0], call.out, call.node.attrs, _count(call)
+    s_x, s_o = doubles(x.scale, out.scale)
+    mantissa, exponent = multiplier(s_x / s_o)
+    shift = tf.minimum(tf.constant(min(count.bit_length() - 1, 32), tf.int64), 31 + exponent)
+    mantissa = tf.bitwise.left_shift(mantissa, shift) // count
+    total = scale_twice(tf.reduce_sum(integers(x), attrs["axes"], attrs["keepdims"]), mantissa, exponent - shift)
+    return with_gradient_of(compute(call.node, [x.value]) / out.scale, total)
+
+
+def average(call: Call) -> Tensor:
+    """Average of the stored integers (zero point included), rounded half away from zero."""
+    x, attrs = call.inputs[0], call.node.attrs
+    size, strides, padding = attrs["pool_size"], attrs["strides"], attrs["padding"].upper()
+    ones = tf.ones((1, *x.centered.shape[1:3], 1))
+    count = tf.nn.convolution(ones, tf.ones((*size, 1, 1)), strides=strides, padding=padding)
+    mean = tf.nn.avg_pool2d(x.centered + x.zero_point, size, strides, padding)
+    # in integers, since TensorFlow's graph optimizer makes a division by a constant a product with its reciprocal
+    total, n = tf.cast(tf.round(mean * count), tf.int32), tf.cast(count, tf.int32)
+    rounded = tf.sign(total) * ((tf.abs(total) + n // 2) // n)
+    return exact(mean - x.zero_point, tf.cast(rounded, tf.float32) - x.zero_point)
+
+
+def _write_pool(builtin: str) -> Callable[[Emitter, Node, Sequence[int], Sink], None]:
+    def write(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
+        (h, w), (sh, sw) = node.attrs["pool_size"], node.attrs["strides"]
+        padding = PADDING[node.attrs["padding"]]
+        e.op(builtin, x, [out.tensor], filterHeight=h, filterWidth=w, strideH=sh, strideW=sw, padding=padding)
+
+    return write
+
+
+def _write_reduction(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
+    """The operator is called as the operation is."""
+    axes = e.indices(node, "axes", list(node.attrs["axes"]))
+    e.op(node.op.upper(), [x[0], axes], [out.tensor], keepDims=bool(node.attrs["keepdims"]))
+
+
+KERNELS = (
+    Kernel(
+        op="max_pool2d",
+        arithmetic={8: move, 16: move},
+        write=_write_pool("MAX_POOL_2D"),
+        operators={
+            "MAX_POOL_2D": Builtin(
+                options="Pool2DOptions", versions=(1, 2, 3), reference=Reference(compute=elementwise.max_pool_2d)
+            )
+        },
+    ),
+    Kernel(
+        op="avg_pool2d",
+        arithmetic={8: average, 16: average},
+        write=_write_pool("AVERAGE_POOL_2D"),
+        operators={
+            "AVERAGE_POOL_2D": Builtin(
+                options="Pool2DOptions", versions=(1, 2, 3), reference=Reference(compute=elementwise.average_pool_2d)
+            )
+        },
+        averages=True,
+    ),
+    Kernel(
+        op="mean",
+        arithmetic={8: _mean, 16: fixed_point_mean},
+        write=_write_reduction,
+        operators={
+            "MEAN": Builtin(
+                options="ReducerOptions",
+                versions=(1, 2, 3),
+                reference=Reference(compute=elementwise.mean),
+                optimized=Reference(compute=optimized.mean),
+            )
+        },
+    ),
+    Kernel(
+        op="reduce_max",
+        arithmetic={8: move, 16: move},
+        write=_write_reduction,
+        operators={
+            "REDUCE_MAX": Builtin(
+                options="ReducerOptions",
+                versions=(1, 2, 3),
+                reference=Reference(compute=elementwise.reduce_extremum(np.maximum)),
+            ),
+            "REDUCE_MIN": Builtin(
+                options="ReducerOptions", reference=Reference(compute=elementwise.reduce_extremum(np.minimum))
+            ),
+        },
+    ),
+)

@@ -1,0 +1,66 @@
+"""What runs or checks the files of a target: records that the verifier reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Protocol
+
+import numpy as np
+
+from kquant.targets.builtin import Reference
+
+
+class Runner(Protocol):
+    """A file that is ready to run."""
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The outputs, as stored, of one batch: an array per input, as stored or float32, which is quantized."""
+
+    def predict_batches(self, batches: Iterable[Sequence[np.ndarray]]) -> list[np.ndarray]:
+        """Real-valued outputs, concatenated, for a stream of batches."""
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """All tensors of the last run that are readable, as stored, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSet:
+    """Kernels whose every tensor can be compared.
+
+    Attributes:
+        name: of the kernels, for reports.
+        open: a file -> what runs it, keeping every tensor readable. It raises ExportError where the kernels do not
+            accept the file.
+        reference: operator of the file -> the same arithmetic in numpy, bit for bit.
+    """
+
+    name: str
+    open: Callable[[bytes], Runner]
+    reference: Mapping[str, Reference]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """What runs the files of a target.
+
+    Attributes:
+        name: of the runtime, for messages.
+        package: what to `pip install` for it.
+        module: the module that is there once it is installed.
+        open: a file -> what runs it as the device does. It raises ExportError where the runtime does not accept it.
+        checks: kernels to compare every tensor with; the first that accept a file are taken. None where only the
+            outputs can be read.
+    """
+
+    name: str
+    package: str
+    module: str
+    open: Callable[[bytes], Runner]
+    checks: tuple[KernelSet, ...] = ()
+
+    @property
+    def installed(self) -> bool:
+        """Whether `open` can be called."""
+        return find_spec(self.module) is not None
