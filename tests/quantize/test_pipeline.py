@@ -176,9 +176,9 @@ def test_the_steps_are_reported_in_order(data, tmp_path):
     everything = {"preset": "w8a8-per_tensor", "equalize": True, "absorb_bias": True}
     qmodel = run(everything, "images" if data else None)
     rows = qmodel.quantization.steps
-    assert list(dict.fromkeys(r["name"] for r in rows)) == [*SWITCHES, "activation ranges"]
-    assert [r["name"] for r in rows if not r["taken"]] == ["adaround"]
-    assert all(r["note"] and f"{r['name']} " in qmodel.report and r["note"] in qmodel.report for r in rows)
+    assert list(dict.fromkeys(r.name for r in rows)) == [*SWITCHES, "activation ranges"]
+    assert [r.name for r in rows if not r.taken] == ["adaround"]
+    assert all(r.note and f"{r.name} " in qmodel.report and r.note in qmodel.report for r in rows)
     assert "regions in" in note(qmodel, "equalize") and "channels of" in note(qmodel, "absorb_bias")
     assert ("empirical, 5 layers" if data else "analytic, 5 layers") in note(qmodel, "correct_bias")
     assert ("from the data: min_max of" if data else "without data: batch_norm of") in note(qmodel, "activation ranges")
