@@ -20,12 +20,12 @@ from kquant.targets.litert.target import LITERT
 from kquant.targets.litert.writer import write_tflite
 from kquant.targets.operand import Call, Operand
 from kquant.targets.target import register_target
-from tests.targets.litert import test_linear, test_writer
-from tests.targets.litert.graphs import chain, conv, depthwise, integers, op, quantized, rng
-from tests.toy import asked
+from tests.support.graphs import chain, conv, dense, depthwise, integers, op, quantized, rng
+from tests.support.operations import GRAPHS, INT8_ONLY, LINEAR
+from tests.support.toy import asked
 
 MOVES = {"reshape", "transpose", "slice", "pad", "pad_value", "pad_reflect", "pad_symmetric", "nearest_corner"}
-CASES = [(name, c) for name in test_writer.GRAPHS for c in (8, 16) if c == 8 or name not in test_writer.INT8_ONLY]
+CASES = [(name, c) for name in GRAPHS for c in (8, 16) if c == 8 or name not in INT8_ONLY]
 
 
 def feeds(graph, samples=24):
@@ -61,14 +61,14 @@ def with_ties(q: QuantizedGraph) -> QuantizedGraph:
 
 @pytest.mark.parametrize("name, container", CASES)
 def test_equals_the_default_kernels(name, container):
-    graph = test_writer.GRAPHS[name]()
+    graph = GRAPHS[name]()
     x = feeds(graph)
     check(quantized_on(graph, x, bits=container, container=container), x, container)
 
 
 @pytest.mark.parametrize("name, container", [c for c in CASES if c[0] not in MOVES])
 def test_ties_are_rounded_as_the_kernels_do(name, container):
-    graph = test_writer.GRAPHS[name]()
+    graph = GRAPHS[name]()
     x = feeds(graph)
     q = quantized_on(graph, x, bits=container, container=container)
     check(with_ties(q), x, container)
@@ -82,12 +82,12 @@ def _transposed_11():
 
 
 LINEAR = {
-    **test_linear.GRAPHS,
+    **LINEAR,
     "transposed_11": _transposed_11,
     "depthwise_11": lambda: chain((5, 5, 11), depthwise(c=11, shape=(None, 5, 5, 11))),
     "conv_32": lambda: chain((5, 5, 32), conv(cin=32, cout=9, shape=(None, 5, 5, 9))),
-    "dense_12": lambda: chain((12,), test_linear.dense(cin=12, cout=5)),
-    "dense_14": lambda: chain((14,), test_linear.dense(cin=14, cout=5)),
+    "dense_12": lambda: chain((12,), dense(cin=12, cout=5)),
+    "dense_14": lambda: chain((14,), dense(cin=14, cout=5)),
 }
 
 
@@ -107,7 +107,7 @@ def test_packed_weights(name, weight_bits, container, ties):
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("name", ["conv_relu6", "depthwise", "dense", "add_relu", "mul", "mean", "concat", "clip"])
 def test_small_activations_at_the_edge_of_the_container(name, bits):
-    graph = test_writer.GRAPHS[name]()
+    graph = GRAPHS[name]()
     x = feeds(graph)
     q = quantized_on(graph, x, bits=bits)
     check(replace(q, activations={k: place(v) for k, v in q.activations.items()}), x, 8)
@@ -125,7 +125,7 @@ def test_changes_of_grid(source, result):
 
 def has_formula(name, container):
     """Whether the operation has a formula of its own, and no bounds or constants that complicate the comparison."""
-    graph = test_writer.GRAPHS[name]()
+    graph = GRAPHS[name]()
     node = graph[graph.outputs[0]]
     plain = "c" not in node.inputs and "clip" not in node.attrs and node.op not in ("clip", "avg_pool2d")
     return plain and not node.weights and KERNELS[node.op].arithmetic[container] not in (real, move)
@@ -133,7 +133,7 @@ def has_formula(name, container):
 
 @pytest.mark.parametrize("name, container", [c for c in CASES if has_formula(*c)])
 def test_gradients_are_those_of_the_real_function(name, container):
-    graph = test_writer.GRAPHS[name]()
+    graph = GRAPHS[name]()
     node, x = graph[graph.outputs[0]], feeds(graph, 2)
     scales = [tf.constant(0.02), tf.constant(0.05)]
     centered = [tf.round(v / s) + 0.25 for v, s in zip(x, scales, strict=False)]  # never at a kink
@@ -160,9 +160,9 @@ def check_reference(qgraph: QuantizedGraph, x):
 
 
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("name", test_writer.GRAPHS)
+@pytest.mark.parametrize("name", GRAPHS)
 def test_reference_arithmetic_equals_its_numpy(name, ties):
-    graph = test_writer.GRAPHS[name]()
+    graph = GRAPHS[name]()
     x = feeds(graph)
     q = quantized_on(graph, x)
     check_reference(with_ties(q) if ties and name not in MOVES else q, x)
