@@ -7,9 +7,9 @@ export KQUANT_DATA
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 BIN := $(VENV)/bin
+# a worker that has nothing left takes over tests of another
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 SETUP := setup.cfg setup.py pyproject.toml
-# Real models and the long tests need the evaluation data; without it they are left out.
-SELECT := $(if $(wildcard $(KQUANT_DATA)/models),,-m "not slow")
 
 # AIMET needs PyTorch, in an environment of its own.
 AIMET ?= .venv-aimet
@@ -20,10 +20,10 @@ MODEL := --model=$(KQUANT_DATA)/models/mobilenet_v2_1.0_imagenet.keras \
 
 help:
 	@echo "make demo       quantize a small model and run it on the interpreter (minutes, mostly installation)"
-	@echo "make test       lint, types, and all tests (those on real models where KQUANT_DATA is a folder of them)"
-	@echo "make fast       the tests without the slow ones"
-	@echo "make slow       the slow tests only"
-	@echo "make lint       ruff and mypy"
+	@echo "make test       lint, and the tests but for the slow ones (at most 10 minutes)"
+	@echo "make fast       the same without lint"
+	@echo "make slow       the slow tests: real models (where KQUANT_DATA is a folder of them), many seeds, training"
+	@echo "make lint       ruff, layers of imports, and mypy"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make benchmark  cost against the TensorFlow converter (needs KQUANT_DATA)"
 	@echo "make benchmark-adaround  cost of equalization, bias correction and AdaRound (needs KQUANT_DATA)"
@@ -31,35 +31,36 @@ help:
 	@echo "make clean      remove the environment and caches"
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m tools.demo
+	$(BIN)/python -m models.demo
 
-test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) $(SELECT)
+test: lint fast
 
 fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(PYTEST) -m "not slow"
 
 slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+	$(PYTEST) -m slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy kquant tools
+	$(BIN)/mypy
+	$(BIN)/python -m experiments.results --check
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 benchmark: $(VENV)/.dev
-	$(BIN)/python -m tools.benchmark $(MODEL)
+	$(BIN)/python -m experiments.benchmark $(MODEL)
 
 benchmark-adaround: $(VENV)/.dev
-	$(BIN)/python -m tools.benchmark --what=equalize $(MODEL) --images=200
-	$(BIN)/python -m tools.benchmark --what=adaround $(MODEL) --images=1000
+	$(BIN)/python -m experiments.benchmark --what=equalize $(MODEL) --images=200
+	$(BIN)/python -m experiments.benchmark --what=adaround $(MODEL) --images=1000
 
 benchmark-aimet: $(VENV)/.dev $(AIMET)/.aimet
-	$(BIN)/python -m tools.benchmark --what=adaround --threads=1 --peer_python=$(AIMET)/bin/python
+	$(BIN)/python -m experiments.benchmark --what=adaround --threads=1 --peer_python=$(AIMET)/bin/python
 
 $(AIMET)/.aimet:
 	$(PYTHON) -m venv $(AIMET)
@@ -75,5 +76,5 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -3,6 +3,6 @@
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["kquant", "kquant.*"]), "kquant_tools"],
-    package_dir={"kquant_tools": "tools"},  # the command line, without claiming the top-level name "tools"
+    packages=[*find_packages(include=["kquant", "kquant.*"]), *find_packages("tools")],
+    package_dir={"kquant_tools": "tools/kquant_tools"},
 )

@@ -7,7 +7,7 @@ kquant.export_tflite(qmodel, "model.tflite")
 print(kquant.verify_tflite(qmodel, "model.tflite", data))
 """
 
-from kquant.keras.backend import check_backend
+from kquant.graph.backend import check_backend
 
 check_backend()
 

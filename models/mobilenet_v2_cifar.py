@@ -15,8 +15,9 @@ import numpy as np
 from absl import app, flags
 from keras import layers
 
-from tools.augment import training_batches
-from tools.zoo import cifar10
+from kquant_tools.augment import training_batches
+
+from .data import cifar10
 
 PATH = Path(__file__).with_suffix(".keras")
 SEED = 1

@@ -1,8 +1,14 @@
-"""Quiet logs, one order of tests, the same seeds for every test."""
+"""Quiet logs, one order of tests, the same seeds for every test, small workers, and no skips in CI."""
 
+import gc
 import os
+from collections.abc import Iterator
 
-import tools  # noqa: F401, first of all: its settings of TensorFlow
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers are as many as cores: more threads would only wait for each other
+    os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+    os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
+
+import kquant_tools  # noqa: F401, first of all: its settings of TensorFlow
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
@@ -30,9 +36,40 @@ def seeds() -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> object:
     """A test whose evaluation data is absent is skipped, with the reason."""
-    from tools.zoo import MissingData
+    from models.data import MissingData
 
     try:
         return (yield)
     except MissingData as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_worker() -> Iterator[None]:
+    """What a module leaves in memory is freed: Keras' global state and the graphs of compiled functions."""
+    yield
+    import keras
+
+    keras.backend.clear_session()
+    gc.collect()
+
+
+def _no_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """A skip in CI, where everything is installed and all data is there, is a failure."""
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("CI"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        report.outcome, report.longrepr = "failed", f"{reason}: nothing may be skipped in CI"
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    report = yield
+    _no_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report() -> Iterator[None]:
+    report = yield
+    _no_skip(report)
+    return report

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import kquant
-from tests.random_models import random_data, random_model
+from tests.support.random_models import random_data, random_model
 
 CONFIGS = ("w8a8", "w8a8", "w4a8", "w8a8-per_tensor", "w8a16", "w4a4")
 

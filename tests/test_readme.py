@@ -14,7 +14,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from tools import common
+from kquant_tools import common
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,7 +62,7 @@ def test_the_command_lines_run(checkout, capsys):
     assert len(lines) >= 4
     for line in lines:
         script, *arguments = shlex.split(line)
-        app = importlib.import_module(f"tools.{script.removeprefix('kquant-')}")
+        app = importlib.import_module(f"kquant_tools.{script.removeprefix('kquant-')}")
         with flagsaver.flagsaver():
             flags.FLAGS.unparse_flags()
             rest = flags.FLAGS([script, *arguments])

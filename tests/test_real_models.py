@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 import kquant
+from experiments import zoo
+from experiments.tables import OFF
 from kquant.graph.ops import evaluate
 from kquant.graph.transforms import prepare_graph
 from kquant.graph.transforms.absorb_bias import absorb_bias
 from kquant.graph.transforms.equalize import equalize
 from kquant.targets.litert.flatbuffer import only_integer_ops
-from tools import zoo
-from tools.tables import OFF
 
 # points of top-1 that the exported w8a8 file may lose against float; MobileNetV1 is held to the converter's result
 MAY_LOSE = {"resnet8": 0.3, "resnet20": 0.3, "resnet56": 0.3, "ds_cnn": 0.3, "mobilenet_v2": 0.7}

@@ -12,7 +12,7 @@ from keras import layers
 
 import kquant
 from kquant.targets.litert.runtime import TFLiteModel
-from tests import zoo
+from tests.support import zoo
 
 FLOAT_ISLANDS = {  # layers without an integer form: model -> how many of its nodes stay float
     "shared_submodel": 1,

@@ -13,6 +13,7 @@ import numpy as np
 from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import WEIGHTS, Rule
 from kquant.errors import MissingPackageError, ModelError
+from kquant.graph.backend import check_backend
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import bias_of, op_of, weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
@@ -23,7 +24,6 @@ from kquant.graph.transforms.simplify import absorb_padding, simplify
 from kquant.grids.grid import Array, Grid, dequantize, fit_bias, quantize
 from kquant.interop.tfmot_model import Range, read_model
 from kquant.interop.tfmot_ranges import Grids, activation_grids, float_layers, place_ranges
-from kquant.keras.backend import check_backend
 from kquant.keras.model import Learning, QuantizedModel, insert
 from kquant.quantize.calibrate import weight_grids
 from kquant.quantize.pipeline import Step, record_of

@@ -10,10 +10,10 @@ import keras
 
 from kquant.config.quant_config import QuantConfig
 from kquant.errors import ModelError
+from kquant.graph.backend import check_backend
 from kquant.graph.ir import Graph
 from kquant.graph.quantized import QuantizedGraph
 from kquant.graph.transforms import prepare_graph
-from kquant.keras.backend import check_backend
 from kquant.keras.model import QuantizedModel, insert
 from kquant.quantize.data import CalibrationData
 from kquant.quantize.pipeline import quantize_after_training

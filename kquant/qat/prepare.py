@@ -12,7 +12,7 @@ import keras
 from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import Training
 from kquant.errors import ConfigError, ModelError
-from kquant.keras.backend import check_backend
+from kquant.graph.backend import check_backend
 from kquant.keras.model import QuantizedModel, extract, insert
 from kquant.keras.quantize_model import quantize_to_graph
 from kquant.qat.learning import learning_of, zero_ranges

@@ -10,7 +10,7 @@ from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import ACTIVATIONS, METHODS, WEIGHTS, Rule
 from kquant.errors import ConfigError
 from kquant.targets.target import get_target
-from tests.config.test_specs import specs
+from tests.support.strategies import specs
 
 RULES = st.builds(
     Rule,

@@ -15,6 +15,20 @@ from kquant.diagnosis.records import (
 
 BLOCKS = 13
 SWITCHES_OFF = {"equalize": False, "absorb_bias": False, "adaround": False, "correct_bias": False}
+EVIL = "</script><img src=x onerror=alert(1)>&\"'"
+EMPTY = {
+    "target_score": None,
+    "recommendation": None,
+    "recommended_score": None,
+    "stages": (),
+    "findings": (),
+    "sensitivity": (),
+    "tensors": (),
+    "channels": (),
+    "target": (),
+    "advice": (),
+    "model_report": "",
+}
 
 
 def layers() -> list[tuple[str, str, int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
@@ -19,15 +18,10 @@ from kquant.graph.transforms.equalize import equalize
 from kquant.grids.grid import fake_quantize
 from kquant.quantize.calibrate import quantize_graph
 from kquant.quantize.plan import make_plan
-from tests.toy import calibration, config, toy_data, toy_graph
-from tests.verify.test_parity import with_node, with_scale
+from tests.support.faults import with_node, with_scale
+from tests.support.toy import calibration, config, toy_data, toy_graph, toy_qgraph
 
 X = toy_data(40, seed=3)
-
-
-@cache
-def toy(name: str = "w8a8") -> QuantizedGraph:
-    return quantize_graph(make_plan(toy_graph(), config(name)), calibration(toy_data()), progress=False)
 
 
 def records(qgraph: QuantizedGraph, x: np.ndarray = X) -> dict[str, TensorRecord]:
@@ -35,7 +29,7 @@ def records(qgraph: QuantizedGraph, x: np.ndarray = X) -> dict[str, TensorRecord
 
 
 def test_every_number_is_that_of_all_data_at_once() -> None:
-    qgraph = toy("w4a4")
+    qgraph = toy_qgraph("w4a4")
     found = records(qgraph)
     assert list(found) == list(SwitchedModel(qgraph).names)
     for name in ("in", "c1", "dw", "fc", "sm"):
@@ -57,7 +51,7 @@ def test_every_number_is_that_of_all_data_at_once() -> None:
 
 
 def test_weights() -> None:
-    qgraph = toy("w4a8")
+    qgraph = toy_qgraph("w4a8")
     found = records(qgraph)
     for name, axis in (("c1", 3), ("dw", 2), ("fc", 1)):
         r, w, q = found[f"{name}:weights"], qgraph.graph[name].weights["kernel"], qgraph.weights[name]
@@ -79,8 +73,8 @@ def test_an_outlier_channel_and_dead_channels_are_counted() -> None:
         return n.with_weights(kernel=kernel, bias=bias)
 
     plan = make_plan(toy_graph(), config("w8a8-per_tensor"))
-    graph = with_node(toy(), "c1", planted).graph
-    before = records(toy("w8a8-per_tensor"))["c1:activations"]
+    graph = with_node(toy_qgraph(), "c1", planted).graph
+    before = records(toy_qgraph("w8a8-per_tensor"))["c1:activations"]
     found = records(quantize_graph(replace(plan, graph=graph), calibration(toy_data()), progress=False))
     weights, outputs = found["c1:weights"], found["c1:activations"]
     assert weights.dead_channels == 2 and outputs.dead_channels == 2
@@ -88,7 +82,7 @@ def test_an_outlier_channel_and_dead_channels_are_counted() -> None:
 
 
 def test_a_bad_scale_shows_as_saturation() -> None:
-    qgraph = toy()
+    qgraph = toy_qgraph()
     good = records(qgraph)
     small = replace(qgraph, activations=with_scale(dict(qgraph.activations), ["dw"], 0.1))
     bad = records(small)
@@ -99,7 +93,7 @@ def test_a_bad_scale_shows_as_saturation() -> None:
 
 
 def test_batches_change_nothing() -> None:
-    qgraph = toy()
+    qgraph = toy_qgraph()
     parts = tensor_records(qgraph, read_samples([X[:7], X[7:]], qgraph.graph), progress=False)
     for other, r in zip(parts, records(qgraph).values(), strict=True):
         assert (other.seen_low, other.seen_high) == pytest.approx((r.seen_low, r.seen_high), rel=1e-5)
@@ -107,15 +101,17 @@ def test_batches_change_nothing() -> None:
 
 
 def test_values_that_are_not_finite_are_refused() -> None:
-    qgraph = with_node(toy(), "dw", lambda n: n.with_weights(bias=n.weights["bias"] * np.float32(np.nan)))
+    qgraph = with_node(toy_qgraph(), "dw", lambda n: n.with_weights(bias=n.weights["bias"] * np.float32(np.nan)))
     with pytest.raises(CalibrationError, match="'dw' hold NaN"):
         tensor_records(qgraph, X, progress=False)
     with pytest.raises(CalibrationError, match="empty"):
-        tensor_records(toy(), [], progress=False)
+        tensor_records(toy_qgraph(), [], progress=False)
 
 
 def test_channel_ranges_before_and_after_equalization() -> None:
-    graph = with_node(toy(), "c1", lambda n: n.with_weights(kernel=n.weights["kernel"] * 4.0 ** np.arange(8))).graph
+    graph = with_node(
+        toy_qgraph(), "c1", lambda n: n.with_weights(kernel=n.weights["kernel"] * 4.0 ** np.arange(8))
+    ).graph
     after, _ = equalize(graph)
     found = {r.node: r for r in channel_ranges(graph, after)}
     assert list(found) == ["c1", "dw", "fc"]

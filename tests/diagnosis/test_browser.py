@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from experiments.screenshot import browser
 from kquant.diagnosis.charts import widths
-from tools.screenshot import browser
 
 from . import example
-from .test_report import EMPTY, EVIL
+from .example import EMPTY, EVIL
 
 pytest.importorskip("plotly")
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra dev)")

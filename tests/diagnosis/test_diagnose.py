@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import kquant
+from experiments import zoo
 from kquant.diagnosis.case import majority
 from kquant.diagnosis.diagnose import diagnose
 from kquant.diagnosis.experiments import FileModel, Laboratory, Measured, first, right_per_sample, standard_error
@@ -22,11 +23,7 @@ from kquant.diagnosis.metrics import make_metric, predict, read_samples
 from kquant.diagnosis.records import Diagnosis, Sensitivity, TensorRecord
 from kquant.diagnosis.trials import TRIALS, more_bits
 from kquant.graph.transforms import prepare_graph
-from tests.diagnosis.chain import DIGITS, TEST, chain, wide_depthwise
-from tools import zoo
-
-OFF = {"equalize": False, "absorb_bias": False, "adaround": False, "correct_bias": False}
-PER_TENSOR = {"preset": "w8a8-per_tensor", **OFF}
+from tests.support.digits_chain import DIGITS, OFF, PER_TENSOR, TEST, chain, wide_depthwise
 
 
 @cache

@@ -13,8 +13,8 @@ from kquant.diagnosis.diagnose import diagnose
 from kquant.diagnosis.records import Diagnosis
 from kquant.keras.model import extract
 from kquant.targets.litert.writer import write_tflite
-from tests.diagnosis.chain import DIGITS, TEST, chain, features, outlying_channel, with_readout
-from tests.verify.test_parity import with_node
+from tests.support.digits_chain import DIGITS, TEST, chain, features, outlying_channel, with_readout
+from tests.support.faults import with_node
 
 
 def diagnosed(model: keras.Model | None = None, **options: Any) -> Diagnosis:

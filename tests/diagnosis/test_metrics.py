@@ -26,7 +26,7 @@ from kquant.diagnosis.metrics import (
 from kquant.diagnosis.switches import SwitchedModel
 from kquant.errors import CalibrationError, ConfigError, ModelError
 from models import digits_cnn
-from tests.toy import toy_data, toy_graph
+from tests.support.toy import toy_data, toy_graph
 
 RNG = np.random.default_rng(0)
 

@@ -19,21 +19,7 @@ from kquant.diagnosis.summary import changes, decimals
 from kquant.errors import DiagnosisError, MissingPackageError
 
 from . import example
-
-EVIL = "</script><img src=x onerror=alert(1)>&\"'"
-EMPTY = {
-    "target_score": None,
-    "recommendation": None,
-    "recommended_score": None,
-    "stages": (),
-    "findings": (),
-    "sensitivity": (),
-    "tensors": (),
-    "channels": (),
-    "target": (),
-    "advice": (),
-    "model_report": "",
-}
+from .example import EMPTY, EVIL
 
 
 class Page(HTMLParser):

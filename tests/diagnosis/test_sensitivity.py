@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from experiments.debug_tables import rank_twice
 from kquant.diagnosis import sensitivity as module
 from kquant.diagnosis.metrics import Metric, make_metric, predict, read_samples, sqnr_db
 from kquant.diagnosis.records import Sensitivity
@@ -21,11 +22,8 @@ from kquant.diagnosis.sensitivity import bits_sensitivity, fingerprint, sensitiv
 from kquant.diagnosis.switches import SwitchedModel
 from kquant.errors import ConfigError
 from kquant.graph.quantized import QuantizedGraph
-from kquant.quantize.calibrate import quantize_graph
-from kquant.quantize.plan import make_plan
-from tests.toy import calibration, config, toy_data, toy_graph
-from tests.verify.test_parity import with_node, with_scale
-from tools.debug_tables import rank_twice
+from tests.support.faults import with_node, with_scale
+from tests.support.toy import calibration, toy_data, toy_graph, toy_qgraph
 
 X = toy_data(48, seed=7)
 
@@ -33,7 +31,7 @@ X = toy_data(48, seed=7)
 @cache
 def toy(name: str = "w4a8") -> tuple[SwitchedModel, Metric]:
     """The toy network with random labels' accuracy: a score that reacts to every quantizer, if not sensibly."""
-    model = SwitchedModel(quantize_graph(make_plan(toy_graph(), config(name)), calibration(toy_data()), progress=False))
+    model = SwitchedModel(toy_qgraph(name))
     return model, make_metric("kl", read_samples(X, model.qgraph.graph), model)
 
 
@@ -94,8 +92,7 @@ def outlier_weight(q: QuantizedGraph) -> QuantizedGraph:
     ],
 )
 def test_a_planted_fault_is_the_worst_alone_on_and_the_best_alone_off(fault: Callable, name: str) -> None:
-    plan = make_plan(toy_graph(), config("w8a8"))
-    model = SwitchedModel(fault(quantize_graph(plan, calibration(toy_data()), progress=False)))
+    model = SwitchedModel(fault(toy_qgraph()))
     found = measured(model, make_metric("kl", read_samples(X, model.qgraph.graph), model))
     assert next(iter(found)) == name
     assert min(found.values(), key=lambda r: r.sqnr) is found[name]

@@ -17,17 +17,16 @@ from kquant.graph.ops import evaluate
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import fake_quantize
 from kquant.keras.model import insert
-from kquant.quantize.calibrate import quantize_graph
 from kquant.quantize.plan import make_plan
 from models import digits_cnn
-from tests import zoo
-from tests.toy import asked, calibration, config, toy_data, toy_graph
+from tests.support import zoo
+from tests.support.toy import asked, config, toy_data, toy_graph, toy_qgraph
 
 
 @cache
 def toy(name: str = "w8a8") -> tuple[SwitchedModel, QuantizedGraph, keras.Model]:
     plan = make_plan(toy_graph(), config(name))
-    qgraph = quantize_graph(plan, calibration(toy_data()), progress=False)
+    qgraph = toy_qgraph(name)
     return (
         SwitchedModel(qgraph, plan.target),
         qgraph,
@@ -133,7 +132,7 @@ def test_switching_retraces_nothing() -> None:
             traces += 1
             return super().tensors(*args)
 
-    model = Counting(quantize_graph(plan, calibration(toy_data()), progress=False), plan.target)
+    model = Counting(toy_qgraph(), plan.target)
     model.compile(metrics=["accuracy"], loss="mse")
     x = toy_data(8)
     results = {float(model.predict(x, verbose=0).sum(dtype=np.float64))}

@@ -14,8 +14,8 @@ from kquant.errors import ExportError, ModelError
 from kquant.keras.model import extract
 from kquant.targets.litert.writer import write_tflite
 from models import digits_cnn
-from tests.toy import toy_data
-from tests.verify.test_parity import build, swapped_depthwise, with_node, with_scale
+from tests.support.faults import build, swapped_depthwise, with_node, with_scale
+from tests.support.toy import toy_data
 
 X = toy_data(12, seed=9)
 

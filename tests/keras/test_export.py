@@ -7,18 +7,16 @@ from kquant.config.quant_config import QuantConfig
 from kquant.errors import ExportError, ModelError
 from kquant.keras.export import export_tflite
 from kquant.keras.model import extract, insert
-from kquant.quantize.calibrate import quantize_graph
 from kquant.quantize.pipeline import record_of
 from kquant.quantize.plan import make_plan
 from kquant.targets.litert.flatbuffer import only_integer_ops, read_tensors, summary
 from kquant.targets.litert.runtime import TFLiteModel
-from tests.toy import calibration, config, toy_data, toy_graph
+from tests.support.toy import config, toy_data, toy_graph, toy_qgraph
 
 
 def build(name="w8a8", **changes):
     plan = make_plan(toy_graph(), config(name, **changes))
-    qgraph = quantize_graph(plan, calibration(toy_data()), progress=False)
-    return insert(qgraph, record_of(plan, QuantConfig(target=plan.target.name), 0, []))
+    return insert(toy_qgraph(name, **changes), record_of(plan, QuantConfig(target=plan.target.name), 0, []))
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,7 @@ from kquant.graph.ops import evaluate
 from kquant.grids.grid import Grid, fake_quantize, quantize, quantize_bias
 from kquant.keras.layer import FakeQuant, QuantizedLayer, grid_settings
 from kquant.keras.model import Learning, extract, insert
-from kquant.quantize.calibrate import quantize_graph
-from kquant.quantize.plan import make_plan
-from tests.toy import asked, calibration, config, toy_data, toy_graph
+from tests.support.toy import asked, config, toy_data, toy_graph, toy_qgraph
 
 
 def fake_quant(q: Grid) -> FakeQuant:
@@ -47,9 +45,7 @@ def test_gradient_is_one_inside_the_grid_and_zero_outside():
 
 
 def build(name: str, learning=None, **changes):
-    plan = make_plan(toy_graph(), config(name, **changes))
-    qgraph = quantize_graph(plan, calibration(toy_data()), progress=False)
-    return insert(qgraph, asked(plan.target.name), learning)
+    return insert(toy_qgraph(name, **changes), asked(config(name, **changes).target), learning)
 
 
 def test_linear_layer_accumulates_the_integers_of_the_target():

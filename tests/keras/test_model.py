@@ -10,44 +10,15 @@ from kquant.errors import ModelError
 from kquant.graph.ops import evaluate
 from kquant.graph.quantized import QuantizedGraph
 from kquant.graph.transforms import prepare_graph
-from kquant.grids.grid import Grid
 from kquant.keras.layer import QuantizedLayer
 from kquant.keras.model import QuantizedModel, extract, insert
 from kquant.quantize.calibrate import quantize_graph
 from kquant.quantize.data import CalibrationData
 from kquant.quantize.plan import make_plan
-from tests.targets.litert.graphs import chain, quantized
-from tests.targets.litert.test_writer import GRAPHS
-from tests.toy import asked, calibration, config, toy_data, toy_graph
-
-
-def assert_same_grid(a: Grid | None, b: Grid | None):
-    assert (a is None) == (b is None)
-    if a is not None and b is not None:
-        np.testing.assert_array_equal(a.scale, b.scale)
-        np.testing.assert_array_equal(a.zero_point, b.zero_point)
-        assert (a.qmin, a.qmax, a.axis) == (b.qmin, b.qmax, b.axis)
-
-
-def assert_same(a: QuantizedGraph, b: QuantizedGraph):
-    for field in ("inputs", "outputs", "input_names", "output_names", "name"):
-        assert getattr(a.graph, field) == getattr(b.graph, field)
-    assert set(a.graph.nodes) == set(b.graph.nodes)
-    for node in a.graph:
-        other = b.graph[node.name]
-        for field in ("op", "inputs", "shape", "dtype"):
-            assert getattr(node, field) == getattr(other, field), node.name
-        assert dict(node.attrs) == dict(other.attrs)
-        if node.op != "float":
-            assert set(node.weights) == set(other.weights)
-        for key, value in node.weights.items():
-            np.testing.assert_array_equal(other.weights[key], value)
-        assert_same_grid(a.activations.get(node.name), b.activations.get(node.name))
-        assert_same_grid(a.weights.get(node.name), b.weights.get(node.name))
-
-
-def toy_qgraph(name="w8a8", **changes):
-    return quantize_graph(make_plan(toy_graph(), config(name, **changes)), calibration(toy_data()), progress=False)
+from tests.support.graphs import chain, quantized
+from tests.support.operations import GRAPHS
+from tests.support.same import assert_same
+from tests.support.toy import asked, config, toy_qgraph
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w4a8-per_tensor", "w4a4", "w8a16", "w8"])

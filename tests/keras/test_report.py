@@ -11,7 +11,7 @@ from kquant.keras.report import format_report, layer_rows
 from kquant.quantize.calibrate import quantize_graph
 from kquant.quantize.pipeline import record_of
 from kquant.quantize.plan import make_plan
-from tests.toy import calibration, config, toy_data, toy_graph
+from tests.support.toy import calibration, config, toy_data, toy_graph
 
 
 def rows_of(name="w8a8", **changes):

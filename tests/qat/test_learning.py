@@ -16,10 +16,11 @@ from kquant.graph.ir import Graph, Node
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid
 from kquant.keras.fake_quant import FakeQuant
-from kquant.keras.layer import QuantizedLayer, weight_unit
+from kquant.keras.layer import weight_unit
 from kquant.keras.model import QuantizedModel, extract
 from kquant.qat.learning import learning_of, zero_ranges
 from kquant.qat.prepare import prepare_qat
+from tests.support.quantizers import TQT, layer_table, outputs, weights
 
 
 def prepared(model: keras.Model, config: Any = "w8a8", gradient: str = "lsq", **settings: Any) -> QuantizedModel:
@@ -28,20 +29,6 @@ def prepared(model: keras.Model, config: Any = "w8a8", gradient: str = "lsq", **
 
 def data(samples: int = 32) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(samples, 6, 6, 2)).astype(np.float32)
-
-
-def layer_table(model: QuantizedModel) -> dict[str, QuantizedLayer]:
-    return {layer.node.name: layer for layer in model.layers if isinstance(layer, QuantizedLayer)}
-
-
-def outputs(model: QuantizedModel) -> dict[str, FakeQuant]:
-    """The quantizers of outputs and of constants, by tensor."""
-    return {name: q for layer in layer_table(model).values() for name, q in layer.quantizers.items()}
-
-
-def weights(model: QuantizedModel) -> dict[str, FakeQuant]:
-    found = {name: layer.weight_quantizer for name, layer in layer_table(model).items()}
-    return {name: q for name, q in found.items() if q is not None}
 
 
 def many_ends() -> keras.Model:
@@ -84,14 +71,6 @@ def test_every_grid_learns_as_its_kind_permits(gradient):
     fixed = {name for name in found if graph[name].op in ("input", "tanh", "softmax")}
     assert {graph[name].op for name in fixed} == {"input", "tanh", "softmax"}
     assert learn == (set() if gradient == "ste" else found.keys() - fixed)
-
-
-TQT = {
-    "preset": "w8a8",
-    "weights": {"power_of_two": True},
-    "activations": {"symmetric": True, "power_of_two": True},
-    "logits": None,
-}
 
 
 @pytest.mark.parametrize("gradient", ["lsq", "lsq+", "min_max"])

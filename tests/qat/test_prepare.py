@@ -15,8 +15,8 @@ from kquant.config.specs import Training
 from kquant.errors import CalibrationError, ConfigError, ModelError
 from kquant.keras.model import QuantizedModel, extract
 from kquant.qat.prepare import prepare_qat
-from tests import zoo
-from tests.keras.test_model import assert_same
+from tests.support import zoo
+from tests.support.same import assert_same
 
 OTHERS = ("w8a8-per_tensor", "w8a16")
 

@@ -20,8 +20,8 @@ from kquant.grids.grid import grid_from_range
 from kquant.keras.model import Learning, QuantizedModel, extract, insert
 from kquant.qat.learning import learning_of
 from kquant.qat.prepare import prepare_qat
-from tests.qat.test_learning import TQT, layer_table, outputs, weights
-from tests.toy import asked
+from tests.support.quantizers import TQT, layer_table, outputs, weights
+from tests.support.toy import asked
 
 CLASSES = 3
 

@@ -16,7 +16,7 @@ from kquant.graph.ops import evaluate, weight_of, weight_view
 from kquant.grids.grid import Grid, dequantize, fake_quantize, grid_from_range, quantize
 from kquant.grids.ranges import weight_range
 from kquant.quantize.adaround import SOLVERS, AdaRound, adaround
-from tests.toy import toy_data, toy_graph
+from tests.support.toy import toy_data, toy_graph
 
 QUICK = {"iterations": 300}
 

@@ -17,7 +17,7 @@ from kquant.grids.grid import Grid, fake_quantize, grid_from_range
 from kquant.grids.ranges import weight_range
 from kquant.quantize.analytic_correction import correct_biases_analytically
 from kquant.quantize.moments import linear_mean
-from tests.graph.tracing.tracing import build
+from tests.support.tracing import build
 
 L = keras.layers
 

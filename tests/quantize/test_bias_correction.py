@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from experiments import zoo
 from kquant.config.quant_config import QuantSpec
 from kquant.errors import CalibrationError
 from kquant.graph.ir import Graph, Node
@@ -14,9 +15,8 @@ from kquant.graph.transforms import prepare_graph
 from kquant.graph.transforms.equalize import equalize
 from kquant.grids.grid import Grid, fake_quantize, grid_from_range
 from kquant.quantize.bias_correction import accumulator, correct_biases, round_kernel
-from tests.random_models import random_data, random_model
-from tests.toy import calibration, toy_data, toy_graph
-from tools import zoo
+from tests.support.random_models import random_data, random_model
+from tests.support.toy import calibration, toy_data, toy_graph
 
 
 def grids(graph: Graph, bits: int = 3, per_channel: bool = False) -> dict[str, Grid]:

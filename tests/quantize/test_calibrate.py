@@ -14,7 +14,7 @@ from kquant.grids.observers import Histogram, MinMax, Rows
 from kquant.quantize.calibrate import make_grids, observe, place, quantize_graph, weight_grids
 from kquant.quantize.data import CalibrationData
 from kquant.quantize.plan import make_plan
-from tests.toy import calibration, config, toy_data, toy_graph
+from tests.support.toy import calibration, config, toy_data, toy_graph
 
 MIN_MAX = {"bits": 8, "symmetric": False, "method": "min_max"}
 SPECS = [("x", (None, 8, 8, 3), "float32")]

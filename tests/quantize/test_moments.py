@@ -8,15 +8,15 @@ import keras
 import numpy as np
 import pytest
 
+from experiments.zoo import MODELS, load_model
 from kquant.graph.ir import Graph, Node
 from kquant.graph.moments import Moments, clipped_normal
 from kquant.graph.ops import evaluate
 from kquant.graph.transforms import prepare_graph
 from kquant.quantize.input_moments import estimate_inputs, nonnegative_least_squares
 from kquant.quantize.moments import linear_mean, propagate
-from tests.graph.tracing.tracing import build
-from tests.toy import toy_graph
-from tools.zoo import MODELS, load_model
+from tests.support.toy import toy_graph
+from tests.support.tracing import build
 
 L = keras.layers
 FIELDS = ("mean", "std", "low", "high")

@@ -30,8 +30,8 @@ from kquant.quantize.pipeline import decide, quantize_after_training
 from kquant.quantize.plan import make_plan
 from kquant.targets.litert.flatbuffer import read_tensors
 from kquant.targets.litert.kernels import KERNELS
-from tests import zoo
-from tests.toy import calibration, config, toy_data, toy_graph
+from tests.support import zoo
+from tests.support.toy import calibration, config, toy_data, toy_graph
 
 ALL = {"equalize", "absorb_bias", "adaround", "correct_bias"}
 SWITCHES = ("equalize", "absorb_bias", "adaround", "correct_bias")

@@ -5,7 +5,7 @@ import pytest
 from kquant.errors import ConfigError
 from kquant.graph.ir import Node
 from kquant.quantize.plan import make_plan
-from tests.toy import config, toy_graph
+from tests.support.toy import config, toy_graph
 
 
 def test_every_tensor_has_a_spec_or_a_reason():

@@ -14,8 +14,8 @@ from kquant.graph.ops import evaluate, op_of
 from kquant.graph.transforms import prepare_graph
 from kquant.quantize import walk
 from kquant.quantize.walk import Batches, layer_by_layer
-from tests.random_models import random_data, random_model
-from tests.toy import calibration, toy_data, toy_graph
+from tests.support.random_models import random_data, random_model
+from tests.support.toy import calibration, toy_data, toy_graph
 
 
 def linear(graph: Graph) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -10,24 +9,15 @@ import pytest
 import tensorflow as tf
 
 from kquant.errors import CalibrationError, ExportError
-from kquant.graph.ir import Node
 from kquant.graph.quantized import QuantizedGraph
-from kquant.grids.grid import Grid
 from kquant.keras.model import QuantizedModel, insert
-from kquant.quantize.calibrate import quantize_graph
-from kquant.quantize.plan import make_plan
 from kquant.targets.litert.target import LITERT
 from kquant.targets.litert.writer import write_tflite
 from kquant.targets.target import register_target
 from kquant.verify.end_to_end import same_decision
 from kquant.verify.parity import ParityReport, TensorParity, verify_tflite
-from tests.toy import asked, calibration, config, toy_data, toy_graph
-
-
-def build(name: str = "w8a8") -> tuple[QuantizedModel, QuantizedGraph]:
-    plan = make_plan(toy_graph(), config(name))
-    qgraph = quantize_graph(plan, calibration(toy_data()), progress=False)
-    return insert(qgraph, asked(plan.target.name)), qgraph
+from tests.support.faults import build, swapped_depthwise, with_node, with_scale
+from tests.support.toy import asked, toy_data
 
 
 def verify(model: QuantizedModel, qgraph: QuantizedGraph) -> ParityReport:
@@ -54,22 +44,8 @@ def test_parity_holds_on_the_exported_file(name: str) -> None:
     assert "parity holds" in str(report) and f"{report.bytes:,} bytes" in str(report)
 
 
-def with_node(qgraph: QuantizedGraph, name: str, change: Callable[[Node], Node]) -> QuantizedGraph:
-    graph = qgraph.graph
-    return replace(qgraph, graph=graph.rebuild(change(n) if n.name == name else n for n in graph))
-
-
-def with_scale(grids: dict[str, Grid | None], names: list[str], factor: float) -> dict[str, Grid | None]:
-    """Some grids stretched."""
-    return {k: q and (replace(q, scale=q.scale * np.float32(factor)) if k in names else q) for k, q in grids.items()}
-
-
 def swapped_channels(q: QuantizedGraph) -> QuantizedGraph:
     return with_node(q, "c1", lambda n: n.with_weights(kernel=n.weights["kernel"][..., [1, 0, 2, 3, 4, 5, 6, 7]]))
-
-
-def swapped_depthwise(q: QuantizedGraph) -> QuantizedGraph:
-    return with_node(q, "dw", lambda n: n.with_weights(kernel=n.weights["kernel"][:, :, ::-1]))
 
 
 def transposed_kernel(q: QuantizedGraph) -> QuantizedGraph:
@@ -156,7 +132,7 @@ def with_add(name: str, qgraph: QuantizedGraph, **changes: object) -> QuantizedM
     """The model for a target whose addition differs from LiteRT's."""
     add = replace(LITERT.kernels["add"], **changes)
     register_target(replace(LITERT, name=name, kernels={**LITERT.kernels, "add": add}))
-    return insert(qgraph, {"target": name})
+    return insert(qgraph, asked(name))
 
 
 def test_a_writer_that_miswires_fails_in_float_too(toy) -> None:  # type: ignore[no-untyped-def]

@@ -19,6 +19,7 @@ import keras
 import numpy as np
 
 from kquant.errors import ModelError
+from kquant.graph.backend import check_backend
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import op_of
 from kquant.graph.tracing import activations, layers, linear, operations  # noqa: F401  they fill the tables
@@ -34,7 +35,6 @@ from kquant.graph.tracing.keras_graph import (
     untouched,
 )
 from kquant.graph.tracing.registry import registered_lowering
-from kquant.keras.backend import check_backend
 
 # They read integers: ids, or pixels that they turn into numbers
 _READS_INTEGERS = {"Embedding", "Rescaling", "Normalization", "Cast"}

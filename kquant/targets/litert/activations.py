@@ -6,7 +6,7 @@ LiteRT's own kernels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -15,6 +15,7 @@ from kquant.graph.ir import Node
 from kquant.graph.ops import compute
 from kquant.targets.builtin import Builtin, Reference
 from kquant.targets.kernel import Arithmetic, Kernel, Layout
+from kquant.targets.litert import curves
 from kquant.targets.litert.elementwise import real, rescale, scale_8_bits
 from kquant.targets.litert.emitter import Emitter, Sink
 from kquant.targets.litert.fixed_point import (
@@ -161,6 +162,17 @@ def _write_plain(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
 
 _UNIT = {8: (1 / 256, -128), 16: (1 / 32768, 0)}  # grids of values from 0 to 1
 
+# operation -> what the reference kernels compute on int8 tensors, where that is something else
+REFERENCE: Mapping[str, Arithmetic] = {
+    "clip": fixed_point_clip,
+    "leaky_relu": fixed_point_leaky_relu,
+    "logistic": curves.logistic,
+    "tanh": curves.tanh,
+    "softmax": curves.softmax,
+    "gelu": curves.gelu,
+    "elu": curves.elu,
+}
+
 KERNELS = (
     Kernel(
         op="clip",
@@ -235,7 +247,7 @@ KERNELS = (
     ),
     Kernel(
         op="hard_swish",
-        arithmetic={8: real},
+        arithmetic={8: curves.hard_swish},
         write=_write_plain,
         operators={"HARD_SWISH": Builtin(reference=Reference(compute=activations.hard_swish))},
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -170,6 +170,15 @@ def _fully_connected_least(use: Use) -> int:
 
 
 _CONVOLUTION_16 = accumulate(lambda call: reduced)
+_REFERENCE_CONVOLUTION = accumulate(lambda call: double_rounding(True))
+# operation -> what the reference kernels compute on int8 tensors, where that is something else
+REFERENCE: Mapping[str, Arithmetic] = {
+    "conv2d": _REFERENCE_CONVOLUTION,
+    "depthwise_conv2d": _REFERENCE_CONVOLUTION,
+    "conv2d_transpose": _REFERENCE_CONVOLUTION,
+    "affine": _REFERENCE_CONVOLUTION,
+    "dense": accumulate(lambda call: single_rounding),
+}
 
 KERNELS = (
     Kernel(

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import pytest
 
-from tests.graph.tracing.tracing import build, ops, traced
+from tests.support.tracing import build, ops, traced
 
 L = keras.layers
 A = keras.activations

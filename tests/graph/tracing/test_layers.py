@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 
-from tests.graph.tracing.tracing import build, ops, traced
+from tests.support.tracing import build, ops, traced
 
 L = keras.layers
 IMAGE, LINE = (6, 8, 3), (7, 3)

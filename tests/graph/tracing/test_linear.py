@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kquant.graph.tracing.linear import dilate
-from tests.graph.tracing.tracing import build, ops, traced
+from tests.support.tracing import build, ops, traced
 
 L = keras.layers
 IMAGE, LINE = (9, 8, 4), (11, 4)

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 
-from tests.graph.tracing.tracing import build, ops, traced
+from tests.support.tracing import build, ops, traced
 
 k = keras.ops
 IMAGE = (6, 8, 3)

@@ -13,12 +13,12 @@ import pytest
 import tensorflow as tf
 
 from kquant.errors import BackendError, ModelError
+from kquant.graph.backend import check_backend
 from kquant.graph.ops import evaluate
 from kquant.graph.tracing.float_call import FloatCall
 from kquant.graph.tracing.registry import register_layer
 from kquant.graph.tracing.trace import trace_model
-from kquant.keras.backend import check_backend
-from tests.graph.tracing.tracing import build, ops, randomize, traced
+from tests.support.tracing import build, ops, randomize, traced
 
 L = keras.layers
 DATA = Path(os.environ.get("KQUANT_DATA", "../shared/data"))

@@ -12,7 +12,7 @@ from kquant.graph.ir import Graph
 from kquant.graph.ops import clip_of, evaluate
 from kquant.graph.transforms import prepare_graph
 from kquant.graph.transforms.absorb_bias import AbsorbReport, absorb_bias
-from tests.graph.tracing.tracing import build
+from tests.support.tracing import build
 
 L = keras.layers
 IMAGE = (8, 8, 3)

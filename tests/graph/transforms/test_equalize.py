@@ -26,8 +26,8 @@ from kquant.quantize.data import CalibrationData
 from kquant.quantize.pipeline import record_of
 from kquant.quantize.plan import make_plan
 from kquant.targets.litert.clamps import Clamp, float_clamp, integer_clamp
-from tests.graph.tracing.tracing import assert_equal, build
-from tests.random_models import random_data, random_model
+from tests.support.random_models import random_data, random_model
+from tests.support.tracing import assert_equal, build
 
 L = keras.layers
 IMAGE = (8, 8, 4)

@@ -14,7 +14,7 @@ from kquant.graph.ops import evaluate
 from kquant.graph.tracing.trace import trace_model
 from kquant.graph.transforms.fold_batch_norm import fold_batch_norm
 from kquant.graph.transforms.simplify import simplify
-from tests.graph.tracing.tracing import assert_equal, build, ops
+from tests.support.tracing import assert_equal, build, ops
 
 L = keras.layers
 IMAGE, LINE = (8, 8, 4), (9, 4)

@@ -11,7 +11,7 @@ import pytest
 from kquant.graph.ir import Graph
 from kquant.graph.tracing.trace import trace_model
 from kquant.graph.transforms.fuse_activations import fuse_activations
-from tests.graph.tracing.tracing import assert_equal, build, ops
+from tests.support.tracing import assert_equal, build, ops
 
 L = keras.layers
 IMAGE = (6, 6, 4)

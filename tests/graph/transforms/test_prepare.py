@@ -9,7 +9,7 @@ import keras
 import pytest
 
 from kquant.graph.transforms import prepare_graph
-from tests.graph.tracing.tracing import assert_equal, ops
+from tests.support.tracing import assert_equal, ops
 
 DATA = Path(os.environ.get("KQUANT_DATA", "../shared/data"))
 

@@ -12,7 +12,7 @@ import pytest
 from kquant.graph.ir import Graph
 from kquant.graph.tracing.trace import trace_model
 from kquant.graph.transforms.simplify import absorb_padding, simplify
-from tests.graph.tracing.tracing import assert_equal, build, ops
+from tests.support.tracing import assert_equal, build, ops
 
 L = keras.layers
 k = keras.ops

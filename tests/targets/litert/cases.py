@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.targets.litert.build import Op, T, build
+from tests.support.litert_files import Op, T, build
 
 Case = tuple[bytes, list[np.ndarray]]
 Rng = np.random.Generator

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kquant.errors import ExportError
 from kquant.targets.litert.arithmetic import unpack
 from kquant.targets.litert.flatbuffer import FileGrid, FlatbufferBuilder, only_integer_ops, pack, read_tensors, summary
-from tests.targets.litert.build import run
+from tests.support.litert_files import run
 
 
 def small_file(scale: float = 0.5, description: str = "") -> bytes:

@@ -16,8 +16,8 @@ from kquant.graph.tracing.float_call import FloatCall
 from kquant.grids.grid import dequantize, quantize
 from kquant.targets.litert.flatbuffer import only_integer_ops, read_tensors, summary
 from kquant.targets.litert.writer import write_tflite
-from tests.targets.litert.build import run
-from tests.targets.litert.graphs import KERNELS, chain, grid, op, rng
+from tests.support.graphs import KERNELS, chain, grid, op, rng
+from tests.support.litert_files import run
 
 SHAPE = (4, 6)
 

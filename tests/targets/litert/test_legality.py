@@ -12,7 +12,7 @@ from kquant.graph.ir import Graph, Node
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid
 from kquant.targets.litert.writer import write_tflite
-from tests.targets.litert.graphs import chain, conv, dense, grid, op, quantized, rng
+from tests.support.graphs import chain, conv, dense, grid, op, quantized, rng
 
 SHAPE = (4, 4, 3)
 A, B = grid(-1.0, 2.0), grid(-3.0, 2.0)

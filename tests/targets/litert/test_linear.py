@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -14,49 +13,26 @@ from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import OPS, bias_of, compute, evaluate, weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid, dequantize, fake_quantize, quantize
+from kquant.keras.model import insert
 from kquant.targets.litert.flatbuffer import read_tensors
 from kquant.targets.litert.kernels import KERNELS as RECORDS
+from kquant.targets.litert.runtime import TFLiteModel
 from kquant.targets.litert.writer import write_tflite
 from kquant.targets.operand import Call, Operand
-from tests.targets.litert.build import run
-from tests.targets.litert.graphs import (
+from tests.support.graphs import (
     KERNELS,
     chain,
     check_file,
-    conv,
     dense,
-    depthwise,
     grid,
     integers,
     quantized,
     rng,
+    weight_grid,
 )
+from tests.support.litert_files import run
+from tests.support.operations import LINEAR
 
-IMAGE = (6, 7, 3)
-
-
-def _transposed() -> Graph:
-    g = rng(3)
-    weights = {"kernel": g.normal(size=(3, 3, 4, 3)).astype(np.float32), "bias": g.normal(size=4).astype(np.float32)}
-    attrs = {"strides": (2, 2), "padding": "same"}
-    return chain(IMAGE, Node(name="up", op="conv2d_transpose", shape=(None, 12, 14, 4), attrs=attrs, weights=weights))
-
-
-def _affine() -> Graph:
-    g = rng(4)
-    weights = {"scale": g.normal(size=3).astype(np.float32), "offset": g.normal(size=3).astype(np.float32)}
-    return chain(IMAGE, Node(name="affine", op="affine", shape=(None, *IMAGE), weights=weights))
-
-
-GRAPHS: dict[str, Callable[[], Graph]] = {
-    "conv": lambda: chain(IMAGE, conv(shape=(None, 6, 7, 4), clip=(0.0, None))),
-    "groups": lambda: chain(IMAGE, conv(shape=(None, 6, 7, 6), cout=6, groups=3)),
-    "depthwise": lambda: chain(IMAGE, depthwise(m=2, shape=(None, 6, 7, 6))),
-    "dense": lambda: chain((11,), dense(cin=11, cout=5)),
-    "dense_rank3": lambda: chain((4, 11), dense(cin=11, cout=5, shape=(None, 4, 5))),
-    "transposed": _transposed,
-    "affine": _affine,
-}
 # where the kernels have a container of fewer than 8 bits
 SMALL = {"conv": 4, "groups": 4, "depthwise": 4, "dense": 2, "dense_rank3": 2}
 
@@ -72,9 +48,9 @@ def _kernel(graph: Graph) -> tuple[Node, str]:
 
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 7])
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", LINEAR)
 def test_int8_activations_with_weights_of_any_bits(name: str, bits: int, per_channel: bool) -> None:
-    graph = GRAPHS[name]()
+    graph = LINEAR[name]()
     x = _feed(graph)
     qgraph = quantized(graph, [x], weight_bits=bits, per_channel=per_channel)
     content, report = write_tflite(qgraph)
@@ -92,9 +68,9 @@ def test_int8_activations_with_weights_of_any_bits(name: str, bits: int, per_cha
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", LINEAR)
 def test_int16_activations(name: str, bits: int) -> None:
-    graph = GRAPHS[name]()
+    graph = LINEAR[name]()
     x = _feed(graph)
     qgraph = quantized(graph, [x], bits=16, container=16, weight_bits=bits)
     content, _ = write_tflite(qgraph)
@@ -108,7 +84,7 @@ def test_int16_activations(name: str, bits: int) -> None:
 
 
 def test_bias_is_stored_at_the_scale_of_the_products() -> None:
-    graph = GRAPHS["conv"]()
+    graph = LINEAR["conv"]()
     qgraph = quantized(graph, [_feed(graph)])
     stored = read_tensors(write_tflite(qgraph)[0])["conv/bias"]
     scale = qgraph.activations["x"].scale * qgraph.weights["conv"].scale
@@ -132,11 +108,11 @@ def test_integer_operation_without_weight_grid_is_refused() -> None:
         write_tflite(qgraph)
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("mode", ["weight_only", "float16", "dynamic_range"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_float_modes(name: str, mode: str, bits: int) -> None:
-    graph = GRAPHS[name]()
+    graph = LINEAR[name]()
     x = _feed(graph, batch=3)
     qgraph = quantized(graph, [x], weight_bits=bits)
     content, report = write_tflite(qgraph, mode=mode)
@@ -155,7 +131,7 @@ def test_float_modes(name: str, mode: str, bits: int) -> None:
 
 
 def test_weights_without_quantized_activations_are_stored_as_integers() -> None:
-    graph = GRAPHS["conv"]()
+    graph = LINEAR["conv"]()
     x = _feed(graph)
     qgraph = quantized(graph, [x], weight_bits=4, floats=frozenset({"x", "conv"}))
     content, report = write_tflite(qgraph)
@@ -200,7 +176,7 @@ def test_weight_grids_of_more_than_8_bits_are_refused() -> None:
 
 
 def test_float_evaluation_is_what_the_helpers_assume() -> None:
-    graph = GRAPHS["dense"]()
+    graph = LINEAR["dense"]()
     x = _feed(graph)
     want = x @ graph["dense"].weights["kernel"] + graph["dense"].weights["bias"]
     np.testing.assert_allclose(evaluate(graph, [x])[0], want, atol=1e-5)
@@ -249,3 +225,24 @@ def test_which_kernel_rounds(kind: str, bits: int, container: int, shape: dict[s
 @pytest.mark.parametrize("kind, bits", [("depthwise_conv2d", 4), ("conv2d_transpose", 4), ("conv2d_transpose", 8)])
 def test_vectorized_in_blocks_of_8_channels(kind: str, bits: int) -> None:
     np.testing.assert_array_equal(rounded(kind, [-6.0] * 11, bits, 8), [-1] * 8 + [-2] * 3)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_affine_equals_the_default_kernel(seed: int) -> None:
+    """A factor and an offset for each channel, on random shapes and grids."""
+    g = rng(seed)
+    channels = int(g.integers(1, 40))
+    shape = (*(int(v) for v in g.integers(1, 20, int(g.integers(3)))), channels)
+    factor = (g.normal(size=channels) * np.exp(g.uniform(-5, 3))).astype(np.float32)
+    x = Grid(np.float32(np.exp(g.uniform(-6, 0))), np.int32(g.integers(-128, 128)), -128, 127)
+    offset = (g.normal(size=channels) * np.abs(factor).max() * x.scale * 40).astype(np.float32)
+    weights = {"scale": factor, "offset": offset}
+    graph = chain(shape, Node(name="affine", op="affine", shape=(None, *shape), weights=weights))
+    q = g.integers(-128, 128, (int(g.integers(2, 5)), *shape)).astype(np.int8)
+    real = x.scale * (q - np.float32(x.zero_point)) * factor + offset
+    y = grid(float(real.min()), float(real.max()) * np.exp(g.uniform(-1, 1)) + 1e-3)
+    w = weight_grid(graph["affine"], per_channel=bool(g.integers(2)))
+    qgraph = QuantizedGraph(graph, {"x": x, "affine": y}, {"affine": w})
+    content, _ = write_tflite(qgraph)
+    values = insert(qgraph, {"target": "litert"})(x.scale * (q - np.float32(x.zero_point)))
+    np.testing.assert_array_equal(np.rint(values / y.scale) + y.zero_point, TFLiteModel(content).run([q])[0])

@@ -14,7 +14,7 @@ from kquant.errors import ExportError
 from kquant.targets.builtin import Reference
 from kquant.targets.litert.kernels import OPTIMIZED, REFERENCE
 from kquant.targets.litert.reference.interpreter import IntegerReference
-from tests.targets.litert.build import Op, Resolver, T, build, run
+from tests.support.litert_files import Op, Resolver, T, build, run
 from tests.targets.litert.cases import (
     Case,
     Rng,

@@ -12,7 +12,7 @@ from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import dequantize, quantize
 from kquant.targets.litert.runtime import KERNELS, TFLiteModel, dequantized
 from kquant.targets.litert.writer import write_tflite
-from tests.targets.litert.graphs import chain, dense, op, quantized, rng
+from tests.support.graphs import chain, dense, op, quantized, rng
 
 SHAPE = (4, 6)
 

@@ -1,0 +1,58 @@
+r"""Measures and prints a table on the evaluation data (KQUANT_DATA); --write keeps it in `experiments.results`.
+
+    python -m experiments.reproduce --table=accuracy
+    python -m experiments.reproduce --table=parity --models=resnet20 --configs=w8a8,w4a4
+    python -m experiments.reproduce --table=5 --models=mobilenet_v2 --variants=descent --seeds=1
+    python -m experiments.reproduce --table=training --models=resnet20 --epochs=2
+    python -m experiments.reproduce --table=targets --configs=w8a8,w4a8,w8a16
+
+accuracy: top-1 of the exported file on all evaluation samples, against the float model and the
+TensorFlow converter. parity: the contract of `verify_tflite`, and the share of equal elements. 1 to 6: the tables of
+the white paper, see `experiments.paper_tables`. diagnosis, sensitivity: see `experiments.debug_tables`. 7 to 10 and
+training: see `experiments.training_tables`. targets: what files take on TensorFlow Lite Micro and Arm Ethos-U, see
+`experiments.targets`. Calibration uses the calibration sets only.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from absl import app, flags
+
+from . import debug_tables, paper_tables, tables, targets, training_tables, zoo
+
+TABLES = {**tables.TABLES, **paper_tables.TABLES, **debug_tables.TABLES, **training_tables.TABLES, **targets.TABLES}
+
+FLAGS = flags.FLAGS
+TABLE = flags.DEFINE_enum("table", "accuracy", list(TABLES), "What to regenerate.")
+MODELS = flags.DEFINE_list("models", list(zoo.MODELS), "Keys of experiments.zoo.MODELS, or of zoo.OWN.")
+CONFIGS = flags.DEFINE_list("configs", ["w8a8", "w8a8-per_tensor", "w4a8", "w8a16", "w4a4"], "Presets.")
+SAMPLES = flags.DEFINE_integer("samples", None, "Evaluate on at most this many samples, spread evenly.")
+CALIBRATION = flags.DEFINE_integer("calibration", None, "Samples to calibrate the table configs with.", lower_bound=1)
+SEEDS = flags.DEFINE_integer("seeds", 3, "How often to repeat what depends on chance.", lower_bound=1)
+EPOCHS = flags.DEFINE_integer("epochs", 2, "Passes over the training data, for the tables about training.", 1)
+FILES = flags.DEFINE_string("files", None, "Folder that keeps the exported files of the tables accuracy and configs.")
+WRITE = flags.DEFINE_boolean("write", False, "Write the rows into the files of experiments/results.")
+NOTE = flags.DEFINE_string("note", "", "What --write says of the rows, e.g. where they were measured.")
+VARIANTS = flags.DEFINE_string("variants", "", "Regular expression for the variants of tables 1 to 10; empty for all.")
+
+
+def main(argv: list[str]) -> None:
+    table, start = TABLES[TABLE.value], time.perf_counter()
+    options = tables.Options(
+        samples=SAMPLES.value,
+        configs=tuple(CONFIGS.value),
+        calibration=CALIBRATION.value,
+        seeds=SEEDS.value,
+        epochs=EPOCHS.value,
+        variants=VARIANTS.value,
+        files=Path(FILES.value) if FILES.value else None,
+    )
+    rows = table.all_rows(MODELS.value, options)
+    table.results(TABLE.value).show(rows, write=WRITE.value, note=NOTE.value)
+    print(f"\n{time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    app.run(main)

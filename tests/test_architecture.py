@@ -1,0 +1,52 @@
+"""The layout that one can read: few entries, short modules, short functions, tests that do not lean on each other."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ENTRIES, MODULE_LINES, FUNCTION_LINES = 12, 400, 60
+MODULES = sorted((ROOT / "kquant").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def functions(source: str) -> Iterator[tuple[str, int]]:
+    """(name, lines without the docstring) of every function."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            start = node.lineno
+            if ast.get_docstring(node) is not None:
+                start += node.body[0].end_lineno - node.body[0].lineno + 1
+            yield node.name, node.end_lineno - start + 1
+
+
+def test_few_entries() -> None:
+    entries = [p.name for p in (ROOT / "kquant").iterdir() if p.name != "__pycache__"]
+    assert len(entries) <= ENTRIES, sorted(entries)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_modules_and_functions_are_short(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= MODULE_LINES
+    assert [(f, lines) for f, lines in functions(source) if lines > FUNCTION_LINES] == []
+
+
+def test_a_long_function_would_be_found() -> None:
+    source = 'def f():\n    """One.\n\n    Two.\n    """\n' + "    x = 1\n" * 61
+    assert list(functions(source)) == [("f", 62)]
+
+
+@pytest.mark.parametrize("path", TESTS, ids=name)
+def test_no_test_module_imports_another(path: Path) -> None:
+    imported = re.findall(r"^\s*(?:from|import) .*\btest_\w+.*$", path.read_text(encoding="utf-8"), re.M)
+    assert imported == []

@@ -1,8 +1,0 @@
-"""Command line of kquant: thin absl apps, installed as kquant-<name> and runnable as `python -m tools.<name>`."""
-
-import os
-
-# before TensorFlow is imported: no start-up notices, and oneDNN, which it leaves out by itself on AMD's processors,
-# where a training step then takes twice the time and the memory
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
