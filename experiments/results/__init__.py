@@ -1,8 +1,9 @@
 """Measured numbers: a CSV file for each table, written by the command that measures and named in each row.
 
 Every file has the columns of its table, then `command` (what made the row) and `note` (where and how, if it matters).
-Numbers are plain; "81.17 ± 1.25" is the mean and half the range of repeated measurements. What the documents show is
-made from these files: `python -m experiments.results --write`.
+Older rows were made when `experiments` was a part of `tools`, by the command of the same name there. Numbers are plain;
+"81.17 ± 1.25" is the mean and half the range of repeated measurements. What the documents show is made from these files:
+`python -m experiments.results --write`.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ VIEWS: Mapping[str, View] = {
         by="config",
         where=CALIBRATED,
         columns={
-            **{"model": "model", "float": ("float", "w4a8")},
+            **{"model": "model", "float": ("float", "w8a8")},
             **_variants(".tflite", dict(zip(PRESETS, PRESETS, strict=True))),
             **_variants("bytes", {f"{preset} bytes": preset for preset in ("w8a8", "w4a8")}),
         },

@@ -80,6 +80,7 @@ def test_verify_accepts_its_own_file_and_rejects_another(files, capsys):
     [
         (quantize, {"model": "nope.keras"}, "ModelError: Cannot load a model from 'nope.keras'"),
         (quantize, {"config": "w8a9a"}, "ConfigError: Unknown preset 'w8a9a'"),
+        (quantize, {"target": "nowhere"}, "ConfigError: Unknown target 'nowhere'"),
         (quantize, {"data": "nope.npz"}, "CalibrationError: There is no file or folder 'nope.npz'"),
         (quantize, {"output": "no/folder/q.keras"}, "ExportError: Cannot write"),
         (quantize, {"output": "q.h5"}, "ExportError: Cannot write 'q.h5': its name must end in .keras"),
@@ -110,6 +111,24 @@ def test_quantize_switches_steps(files, capsys):
     assert steps == {"equalize": "no", "absorb_bias": "no", "adaround": "no", "correct_bias": "yes"}
     config = keras.saving.load_model(options["output"]).quantization.config.to_dict()
     assert config["inputs"]["range"] == [0.0, 1.0] and config["equalize"] is False
+
+
+@pytest.mark.parametrize("config", ["w8a8-per_tensor", "file"])
+def test_a_target_wins_over_that_of_the_config(files, config):
+    """Whether a preset or a file names another one."""
+    path = str(files.folder / "config.yaml")
+    settings = {"preset": "w8a8-per_tensor", "equalize": False}
+    kquant.QuantConfig.load(settings).save(path)
+    given = {"w8a8-per_tensor": "w8a8-per_tensor", "file": path}[config]
+    output = str(files.folder / "target.keras")
+    options = {"model": digits_cnn.PATH, "data": files.cal_npy, "output": output, "progress": False}
+    assert run_app(quantize, **options, config=given, target="tflite_int8") == 0
+    expected = kquant.QuantConfig.load(
+        {**({"preset": config} if config != "file" else settings), "target": "tflite_int8"}
+    )
+    assert kquant.QuantConfig.load(given) != expected
+    found = keras.saving.load_model(output, compile=False).quantization["config"]
+    assert kquant.QuantConfig.from_dict(found).target == expected.target
 
 
 def test_quantize_without_data_says_what_needs_data(files, capsys):
