@@ -28,6 +28,7 @@ from kquant.config.specs import (
     LayerSpec,
     QuantSpec,
     Rule,
+    check_activations,
     check_weights,
     known_keys,
 )
@@ -96,12 +97,16 @@ class QuantConfig:
                 f"use one of {METHODS}."
             )
         check_weights(self.weights)
+        check_activations(self.activations)
+        check_activations(self.inputs)
         object.__setattr__(self, "rules", tuple(self.rules))
         for i, rule in enumerate(self.rules):
             if not isinstance(rule, Rule):
                 raise ConfigError(f"rules must hold Rule objects, found {rule!r}.")
             try:
-                check_weights(rule.apply(self.weights, self.activations)[0])
+                weights, activations = rule.apply(self.weights, self.activations)
+                check_weights(weights)
+                check_activations(activations)
             except ConfigError as error:
                 raise ConfigError(f"rule {i}: {rule}: {error}") from error
         if not isinstance(self.target, str):
@@ -158,7 +163,7 @@ class QuantConfig:
 
     @classmethod
     def preset(cls, name: str) -> QuantConfig:
-        """The configuration of a name `w<bits>[a<bits>][-per_tensor]` or `a<bits>`, bits 2 to 16.
+        """The configuration of a name `w<bits>[a<bits>][-per_tensor][-<format>][-b<block>]` or `a<bits>`, bits 2 to 16.
 
         Weights are symmetric, narrow-range and per-channel (`-per_tensor`: one scale per tensor),
         with MSE ranges. Activations are asymmetric with min-max ranges, below 8 bits with MSE ranges; above
@@ -172,12 +177,21 @@ class QuantConfig:
         """
         if alone := re.fullmatch(r"a(\d+)", str(name)):
             return cls(weights=None, activations=_activations(int(alone[1])), target="simulation")
-        match = re.fullmatch(r"w(\d+)(?:a(\d+))?(-per_tensor)?", str(name))
+        match = re.fullmatch(r"w(\d+)(?:a(\d+))?(-per_tensor)?(?:-([a-z]+))?(?:-b(\d+))?", str(name))
         if match is None:
             hint = suggest(str(name), PRESETS)
-            raise ConfigError(f"Unknown preset {name!r}{hint}; w<bits>[a<bits>][-per_tensor] is one, e.g. w8a8.")
+            raise ConfigError(
+                f"Unknown preset {name!r}{hint}; it has the form "
+                "w<bits>[a<bits>][-per_tensor][-<format>][-b<block>], e.g. w8a8."
+            )
         w_bits, per_tensor = int(match[1]), match[3] is not None
-        weights = replace(WEIGHTS, bits=w_bits, per_channel=not per_tensor)
+        weights = replace(
+            WEIGHTS,
+            bits=w_bits,
+            per_channel=not per_tensor,
+            format=match[4] or "uniform",
+            block=None if match[5] is None else int(match[5]),
+        )
         target = "litert_per_tensor" if per_tensor else "litert"
         if match[2] is None:
             return cls(weights=weights, activations=None, target=target)
@@ -185,8 +199,12 @@ class QuantConfig:
         if a_bits > 8:
             return cls(weights=weights, activations=_activations(a_bits))
         activations = _activations(a_bits)
+        plain_weights = (
+            {} if (weights.format, weights.block) == ("uniform", None) else {"format": "uniform", "block": None}
+        )
         keep = {"bits": 8}
-        rules = (Rule(position="first", weights=keep), Rule(position="last", weights=keep, activations=keep))
+        kept = {**keep, **plain_weights}
+        rules = (Rule(position="first", weights=kept), Rule(position="last", weights=kept, activations=keep))
         return cls(weights=weights, activations=activations, target=target, rules=rules if a_bits < 8 else ())
 
     @staticmethod

@@ -15,6 +15,7 @@ WEIGHT_METHODS = ("min_max", "percentile", "mse")
 METHODS = (*WEIGHT_METHODS, "cross_entropy", "batch_norm")
 POSITIONS = ("first", "last")
 SOLVERS = ("descent", "gram", "stochastic")
+FORMATS = ("uniform", "ternary", "kmeans")
 GRADIENTS = ("ste", "lsq", "lsq+", "min_max", "tqt")
 BATCH_NORMS = ("fold", "keep", "double_forward", "batch_statistics")
 
@@ -46,6 +47,19 @@ def check_weights(spec: QuantSpec | None) -> None:
         )
 
 
+def check_activations(spec: QuantSpec | None) -> None:
+    """Refuse what only weights have.
+
+    Raises:
+        ConfigError: a format, or blocks.
+    """
+    if spec is not None and (spec.format != "uniform" or spec.block is not None):
+        raise ConfigError(
+            f"Activations are uniform with one scale, found format={spec.format!r}, block={spec.block}: "
+            "remove these, or set them for the weights."
+        )
+
+
 def _valid_range(value: Any) -> tuple[float, float]:
     edges = tuple(value) if isinstance(value, tuple | list) else ()
     numbers = [float(e) for e in edges if isinstance(e, int | float) and not isinstance(e, bool) and math.isfinite(e)]
@@ -72,6 +86,9 @@ class QuantSpec:
         power_of_two: round the scale up to a power of two; symmetric only.
         method: how the range is chosen, one of `METHODS`; weights take one of `WEIGHT_METHODS`.
         percentile: for that method: which percentile, above 50 and at most 100, is the upper edge.
+        format: weights only, one of `FORMATS`: all integers of a range ("uniform"), -1, 0 and 1 ("ternary"), or 2^bits
+            integers of the int8 grid for every channel ("kmeans").
+        block: weights only: how many inputs of a channel share a scale; None for all of them.
         range: activations only: the range itself, (low, high), e.g. (-1, 1) for images in -1..1. The grid covers
             it, widened to contain 0; `method` is not consulted and the tensor needs no data.
 
@@ -88,6 +105,8 @@ class QuantSpec:
     method: str = "min_max"
     percentile: float = 99.99
     range: tuple[float, float] | None = None
+    format: str = "uniform"
+    block: int | None = None
 
     def __post_init__(self) -> None:
         if not _is_int(self.bits) or not 2 <= self.bits <= 16:
@@ -103,11 +122,22 @@ class QuantSpec:
             raise ConfigError(f"percentile must be above 50 and at most 100, found {self.percentile!r}.")
         if self.range is not None:
             object.__setattr__(self, "range", _valid_range(self.range))
+        self._check_format()
         if not self.symmetric and (self.power_of_two or not self.signed):
             name = "power_of_two" if self.power_of_two else "signed=False"
             raise ConfigError(f"{name} needs a symmetric grid; set symmetric=True.")
         if self.narrow_range and not (self.symmetric and self.signed):
             raise ConfigError("narrow_range needs a symmetric signed grid; set symmetric=True and signed=True.")
+
+    def _check_format(self) -> None:
+        if self.format not in FORMATS:
+            raise ConfigError(f"Unknown format {self.format!r}{suggest(self.format, FORMATS)}; use one of {FORMATS}.")
+        if self.format == "ternary" and self.bits != 2:
+            raise ConfigError(f"Ternary weights take 2 bits, found bits={self.bits}; set bits=2.")
+        if self.block is not None and (not _is_int(self.block) or self.block < 1 or not self.per_channel):
+            raise ConfigError(f"block must be a number of inputs, with per_channel=True, found {self.block!r}.")
+        if (self.format != "uniform" or self.block) and (not (self.symmetric and self.signed) or self.power_of_two):
+            raise ConfigError("Formats and blocks of weights need a symmetric signed grid, power_of_two=False.")
 
     def override(self, changes: Mapping[str, Any]) -> QuantSpec:
         """A copy with `changes` applied; more than 8 bits imply a symmetric grid unless they say otherwise."""

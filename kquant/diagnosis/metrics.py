@@ -29,7 +29,7 @@ from kquant.graph.ir import Graph
 from kquant.keras.model import QuantizedModel
 from kquant.quantize.data import CalibrationData, InputSpec
 from kquant.targets.litert.runtime import TFLiteModel
-from kquant.verify.parity import same_decision
+from kquant.verify.end_to_end import same_decision
 
 Array = np.ndarray[Any, Any]
 MOST_DB = 200.0  # the noise of equal tensors is taken for 1e-20 of the signal, beyond what float32 can tell

@@ -159,7 +159,7 @@ def grid_from_range(low: Any, high: Any, spec: Spec, axis: int | None = None) ->
     else:
         qmin = -qmax if spec.narrow_range else qmin
         raw = np.maximum(-low, high) / qmax
-    scale = _valid_scale(raw, spec.power_of_two)
+    scale = valid_scale(raw, spec.power_of_two)
     if spec.symmetric:
         zero_point = np.full(scale.shape, 0 if spec.signed else qmin, np.int32)
     else:
@@ -167,7 +167,8 @@ def grid_from_range(low: Any, high: Any, spec: Spec, axis: int | None = None) ->
     return Grid(scale, np.asarray(zero_point), qmin, qmax, axis)
 
 
-def _valid_scale(raw: Array, power_of_two: bool) -> Array:
+def valid_scale(raw: Array, power_of_two: bool = False) -> Array:
+    """Scales as normal float32 numbers of at least 2^-63; 0 becomes the largest of the others, or 1."""
     used = raw > 0
     fallback = raw.max() if used.any() else 1.0
     scale = np.clip(np.where(used, raw, fallback), _MIN_SCALE, np.finfo(np.float32).max).astype(np.float32)

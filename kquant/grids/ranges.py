@@ -64,13 +64,23 @@ def weight_range(method: str, w: Array, spec: QuantSpec, axis: int | None = None
         ModelError: w is empty or holds NaN or infinite values.
         ConfigError: an unknown method.
     """
+    w = finite_weights(w, name)
+    rows = w.reshape(1, -1) if axis is None else np.moveaxis(w, axis, 0).reshape(w.shape[axis], -1)
+    low, high = _contain_zero(*_lookup(WEIGHT_METHODS, method)(rows, spec))
+    return (low[0], high[0]) if axis is None else (low, high)
+
+
+def finite_weights(w: Any, name: str = "") -> Array:
+    """Weights as a float32 array.
+
+    Raises:
+        ModelError: it is empty or holds NaN or infinite values.
+    """
     w = np.asarray(w, np.float32)
     if not w.size or not np.isfinite(w).all():
         found = "NaN or infinite values" if w.size else f"no values (shape {w.shape})"
         raise ModelError(f"The weights of layer {name!r} hold {found}; repair the model, or retrain it.")
-    rows = w.reshape(1, -1) if axis is None else np.moveaxis(w, axis, 0).reshape(w.shape[axis], -1)
-    low, high = _contain_zero(*_lookup(WEIGHT_METHODS, method)(rows, spec))
-    return (low[0], high[0]) if axis is None else (low, high)
+    return w
 
 
 def activation_range(method: str, observer: Observer, spec: QuantSpec) -> Range:

@@ -22,12 +22,11 @@ import numpy as np
 import tensorflow as tf
 
 from kquant.graph.ir import Node
-from kquant.graph.ops import OPS, compute, op_of, weight_of, weight_view
+from kquant.graph.ops import OPS, clip_of, compute, op_of, weight_of, weight_view, without_clip
 from kquant.grids.gradients import round_ste
 from kquant.grids.grid import Grid
 from kquant.keras.fake_quant import FakeQuant
 from kquant.keras.record import node_from_dict, node_to_dict
-from kquant.targets.kernel import Kernel
 from kquant.targets.operand import Call, Operand
 from kquant.targets.target import get_target
 
@@ -69,10 +68,6 @@ def weight_unit(op: str, weight: np.ndarray) -> np.ndarray:
     fan_in = math.prod(weight.shape[axis] for axis in axes)
     fresh = math.sqrt(2 / fan_in)
     return np.exp2(np.rint(np.log2(np.maximum(size, largest * 2.0**-6) / fresh))).astype(np.float32)
-
-
-def _without_clip(node: Node) -> Node:
-    return node.with_(attrs={k: v for k, v in node.attrs.items() if k != "clip"})
 
 
 @keras.saving.register_keras_serializable("kquant")
@@ -206,9 +201,7 @@ class QuantizedLayer(keras.layers.Layer):
             return self.output_quantizer.fake_quantize(values[0])
         out = self._operand(None, self.output_quantizer.grid)
         centered = self._integers(values, grids, out)
-        lo, hi = node.attrs.get("clip", (None, None))
-        if node.op == "clip":
-            lo, hi = node.attrs["lo"], node.attrs["hi"]
+        lo, hi = clip_of(node)
         if lo is not None:
             centered = tf.maximum(centered, tf.round(lo / out.scale))
         if hi is not None:
@@ -220,7 +213,7 @@ class QuantizedLayer(keras.layers.Layer):
         node = self.node
         if self.output_quantizer is None:
             y = compute(node, self._with_constants(values))
-            return (round_ste(y / grids[0][0]) * grids[0][0] if self._kernel.averages else y), grids[0]
+            return (round_ste(y / grids[0][0]) * grids[0][0] if op_of(node).averages else y), grids[0]
         if node.op in ("input", "requantize"):
             return self.output_quantizer.fake_quantize(values[0])
         y = self._forward(self._with_constants(values))
@@ -254,13 +247,8 @@ class QuantizedLayer(keras.layers.Layer):
         def cast(t: Tensor) -> Tensor:
             return tf.cast(t, self.training_dtype) if t.dtype.is_floating else t
 
-        y = compute(_without_clip(self.node), [cast(t) for t in inputs], {k: cast(w) for k, w in weights.items()})
+        y = compute(without_clip(self.node), [cast(t) for t in inputs], {k: cast(w) for k, w in weights.items()})
         return tf.cast(y, tf.float32)
-
-    @property
-    def _kernel(self) -> Kernel:
-        """The target's kernel of the operation."""
-        return self.target.kernels[self.node.op]
 
     def _integers(self, values: list[Tensor], grids: list[Tensor], out: Operand) -> Tensor:
         """What the target's kernel computes on the grid `out`, before the clamp."""
@@ -269,13 +257,13 @@ class QuantizedLayer(keras.layers.Layer):
             bits = self.target.weight_container(self.node.op, self.weight_quantizer.width, out.bits)
             weight = Operand(self._quantized_weight()[0], self.weight_scale(), 0.0, bits)
         call = Call(
-            node=_without_clip(self.node),
+            node=without_clip(self.node),
             inputs=self._operands(values, grids),
             out=out,
             weight=weight,
             weights=self.float_weights(),
         )
-        return self._kernel.arithmetic[self.activation_bits](call)
+        return self.target.kernels[self.node.op].arithmetic[self.activation_bits](call)
 
     @property
     def grid_of_weight(self) -> FakeQuant | None:

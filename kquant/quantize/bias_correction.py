@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import bias_of, compute, op_of, weight_of, weight_view
+from kquant.graph.ops import bias_of, compute, op_of, weight_of, weight_view, without_clip
 from kquant.grids.grid import Grid, fake_quantize
 from kquant.quantize.walk import Batches, Data, layer_by_layer
 
@@ -84,8 +84,7 @@ def round_kernel(node: Node, grid: Grid) -> Node:
 def accumulator(node: Node, x: np.ndarray) -> np.ndarray:
     """Output [n, ...] of a linear operation before its activation, in the precision of the input x [n, ...]."""
     weights = {k: tf.constant(w, x.dtype) for k, w in node.weights.items()}
-    plain = node.with_(attrs={k: v for k, v in node.attrs.items() if k != "clip"})
-    return np.asarray(compute(plain, [tf.constant(x)], weights))
+    return np.asarray(compute(without_clip(node), [tf.constant(x)], weights))
 
 
 def _means(batches: Batches) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

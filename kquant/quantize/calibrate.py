@@ -19,9 +19,10 @@ from kquant.errors import CalibrationError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import bias_of, evaluate, op_of, weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
+from kquant.grids.formats import weight_grid
 from kquant.grids.grid import Grid, fit_bias, grid_from_range
 from kquant.grids.observers import Histogram, MinMax, Rows
-from kquant.grids.ranges import activation_range, weight_range
+from kquant.grids.ranges import activation_range
 from kquant.quantize.data import CalibrationData
 from kquant.quantize.plan import Plan
 
@@ -118,12 +119,12 @@ def weight_grids(plan: Plan) -> dict[str, Grid]:
     for name, spec in plan.weights.items():
         node = plan.graph[name]
         axis = weight_of(node).channels if spec.per_channel else None
-        low, high = weight_range(spec.method, weight_view(node), spec, axis, name=node.origin or name)
-        if op_of(node).linear and not (
-            low.any() or high.any()
-        ):  # any scale will do: one that keeps the bias' step fine
-            high = np.full_like(high, np.abs(node.weights[bias_of(node)]).max(initial=0.0) / 256)
-        grids[name] = grid_from_range(low, high, spec, axis)
+        w = weight_view(node)
+        if op_of(node).linear and not w.any():  # any scale will do: one that keeps the bias' step fine
+            high = np.full(() if axis is None else w.shape[axis], np.abs(node.weights[bias_of(node)]).max(initial=0.0))
+            grids[name] = grid_from_range(np.zeros_like(high), high / 256, spec, axis)
+        else:
+            grids[name] = weight_grid(w, spec, axis, name=node.origin or name)
     return grids
 
 

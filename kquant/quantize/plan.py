@@ -301,6 +301,7 @@ def _weight_specs(graph: Graph, specs: dict[str, LayerSpec], integer: set[str]) 
         if node.name not in integer and (not record.matrix or specs[node.name].float):
             continue
         if not record.matrix:
-            spec = replace(spec, bits=8, per_channel=spec.per_channel and record.weight.channels is not None)
+            own = spec.per_channel and record.weight.channels is not None
+            spec = replace(spec, bits=8, per_channel=own, format="uniform", block=None)
         chosen[node.name] = spec
     return chosen

@@ -44,9 +44,6 @@ class Kernel:
         output: container of the activations -> the (scale, zero point) that it insists on for its output.
         fuses: activations that it applies itself.
         max_rank: most axes that it takes, None for any number.
-        averages: it computes new values on the grid of its input, and rounds them to it.
-        takes_any: its inputs need no grid: ids, or real numbers that it quantizes.
-        looks_up: its output is rows of its weight, which is stored on the grid of the output.
     """
 
     op: str
@@ -58,6 +55,3 @@ class Kernel:
     output: Mapping[int, tuple[float, int]] = field(default_factory=dict)
     fuses: tuple[str, ...] = ("NONE",)
     max_rank: int | None = None
-    averages: bool = False
-    takes_any: bool = False
-    looks_up: bool = False

@@ -42,6 +42,29 @@ class KernelSet:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What a file takes on a device.
+
+    Attributes:
+        device: whose compiler or interpreter says so.
+        memory: bytes of memory that is written.
+        flash: bytes that are only read.
+        cycles: of one inference, where the compiler estimates them.
+        left_out: operators that do not run on the device's accelerator, with the reason.
+    """
+
+    device: str
+    memory: int
+    flash: int
+    cycles: int | None = None
+    left_out: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        cycles = "" if self.cycles is None else f", {self.cycles:,} cycles (estimated)"
+        return f"{self.device}: {self.memory:,} bytes of memory, {self.flash:,} of flash{cycles}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Runtime:
     """What runs the files of a target.
 
@@ -59,6 +82,10 @@ class Runtime:
     module: str
     open: Callable[[bytes], Runner]
     checks: tuple[KernelSet, ...] = ()
+    other: Callable[[bytes], Runner] | None = None
+    exact: bool = False
+    samples: int = 1000
+    measure: Callable[[bytes], tuple[Footprint, ...]] | None = None
 
     @property
     def installed(self) -> bool:

@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from kquant.errors import ConfigError
+from kquant.graph.ops import OPS, Tie
 from kquant.targets.builtin import Builtin
 from kquant.targets.kernel import Kernel
 from kquant.targets.runtime import Runtime
@@ -24,11 +25,6 @@ from kquant.targets.runtime import Runtime
 if TYPE_CHECKING:
     from kquant.config.quant_config import QuantConfig
     from kquant.config.specs import QuantSpec
-
-
-# The kernels take the output's grid for the input's without looking (or refuse a difference).
-_OF_INPUT = frozenset({"reshape", "transpose", "slice", "pad", "max_pool2d", "avg_pool2d", "resize", "reduce_max"})
-_SHARED = frozenset({"concat", "maximum", "minimum"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +39,7 @@ class Target:
         weight_bits: smallest and largest number of bits of a weight.
         packed_weights: weights of 4 bits and fewer are stored in int4 and int2 tensors where the kernel takes them;
             otherwise in int8 tensors.
+        fixed_batch: every shape in its files is constant, for one sample; otherwise a user may resize the batch.
         per_channel_weights: one weight scale per output channel is accepted.
         symmetric_weights: weights need zero point 0.
         symmetric_activations: activations need zero point 0 (16-bit containers always do).
@@ -57,6 +54,7 @@ class Target:
     mixed_activation_bits: tuple[int, ...] = (8, 16)
     weight_bits: tuple[int, int] = (2, 8)
     packed_weights: bool = True
+    fixed_batch: bool = False
     per_channel_weights: bool = True
     symmetric_weights: bool = True
     symmetric_activations: bool = False
@@ -65,13 +63,16 @@ class Target:
 
     @property
     def same_scale(self) -> frozenset[str]:
-        """Operations whose output has the grid of their input."""
-        return _OF_INPUT & frozenset(self.kernels)
+        """Operations whose output has the grid of their input: their kernels take the one for the other."""
+        return self._tied(Tie.OF_INPUT)
 
     @property
     def inputs_share_output(self) -> frozenset[str]:
-        """Operations whose inputs need the grid of their output."""
-        return _SHARED & frozenset(self.kernels)
+        """Operations whose inputs need the grid of their output: their kernels look at one grid only."""
+        return self._tied(Tie.SHARED)
+
+    def _tied(self, tie: Tie) -> frozenset[str]:
+        return frozenset(op for op in self.kernels if OPS[op].grid is tie)
 
     @property
     def operators(self) -> dict[str, Builtin]:

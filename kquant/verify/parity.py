@@ -4,9 +4,11 @@ Four checks, each independent of the others:
 
 1. structure: every tensor of the plan is in the file, on the very grid, with the very integers;
 2. wiring: the float32 version of the same file equals the float graph;
-3. arithmetic: a numpy integer reference equals LiteRT's reference kernels at every tensor, and every
-   layer of the simulation, fed the same integers, is within 1 LSB of them;
-4. end to end: the simulation and the default kernels (XNNPACK) take the same decisions.
+3. arithmetic: a numpy integer reference equals the kernels of the target's runtime (LiteRT's reference kernels, or
+   TensorFlow Lite Micro) at every tensor, and every layer of the simulation, fed the same integers, is within 1 LSB;
+4. end to end: the simulation and the runtime (LiteRT's default kernels, XNNPACK) take the same decisions.
+
+Where the target has a compiler, it compiles the file; what runs outside the accelerator breaks the contract.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import numpy as np
 from kquant.config.text import table
 from kquant.errors import CalibrationError, ExportError
 from kquant.graph.ir import Node
-from kquant.graph.ops import BIAS, QUANTIZED_WEIGHT, evaluate
+from kquant.graph.ops import evaluate, op_of, weight_of
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import quantize_bias
 from kquant.keras.layer import QuantizedLayer
@@ -32,9 +34,11 @@ from kquant.targets.litert.flatbuffer import read_tensors, summary
 from kquant.targets.litert.reader import Tensor, file_content
 from kquant.targets.litert.reference.interpreter import IntegerReference
 from kquant.targets.litert.runtime import TFLiteModel
+from kquant.targets.litert.target import INTERPRETER
 from kquant.targets.litert.writer import write_tflite
-from kquant.targets.runtime import KernelSet
+from kquant.targets.runtime import Footprint, KernelSet, Runtime
 from kquant.targets.target import Target
+from kquant.verify.end_to_end import EndToEnd, end_to_end
 
 
 @dataclass(frozen=True)
@@ -52,18 +56,6 @@ class TensorParity:
 
 
 @dataclass(frozen=True)
-class EndToEnd:
-    """The simulation against the default kernels, and those against the builtin ones, on an output."""
-
-    samples: int
-    equal: float
-    max_lsb: float
-    agreement: float
-    kernels_equal: float
-    kernels_agreement: float
-
-
-@dataclass(frozen=True)
 class ParityReport:
     """The result of `verify_tflite`.
 
@@ -72,9 +64,12 @@ class ParityReport:
         float_error: largest difference of the float32 version, relative to the output's range.
         tensors: one row per tensor.
         end_to_end: one row per output.
-        kernels: the kernels that stood for the reference ("reference" or "builtin").
+        kernels: the kernels that stood for the reference ("reference" or "builtin" of LiteRT, "tflite-micro").
         ops: operator type -> count.
         bytes: size of the file.
+        runtime: what ran the file end to end.
+        footprints: what it takes on the target's devices.
+        notes: what was not checked.
     """
 
     structure: tuple[str, ...]
@@ -84,6 +79,9 @@ class ParityReport:
     kernels: str
     ops: dict[str, int] = field(default_factory=dict)
     bytes: int = 0
+    runtime: str = "LiteRT"
+    footprints: tuple[Footprint, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def reference_max_lsb(self) -> float:
@@ -97,7 +95,7 @@ class ParityReport:
 
     @property
     def agreement(self) -> float:
-        """Share of samples on which simulation and default kernels take the same decision."""
+        """Share of samples on which simulation and runtime take the same decision."""
         return min((e.agreement for e in self.end_to_end), default=1.0)
 
     @property
@@ -111,6 +109,8 @@ class ParityReport:
             and all(t.reference_max <= 1 and t.reference_unequal <= max(1, 1e-4 * t.elements) for t in softmax)
             and self.op_by_op_max_lsb <= 1
             and all(e.agreement >= min(0.995, e.kernels_agreement) for e in self.end_to_end)
+            and all(e.reference_equal in (None, 1.0) for e in self.end_to_end)
+            and not any(f.left_out for f in self.footprints)
         )
 
     def __str__(self) -> str:
@@ -123,12 +123,10 @@ class ParityReport:
             f"{len(self.tensors)} tensors",
             f"  simulation, op by op   {self.op_by_op_max_lsb:.0f} LSB",
         ]
-        for e in self.end_to_end:
-            lines.append(
-                f"  end to end             {100 * e.equal:.3f} % of elements equal, at most {e.max_lsb:.0f} LSB, "
-                f"same decision {100 * e.agreement:.2f} % of {e.samples} (kernels among themselves: "
-                f"{100 * e.kernels_equal:.3f} %, {100 * e.kernels_agreement:.2f} %)"
-            )
+        lines += [f"  {line}" for e in self.end_to_end for line in str(e).splitlines()]
+        lines += [f"  {f}" for f in self.footprints]
+        lines += [f"  not on {f.device}: {op}" for f in self.footprints for op in f.left_out]
+        lines += [f"  note: {note}" for note in self.notes]
         if worst and worst[0].simulation_equal < 1:
             rows = [(t.name, t.op, f"{100 * t.simulation_equal:.3f}", t.simulation_max) for t in worst]
             lines.append(table(("least equal tensor", "op", "equal %", "max LSB"), rows))
@@ -144,7 +142,7 @@ def verify_tflite(
     source: bytes | str | os.PathLike[str],
     data: Any,
     *,
-    samples: int = 1000,
+    samples: int | None = None,
     tensor_samples: int = 2,
     batch_size: int = 32,
 ) -> ParityReport:
@@ -154,30 +152,47 @@ def verify_tflite(
         model: the result of `quantize_model`.
         source: the file's path or bytes, exported in mode "integer".
         data: inputs, as for `quantize_model`.
-        samples: how many are compared end to end.
+        samples: how many are compared end to end; by default as many as the runtime does in short time, 1000 on LiteRT,
+            20 on TensorFlow Lite Micro.
         tensor_samples: how many are compared at every tensor.
         batch_size: batch size where `data` is arrays.
 
     Raises:
-        ExportError: the file is missing, truncated or corrupt.
+        ExportError: the file is missing, truncated or corrupt, or the target's runtime or compiler refuses it.
         CalibrationError: there is no data.
         ModelError: `model` is not a quantized model.
     """
     content, qgraph = file_content(source), extract(model)
+    runtime, notes = _runtime(model.target)
+    samples = runtime.samples if samples is None else samples
     batches = first_samples(CalibrationData(data, input_specs(qgraph), batch_size=batch_size), samples)
-    few = [x[:tensor_samples] for x in batches[0]]
+    few = [x[: 1 if model.target.fixed_batch else tensor_samples] for x in batches[0]]
     info = summary(content)
-    kernels, stored = _kernel_tensors(model.target, content, few)
+    kernels, stored = _kernel_tensors(runtime, content, few)
     reference = IntegerReference(content, lambda op, _: [stored[t.name] for t in op.outputs], kernels.reference)
     return ParityReport(
         structure=_structure(qgraph, model.target, content),
         float_error=_float_error(qgraph, model.target, few),
         tensors=_tensor_parity(model, qgraph, reference, stored),
-        end_to_end=_end_to_end(model, content, batches, qgraph),
+        end_to_end=end_to_end(model, qgraph, runtime, content, batches),
         kernels=kernels.name,
         ops=info.op_counts,
         bytes=len(content),
+        runtime=runtime.name,
+        footprints=() if runtime.measure is None else runtime.measure(content),
+        notes=notes,
     )
+
+
+def _runtime(target: Target) -> tuple[Runtime, tuple[str, ...]]:
+    """The target's runtime, or LiteRT's where it is not installed, and a note that says so."""
+    runtime = target.runtime
+    if runtime is None:
+        raise ExportError(f"{target.name} has no runtime that runs its files; verify with a target that has one.")
+    if runtime.installed:
+        return runtime, ()
+    missing = f"{runtime.name} is not installed (pip install '{runtime.package}'): compared on {INTERPRETER.name}"
+    return INTERPRETER, (missing,)
 
 
 def input_specs(qgraph: QuantizedGraph) -> list[tuple[str, Any, str]]:
@@ -200,19 +215,18 @@ def first_samples(data: CalibrationData, samples: int) -> list[list[np.ndarray]]
 
 
 def _kernel_tensors(
-    target: Target, content: bytes, inputs: Sequence[np.ndarray]
+    runtime: Runtime, content: bytes, inputs: Sequence[np.ndarray]
 ) -> tuple[KernelSet, dict[str, np.ndarray]]:
     """All tensors of one run of the first of the runtime's kernels that accept the file."""
-    checks = () if target.runtime is None else target.runtime.checks
-    for kernels in checks:
+    for kernels in runtime.checks:
         try:
             runner = kernels.open(content)
             runner.run(inputs)
             return kernels, runner.tensors()
         except ExportError:
-            if kernels is checks[-1]:
+            if kernels is runtime.checks[-1]:
                 raise
-    raise ExportError(f"{target.name} has no runtime that shows every tensor; verify with a target that has one.")
+    raise ExportError(f"{runtime.name} does not show every tensor; verify with a target whose runtime does.")
 
 
 def _structure(qgraph: QuantizedGraph, target: Target, content: bytes) -> tuple[str, ...]:
@@ -240,7 +254,7 @@ def _wrong_constants(
     w, layout = qgraph.weights.get(node.name), target.kernels[node.op].layout if node.op in target.kernels else None
     if w is None or layout is None:
         return
-    key, bias_key = QUANTIZED_WEIGHT[node.op][0], BIAS.get(node.op, "")
+    key, bias_key = weight_of(node).name, op_of(node).bias or ""
     expected = {f"{node.name}/{key}": (layout.to_file(qgraph.integers[node.name]), w.scale)}
     x = qgraph.activations.get(node.inputs[0])
     if x is not None and bias_key in node.weights:
@@ -327,42 +341,3 @@ def simulated_layer(layer: QuantizedLayer, qgraph: QuantizedGraph, stored: dict[
         return np.asarray(result)
     y, (scale, zero_point) = np.asarray(result[0]), np.asarray(result[1])
     return np.rint(y / scale) + zero_point
-
-
-def _end_to_end(
-    model: QuantizedModel, content: bytes, batches: Sequence[Sequence[np.ndarray]], qgraph: QuantizedGraph
-) -> tuple[EndToEnd, ...]:
-    default, builtin = (TFLiteModel(content, kernels).predict_batches(batches) for kernels in ("default", "builtin"))
-    simulated = [model.predict_on_batch(_as_fed(batch)) for batch in batches]
-    columns = [s if isinstance(s, (list, tuple)) else [s] for s in simulated]
-    rows = []
-    for k, name in enumerate(qgraph.graph.outputs):
-        ours, q = np.concatenate([np.asarray(c[k]) for c in columns]), qgraph.activations.get(name)
-        lsb = float(q.scale) if q is not None else 1e-5 * max(1e-12, float(np.max(np.abs(ours))))
-        off, off_kernels = np.abs(ours - default[k]) / lsb, np.abs(builtin[k] - default[k]) / lsb
-        rows.append(
-            EndToEnd(
-                samples=len(ours),
-                equal=float(np.mean(off < 0.5)),
-                max_lsb=float(np.rint(off.max())),
-                agreement=same_decision(ours, default[k]),
-                kernels_equal=float(np.mean(off_kernels < 0.5)),
-                kernels_agreement=same_decision(builtin[k], default[k]),
-            )
-        )
-    return tuple(rows)
-
-
-def _as_fed(batch: Sequence[np.ndarray]) -> Any:
-    return batch[0] if len(batch) == 1 else list(batch)
-
-
-def same_decision(ours: np.ndarray, reference: np.ndarray) -> float:
-    """Share of samples whose largest entry is among the largest of the reference (ties count as agreement).
-
-    Args:
-        ours, reference: outputs, [samples, ..., classes].
-    """
-    ours, reference = ours.reshape(-1, ours.shape[-1]), reference.reshape(-1, reference.shape[-1])
-    chosen = np.take_along_axis(reference, np.argmax(ours, -1)[:, None], -1)[:, 0]
-    return float(np.mean(chosen == np.max(reference, -1)))

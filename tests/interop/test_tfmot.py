@@ -19,7 +19,7 @@ from kquant.interop import from_tfmot
 from kquant.interop.tfmot_model import Range
 from kquant.keras.model import extract
 from kquant.targets.litert.reader import Operator, read
-from kquant.verify.parity import same_decision
+from kquant.verify.end_to_end import same_decision
 
 CLASSES = 5
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import QUANTIZED_WEIGHT, compute, evaluate, weight_view
+from kquant.graph.ops import OPS, compute, evaluate, weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid, dequantize, fake_quantize, quantize
 from tests.support.litert_files import Resolver, run
@@ -39,9 +39,9 @@ def grid(low: float, high: float, bits: int = 8, container: int = 8) -> Grid:
 
 def weight_grid(node: Node, bits: int = 8, per_channel: bool = True) -> Grid | None:
     """A symmetric grid that covers a node's weights."""
-    if node.op not in QUANTIZED_WEIGHT or node.op == "embedding":
+    if OPS[node.op].weight is None or node.op == "embedding":
         return None
-    view, (_, axis) = weight_view(node), QUANTIZED_WEIGHT[node.op]
+    view, axis = weight_view(node), weight_of(node).channels
     axis = axis if per_channel else None
     half = 2 ** (bits - 1) - 1
     largest = np.abs(view).max() if axis is None else np.abs(view).max(tuple(k for k in range(view.ndim) if k != axis))
@@ -121,7 +121,7 @@ def expected(qgraph: QuantizedGraph, node: Node, tensors: Mapping[str, np.ndarra
     weights: dict[str, Any] = dict(node.weights)
     w = qgraph.weights.get(node.name)
     if w is not None:
-        key = QUANTIZED_WEIGHT[node.op][0]
+        key = weight_of(node).name
         weights[key] = fake_quantize(weight_view(node), w).reshape(node.weights[key].shape)
     q = qgraph.activations[node.name]
     if node.op == "embedding":

@@ -14,7 +14,8 @@ from kquant.keras.model import QuantizedModel, insert
 from kquant.targets.litert.target import LITERT
 from kquant.targets.litert.writer import write_tflite
 from kquant.targets.target import register_target
-from kquant.verify.parity import ParityReport, TensorParity, same_decision, verify_tflite
+from kquant.verify.end_to_end import same_decision
+from kquant.verify.parity import ParityReport, TensorParity, verify_tflite
 from tests.support.faults import build, swapped_depthwise, with_node, with_scale
 from tests.support.toy import asked, toy_data
 

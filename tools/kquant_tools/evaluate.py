@@ -56,7 +56,7 @@ def evaluate(models: Mapping[str, Predict], batches: Iterable[Any]) -> dict[str,
     Returns:
         The counts of every model.
     """
-    from kquant.verify.parity import same_decision
+    from kquant.verify.end_to_end import same_decision
 
     names = list(models)
     scores = {name: Scores(dict.fromkeys(names[:k], 0.0)) for k, name in enumerate(names)}

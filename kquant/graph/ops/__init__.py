@@ -13,7 +13,7 @@ from typing import Any
 
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import activations, boundary, elementwise, layout, linear, reductions
-from kquant.graph.ops.activations import clip_array, clip_of, clip_tensor, with_clip
+from kquant.graph.ops.activations import clip_array, clip_of, clip_tensor, with_clip, without_clip
 from kquant.graph.ops.blocks import Linear
 from kquant.graph.ops.layout import pads_zeros
 from kquant.graph.ops.record import Op, Tensor, Tie, Weight
@@ -35,6 +35,7 @@ __all__ = [
     "weight_of",
     "weight_view",
     "with_clip",
+    "without_clip",
 ]
 
 OPS: Mapping[str, Op] = MappingProxyType(
@@ -119,10 +120,3 @@ def evaluate(graph: Graph, feeds: Sequence[Tensor], fetch: Sequence[str] | None 
             if last_use[source] == node.name and source not in keep:
                 del values[source]
     return [values[name] for name in wanted]
-
-
-# Names of before, for what does not read the records yet.
-LINEAR = frozenset(name for name, record in OPS.items() if record.linear)
-FUSES_CLIP = frozenset(name for name, record in OPS.items() if record.fuses_clip)
-QUANTIZED_WEIGHT = {name: (r.weight.name, r.weight.channels) for name, r in OPS.items() if r.weight is not None}
-BIAS = {name: record.bias for name, record in OPS.items() if record.bias is not None}

@@ -40,6 +40,11 @@ def with_clip(node: Node, lo: float | None, hi: float | list[float] | None) -> N
     return node.with_attrs(lo=lo, hi=hi) if node.op == "clip" else node.with_attrs(clip=(lo, hi))
 
 
+def without_clip(node: Node) -> Node:
+    """The node without a fused activation."""
+    return node.with_(attrs={k: v for k, v in node.attrs.items() if k != "clip"})
+
+
 def clip_tensor(x: Tensor, lo: float | None, hi: float | list[float] | None) -> Tensor:
     """min(max(x, lo), hi) of a tensor."""
     x = x if lo is None else tf.maximum(x, tf.cast(lo, x.dtype))

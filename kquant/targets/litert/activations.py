@@ -6,7 +6,7 @@ LiteRT's own kernels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -14,7 +14,8 @@ import tensorflow as tf
 from kquant.graph.ir import Node
 from kquant.graph.ops import compute
 from kquant.targets.builtin import Builtin, Reference
-from kquant.targets.kernel import Kernel, Layout
+from kquant.targets.kernel import Arithmetic, Kernel, Layout
+from kquant.targets.litert import curves
 from kquant.targets.litert.elementwise import real, rescale, scale_8_bits
 from kquant.targets.litert.emitter import Emitter, Sink
 from kquant.targets.litert.fixed_point import (
@@ -81,17 +82,21 @@ def _prelu(call: Call) -> Tensor:
     return with_gradient_of(ideal, tf.where(q >= 0, scaled(q, by_one), scaled(q * slope, by_slope)))
 
 
-def _softmax_16(call: Call) -> Tensor:
+def softmax_16(reciprocals: np.ndarray) -> Arithmetic:
     """Interpolated tables of exp and 1 / (1 + v), up to 9 LSB from the real function."""
-    q, (s_x,) = integers(call.inputs[0]), doubles(call.inputs[0].scale)
-    below = scaled(q - tf.reduce_max(q, -1, keepdims=True), s_x / (10.0 / 65535.0))
-    exps = _lookup(EXP, tf.clip_by_value(below + 32767, -32768, 32767))
-    total = tf.reduce_sum(exps, -1, keepdims=True)
-    headroom = 32 - bit_length(total)
-    shifted = shift_right(tf.bitwise.left_shift(total, headroom - 1), tf.constant(14, tf.int64))
-    reciprocal = _lookup(RECIPROCAL, tf.clip_by_value(shifted - (1 << 15) - (1 << 16), -32768, 32767))
-    y = shift_right(exps * reciprocal, 31 - headroom)
-    return with_gradient_of(_ideal(call), tf.clip_by_value(y, 0, 32767))
+
+    def arithmetic(call: Call) -> Tensor:
+        q, (s_x,) = integers(call.inputs[0]), doubles(call.inputs[0].scale)
+        below = scaled(q - tf.reduce_max(q, -1, keepdims=True), s_x / (10.0 / 65535.0))
+        exps = _lookup(EXP, tf.clip_by_value(below + 32767, -32768, 32767))
+        total = tf.reduce_sum(exps, -1, keepdims=True)
+        headroom = 32 - bit_length(total)
+        shifted = shift_right(tf.bitwise.left_shift(total, headroom - 1), tf.constant(14, tf.int64))
+        reciprocal = _lookup(reciprocals, tf.clip_by_value(shifted - (1 << 15) - (1 << 16), -32768, 32767))
+        y = shift_right(exps * reciprocal, 31 - headroom)
+        return with_gradient_of(_ideal(call), tf.clip_by_value(y, 0, 32767))
+
+    return arithmetic
 
 
 def _lookup(table: np.ndarray, q: Tensor) -> Tensor:
@@ -157,6 +162,17 @@ def _write_plain(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
 
 _UNIT = {8: (1 / 256, -128), 16: (1 / 32768, 0)}  # grids of values from 0 to 1
 
+# operation -> what the reference kernels compute on int8 tensors, where that is something else
+REFERENCE: Mapping[str, Arithmetic] = {
+    "clip": fixed_point_clip,
+    "leaky_relu": fixed_point_leaky_relu,
+    "logistic": curves.logistic,
+    "tanh": curves.tanh,
+    "softmax": curves.softmax,
+    "gelu": curves.gelu,
+    "elu": curves.elu,
+}
+
 KERNELS = (
     Kernel(
         op="clip",
@@ -203,7 +219,7 @@ KERNELS = (
     ),
     Kernel(
         op="softmax",
-        arithmetic={8: real, 16: _softmax_16},
+        arithmetic={8: real, 16: softmax_16(RECIPROCAL)},
         write=_write_softmax,
         operators={
             "SOFTMAX": Builtin(
@@ -231,7 +247,7 @@ KERNELS = (
     ),
     Kernel(
         op="hard_swish",
-        arithmetic={8: real},
+        arithmetic={8: curves.hard_swish},
         write=_write_plain,
         operators={"HARD_SWISH": Builtin(reference=Reference(compute=activations.hard_swish))},
     ),

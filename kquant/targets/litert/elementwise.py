@@ -6,7 +6,7 @@ use 20-bit fixed-point multipliers. int16 follows LiteRT's own kernels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -115,6 +115,14 @@ def _write_requantize(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> No
     e.op("QUANTIZE", x, [out.tensor])
 
 
+# operation -> what the reference kernels compute on int8 tensors, where that is something else
+REFERENCE: Mapping[str, Arithmetic] = {
+    "add": fixed_point_sum(20),
+    "sub": fixed_point_sum(20),
+    "mul": fixed_point_mul,
+    "requantize": rescale,
+}
+
 KERNELS = (
     Kernel(
         op="add",
@@ -185,6 +193,5 @@ KERNELS = (
                 reference=Reference(compute=elementwise.dequantize, any_type=True),
             ),
         },
-        takes_any=True,
     ),
 )

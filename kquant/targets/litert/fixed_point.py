@@ -82,9 +82,9 @@ def scale_twice(x: Tensor, mantissa: Tensor, exponent: Tensor, half_away: bool |
 
     Where `half_away` is true the second rounding takes halves away from zero, elsewhere up.
     """
-    high = shift_right((x * _power(tf.maximum(exponent, 0))) * mantissa, tf.constant(31, tf.int64))
+    high = shift_right((x * power(tf.maximum(exponent, 0))) * mantissa, tf.constant(31, tf.int64))
     right = tf.maximum(-exponent, 0)
-    away = tf.sign(high) * shift_right(tf.abs(high), right)
+    away = divide_by_power(high, right)
     return away if half_away is True else tf.where(half_away, away, shift_right(high, right))
 
 
@@ -100,15 +100,21 @@ def multiplier(real: Tensor) -> tuple[Tensor, Tensor]:
     return tf.where(vanishes, tf.zeros_like(mantissa), mantissa), tf.where(vanishes, tf.zeros_like(exponent), exponent)
 
 
-def _power(exponent: Tensor) -> Tensor:
+def power(exponent: Tensor) -> Tensor:
+    """2^exponent for an int64 exponent >= 0."""
     return tf.bitwise.left_shift(tf.ones_like(exponent), exponent)
 
 
 def shift_right(x: Tensor, shift: Tensor) -> Tensor:
     """x / 2^shift, rounded half up."""
-    half = _power(shift) // 2
+    half = power(shift) // 2
     x = x + half
     return tf.bitwise.right_shift(x, tf.broadcast_to(shift, tf.shape(x)))
+
+
+def divide_by_power(x: Tensor, shift: Tensor) -> Tensor:
+    """x / 2^shift, rounded half away from zero."""
+    return tf.sign(x) * shift_right(tf.abs(x), shift)
 
 
 def bit_length(x: Tensor) -> Tensor:

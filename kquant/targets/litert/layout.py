@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -11,7 +11,7 @@ from kquant.graph.ir import Node
 from kquant.graph.ops import compute
 from kquant.grids.gradients import exact, round_ste
 from kquant.targets.builtin import Builtin, Reference, Use
-from kquant.targets.kernel import Kernel, Layout
+from kquant.targets.kernel import Arithmetic, Kernel, Layout
 from kquant.targets.litert.elementwise import move, real
 from kquant.targets.litert.emitter import Emitter, Sink
 from kquant.targets.litert.fixed_point import Tensor, integers, shift_right, with_gradient_of
@@ -137,6 +137,9 @@ def _half_pixels(use: Use) -> int:
     return 3 if use.fields.get("halfPixelCenters") else 1
 
 
+# operation -> what the reference kernels compute on int8 tensors, where that is something else
+REFERENCE: Mapping[str, Arithmetic] = {"resize": fixed_point_resize}
+
 KERNELS = (
     Kernel(
         op="reshape",
@@ -218,7 +221,6 @@ KERNELS = (
                 reference=_moved(layout.resize_nearest_neighbor),
             ),
         },
-        averages=True,
     ),
     Kernel(
         op="embedding",
@@ -229,7 +231,5 @@ KERNELS = (
             "CAST": Builtin(options="CastOptions"),
         },
         layout=Layout(),
-        takes_any=True,
-        looks_up=True,
     ),
 )

@@ -6,7 +6,7 @@ import numpy as np
 
 from kquant.errors import ExportError
 from kquant.graph.ir import Node
-from kquant.graph.ops import LINEAR
+from kquant.graph.ops import op_of
 from kquant.grids.grid import Grid
 from kquant.targets.litert.emitter import Emitter
 from kquant.targets.target import Target
@@ -25,7 +25,10 @@ def check(e: Emitter, node: Node) -> None:
             _check_grid(node, q)
         return
     if node.op not in e.target.kernels:
-        raise ExportError(f"{node.name!r}: there is no TFLite operator for op {node.op!r}; keep the layer float.")
+        raise ExportError(
+            f"{node.name!r}: {e.target.name} has no operator for {node.op!r}, in float neither; "
+            "take it out of the model, or use another target."
+        )
     kernel = e.target.kernels[node.op]
     rank = max((len(n.shape) for n in (node, *(e.graph[i] for i in node.inputs))), default=0)
     if kernel.max_rank is not None and rank > kernel.max_rank:
@@ -45,7 +48,7 @@ def check(e: Emitter, node: Node) -> None:
     _check_inputs(e, node, q)
     _check_output(e.target, node, q)
     w = e.weight_grid(node.name)
-    if node.op in LINEAR and w is not None and np.any(w.zero_point):
+    if op_of(node).linear and w is not None and np.any(w.zero_point):
         raise ExportError(
             f"{node.name!r}: weights with zero point {np.ravel(w.zero_point)[np.argmax(np.ravel(w.zero_point) != 0)]} "
             "are computed wrongly by the kernels; set symmetric=True and signed=True for them."
@@ -74,7 +77,7 @@ def _check_inputs(e: Emitter, node: Node, q: Grid) -> None:
     for name in node.inputs:
         source = e.grid(name)
         if source is None:
-            if e.target.kernels[node.op].takes_any:
+            if node.op == "requantize" or op_of(node).lookup:
                 continue
             raise ExportError(
                 f"{node.name!r} runs in integers but reads {name!r}, which is float; put a requantize between them."

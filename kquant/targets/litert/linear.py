@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from kquant.graph.ir import Node
-from kquant.graph.ops import BIAS, QUANTIZED_WEIGHT, compute
+from kquant.graph.ops import bias_of, compute, weight_of
 from kquant.grids.gradients import round_ste
 from kquant.targets.builtin import Builtin, Reference, Use
 from kquant.targets.kernel import Arithmetic, Kernel, Layout
@@ -34,10 +34,10 @@ def accumulate(rounding: Callable[[Call], Requantize]) -> Arithmetic:
     """
 
     def arithmetic(call: Call) -> Tensor:
-        key, x, out = QUANTIZED_WEIGHT[call.node.op][0], call.inputs[0], call.out
-        bias = call.weights[BIAS[call.node.op]]
+        x, out = call.inputs[0], call.out
+        bias = call.weights[bias_of(call.node)]
         if call.weight is None:  # weights in float, activations in integers: simulation only
-            return round_ste(_products(call.node, x.value, call.weights[key], bias) / out.scale)
+            return round_ste(_products(call.node, x.value, call.weights[weight_of(call.node).name], bias) / out.scale)
         w = call.weight
         b_int = round_ste(bias / (x.scale * w.scale))
         # an int16 input overflows the 24 bits in which float32 is exact
@@ -49,7 +49,7 @@ def accumulate(rounding: Callable[[Call], Requantize]) -> Arithmetic:
 
 
 def _products(node: Node, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return compute(node, [x], {QUANTIZED_WEIGHT[node.op][0]: weight, BIAS[node.op]: bias})
+    return compute(node, [x], {weight_of(node).name: weight, bias_of(node): bias})
 
 
 # How LiteRT's default kernels requantize. XNNPACK takes int8 weights, but no transposed convolution whose output shape
@@ -170,6 +170,15 @@ def _fully_connected_least(use: Use) -> int:
 
 
 _CONVOLUTION_16 = accumulate(lambda call: reduced)
+_REFERENCE_CONVOLUTION = accumulate(lambda call: double_rounding(True))
+# operation -> what the reference kernels compute on int8 tensors, where that is something else
+REFERENCE: Mapping[str, Arithmetic] = {
+    "conv2d": _REFERENCE_CONVOLUTION,
+    "depthwise_conv2d": _REFERENCE_CONVOLUTION,
+    "conv2d_transpose": _REFERENCE_CONVOLUTION,
+    "affine": _REFERENCE_CONVOLUTION,
+    "dense": accumulate(lambda call: single_rounding),
+}
 
 KERNELS = (
     Kernel(

@@ -68,6 +68,12 @@ class Tensor:
         """The per-tensor zero point; 0 where the tensor is not quantized."""
         return int(self.zero_point[0]) if self.zero_point.size else 0
 
+    @property
+    def detail(self) -> dict[str, Any]:
+        """It, as LiteRT's interpreter describes an input or output."""
+        quantization = (float(self.scale[0]), self.z) if self.scale.size else (0.0, 0)
+        return {"name": self.name, "shape": self.shape, "dtype": self.dtype.type, "quantization": quantization}
+
 
 @dataclass(frozen=True, eq=False)
 class Operator:

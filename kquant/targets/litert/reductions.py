@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -11,7 +11,7 @@ from kquant.graph.ir import Node
 from kquant.graph.ops import compute
 from kquant.grids.gradients import exact, round_ste
 from kquant.targets.builtin import Builtin, Reference
-from kquant.targets.kernel import Kernel
+from kquant.targets.kernel import Arithmetic, Kernel
 from kquant.targets.litert.elementwise import move
 from kquant.targets.litert.emitter import PADDING, Emitter, Sink
 from kquant.targets.litert.fixed_point import Tensor, doubles, integers, multiplier, scale_twice, with_gradient_of
@@ -72,6 +72,9 @@ def _write_reduction(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> Non
     e.op(node.op.upper(), [x[0], axes], [out.tensor], keepDims=bool(node.attrs["keepdims"]))
 
 
+# operation -> what the reference kernels compute on int8 tensors, where that is something else
+REFERENCE: Mapping[str, Arithmetic] = {"mean": fixed_point_mean}
+
 KERNELS = (
     Kernel(
         op="max_pool2d",
@@ -92,7 +95,6 @@ KERNELS = (
                 options="Pool2DOptions", versions=(1, 2, 3), reference=Reference(compute=elementwise.average_pool_2d)
             )
         },
-        averages=True,
     ),
     Kernel(
         op="mean",

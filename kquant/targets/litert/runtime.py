@@ -55,9 +55,11 @@ class TFLiteModel:
         self.inputs: list[Mapping[str, Any]] = self._interpreter.get_input_details()
         self.outputs: list[Mapping[str, Any]] = self._interpreter.get_output_details()
         self._batch = int(self.inputs[0]["shape"][0]) if len(self.inputs[0]["shape"]) else 1
+        self._fixed = all(-1 not in d["shape_signature"] for d in self.inputs)
+        self._fed: Sequence[np.ndarray] = ()
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """One run on a batch.
+        """One run on a batch; in steps of the file's own batch where that cannot be resized.
 
         Args:
             inputs: one array per input, as stored in the file, or float32, which is quantized.
@@ -65,7 +67,13 @@ class TFLiteModel:
         Returns:
             The outputs as stored in the file.
         """
-        values = [self._as_stored(x, d) for x, d in zip(inputs, self.inputs, strict=True)]
+        values = [as_stored(x, d) for x, d in zip(inputs, self.inputs, strict=True)]
+        step = max(1, self._batch if self._fixed else len(values[0]))
+        rows = [self._run([v[k : k + step] for v in values]) for k in range(0, max(1, len(values[0])), step)]
+        self._fed = values
+        return rows[0] if len(rows) == 1 else [np.concatenate(column) for column in zip(*rows, strict=True)]
+
+    def _run(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
         batch = len(values[0])
         if batch != self._batch:
             for value, detail in zip(values, self.inputs, strict=True):
@@ -94,25 +102,27 @@ class TFLiteModel:
         return [np.concatenate(column) for column in zip(*results, strict=True)]
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """All tensors of the last run that are readable, by name."""
+        """All tensors of the last run (of its last step, inputs apart) that are readable, by name."""
         found = {}
         for detail in self._interpreter.get_tensor_details():
             try:
                 found[detail["name"]] = self._interpreter.get_tensor(detail["index"])
             except ValueError:  # released, or inside a delegate
                 continue
-        return found
+        return {**found, **{d["name"]: x for d, x in zip(self.inputs, self._fed, strict=False)}}
 
-    def _as_stored(self, x: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:
-        dtype, (scale, zero_point) = detail["dtype"], detail["quantization"]
-        x = np.asarray(x)
-        if x.dtype == dtype:
-            return x
-        if scale and np.issubdtype(x.dtype, np.floating):
-            limits = np.iinfo(dtype)
-            q = np.rint(x.astype(np.float32) / np.float32(scale)) + zero_point
-            return np.clip(q, limits.min, limits.max).astype(dtype)
-        return x.astype(dtype)
+
+def as_stored(x: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:
+    """The values of an input as its tensor stores them: floats are quantized on its grid, if it has one."""
+    dtype, (scale, zero_point) = detail["dtype"], detail["quantization"]
+    x = np.asarray(x)
+    if x.dtype == dtype:
+        return x
+    if scale and np.issubdtype(x.dtype, np.floating):
+        limits = np.iinfo(dtype)
+        q = np.rint(x.astype(np.float32) / np.float32(scale)) + zero_point
+        return np.clip(q, limits.min, limits.max).astype(dtype)
+    return x.astype(dtype)
 
 
 def dequantized(y: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:

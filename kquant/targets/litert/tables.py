@@ -9,15 +9,23 @@ import numpy as np
 from kquant.targets.litert.arithmetic import round_half_away
 
 
-def lut_513(curve: Callable[[np.ndarray], np.ndarray], low: float, high: float) -> np.ndarray:
-    """513 int16 samples of a function on [low, high], each corrected by half the error at its interval's middle."""
+def lut_513(
+    curve: Callable[[np.ndarray], np.ndarray], low: float, high: float, dtype: type[np.floating] = np.float64
+) -> np.ndarray:
+    """513 int16 samples of a function on [low, high], each corrected by half the error at its interval's middle.
+
+    Args:
+        curve: the function.
+        low, high: its ends.
+        dtype: the precision in which the samples are taken.
+    """
     step = (high - low) / 512
-    left = low + step * np.arange(512)
+    left = (low + step * np.arange(512)).astype(dtype)
     ends = round_half_away(curve(left) * 32768.0)
     middle = round_half_away(curve(left + step / 2) * 32768.0)
     between = round_half_away((curve(left + step) * 32768.0 + ends) / 2)
     corrected = ends - round_half_away((between - middle) / 2)
-    last = round_half_away(curve(np.array([high])) * 32768.0)
+    last = round_half_away(curve(np.array([high], dtype)) * 32768.0)
     return np.clip(np.concatenate([corrected, last]), -32768, 32767).astype(np.int64)
 
 

@@ -26,6 +26,7 @@ INTERPRETER = Runtime(
     package="ai-edge-litert",
     module="ai_edge_litert",
     open=TFLiteModel,
+    other=partial(TFLiteModel, kernels="builtin"),
     checks=(
         KernelSet(name="reference", open=_reference, reference=REFERENCE),
         KernelSet(name="builtin", open=partial(TFLiteModel, kernels="builtin", keep_tensors=True), reference=OPTIMIZED),

@@ -8,7 +8,7 @@ import numpy as np
 
 from kquant.errors import ExportError
 from kquant.graph.ir import Node
-from kquant.graph.ops import BIAS, QUANTIZED_WEIGHT, weight_view
+from kquant.graph.ops import op_of, weight_of, weight_view
 from kquant.grids.grid import BIAS_MAX, Grid, quantize_bias
 from kquant.targets.kernel import Layout
 from kquant.targets.litert.emitter import Emitter, Sink
@@ -34,7 +34,7 @@ def weights(e: Emitter, node: Node, x: int, out: Sink) -> Weights:
         out: its output, which says whether it runs in integers.
     """
     layout, q = layout_of(e, node), e.weight_grid(node.name)
-    name, view = f"{node.name}/{QUANTIZED_WEIGHT[node.op][0]}", weight_view(node)
+    name, view = f"{node.name}/{weight_of(node).name}", weight_view(node)
     if q is None:
         if out.q is not None:
             raise ExportError(
@@ -99,8 +99,8 @@ def _dequantized(e: Emitter, name: str, kernel: int, view: np.ndarray, layout: L
 
 
 def _bias(e: Emitter, node: Node, q: Grid | None, out: Sink) -> int:
-    key = BIAS.get(node.op, "")
-    if key not in node.weights:
+    key = op_of(node).bias
+    if key is None or key not in node.weights:
         return -1
     name, bias = f"{node.name}/{key}", node.weights[key]
     if out.q is None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from kquant.errors import ExportError
 from kquant.graph.ir import Node
+from kquant.graph.ops import op_of
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid
 from kquant.targets.litert.clamps import (
@@ -92,7 +93,7 @@ def write_tflite(
             (int8 weights, inputs quantized at run time), "weight_only" (integers, dequantized).
         input_type: "int8", "uint8", "int16" or "float32"; the graph's own type by default.
         output_type: likewise.
-        batch: a fixed batch size; by default 1, which a user may resize.
+        batch: a fixed batch size; by default 1, which a user may resize unless the target fixes it.
         description: free text in the file.
         float_reasons: node -> why it stays float, for the report.
 
@@ -103,6 +104,8 @@ def write_tflite(
         ExportError: something would not run, or would silently compute something else.
     """
     _check_options(mode, input_type, output_type)
+    if batch is None and target.fixed_batch:
+        batch = 1
     writer = _Writer(Emitter(qgraph, target, mode, batch))
     graph = qgraph.graph
     fed: dict[str, int] = {}
@@ -249,7 +252,7 @@ class _Writer:
             # Integers only move: what comes out lies where the inputs lie.
             bounds = [integer_bounds(g) for g in (e.grid(i) for i in node.inputs) if g is not None]
             given = min(b[0] for b in bounds), max(b[1] for b in bounds)
-        elif e.target.kernels[node.op].looks_up:
+        elif op_of(node).lookup:
             given = integer_bounds(q)
         return integer_clamp(q, clip, fuses, given)
 

@@ -13,15 +13,17 @@ from kquant.grids.grid import Grid
 from kquant.keras.model import insert
 from kquant.quantize.calibrate import place
 from kquant.targets.litert.elementwise import move, real
-from kquant.targets.litert.kernels import KERNELS
+from kquant.targets.litert.kernels import KERNELS, REFERENCE_KERNELS
+from kquant.targets.litert.reference.interpreter import IntegerReference
 from kquant.targets.litert.runtime import TFLiteModel
+from kquant.targets.litert.target import LITERT
 from kquant.targets.litert.writer import write_tflite
 from kquant.targets.operand import Call, Operand
+from kquant.targets.target import register_target
 from tests.support.graphs import chain, conv, dense, depthwise, integers, op, quantized, rng
 from tests.support.operations import GRAPHS, INT8_ONLY, LINEAR
 from tests.support.toy import asked
 
-LSB = {"prelu": 1, "hard_swish": 1}  # the real function, rounded; the kernels have a fixed-point formula
 MOVES = {"reshape", "transpose", "slice", "pad", "pad_value", "pad_reflect", "pad_symmetric", "nearest_corner"}
 CASES = [(name, c) for name in GRAPHS for c in (8, 16) if c == 8 or name not in INT8_ONLY]
 
@@ -35,7 +37,7 @@ def quantized_on(graph, x, **settings):
     return quantized(graph, [v[:4] for v in x], **settings)
 
 
-def check(qgraph: QuantizedGraph, x, container: int, lsb: int = 0):
+def check(qgraph: QuantizedGraph, x, container: int):
     """The simulation's integers are those of the file under the default kernels."""
     content, _ = write_tflite(qgraph)
     found = TFLiteModel(content).run(integers(qgraph, x))[0].astype(np.int64)
@@ -45,7 +47,7 @@ def check(qgraph: QuantizedGraph, x, container: int, lsb: int = 0):
     # an int16 kernel saturates at -32768, which is no integer of the symmetric grid
     found = np.maximum(found, -32767) if container == 16 else found
     assert len(np.unique(found)) > 2  # not all saturated
-    np.testing.assert_allclose(ours, found, atol=lsb, rtol=0)
+    np.testing.assert_array_equal(ours, found)
 
 
 def with_ties(q: QuantizedGraph) -> QuantizedGraph:
@@ -61,7 +63,7 @@ def with_ties(q: QuantizedGraph) -> QuantizedGraph:
 def test_equals_the_default_kernels(name, container):
     graph = GRAPHS[name]()
     x = feeds(graph)
-    check(quantized_on(graph, x, bits=container, container=container), x, container, LSB.get(name, 0))
+    check(quantized_on(graph, x, bits=container, container=container), x, container)
 
 
 @pytest.mark.parametrize("name, container", [c for c in CASES if c[0] not in MOVES])
@@ -69,7 +71,7 @@ def test_ties_are_rounded_as_the_kernels_do(name, container):
     graph = GRAPHS[name]()
     x = feeds(graph)
     q = quantized_on(graph, x, bits=container, container=container)
-    check(with_ties(q), x, container, LSB.get(name, 0))
+    check(with_ties(q), x, container)
 
 
 def _transposed_11():
@@ -144,3 +146,31 @@ def test_gradients_are_those_of_the_real_function(name, container):
         real = compute(node, [o.value for o in operands])
     for c in centered:
         np.testing.assert_allclose(tape.gradient(ours, c), tape.gradient(real, c), rtol=1e-4, atol=1e-6)
+
+
+def check_reference(qgraph: QuantizedGraph, x):
+    """The integers of the reference kernels' arithmetic on tensors are those of its formulas in numpy."""
+    name = register_target(replace(LITERT, name="reference", kernels=REFERENCE_KERNELS)).name
+    content, _ = write_tflite(qgraph)
+    reference = IntegerReference(content)
+    found = reference.run(integers(qgraph, x))[reference.output_names[0]].astype(np.int64)
+    q = qgraph.activations[qgraph.graph.outputs[0]]
+    y = np.asarray(insert(qgraph, {"target": name})(x if len(x) > 1 else x[0]))
+    np.testing.assert_array_equal(np.rint(y / q.scale).astype(np.int64) + q.zero_point, found)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_reference_arithmetic_equals_its_numpy(name, ties):
+    graph = GRAPHS[name]()
+    x = feeds(graph)
+    q = quantized_on(graph, x)
+    check_reference(with_ties(q) if ties and name not in MOVES else q, x)
+
+
+@pytest.mark.parametrize("weight_bits", [4, 2])
+@pytest.mark.parametrize("name", LINEAR)
+def test_reference_arithmetic_of_packed_weights_equals_its_numpy(name, weight_bits):
+    graph = LINEAR[name]()
+    x = feeds(graph)
+    check_reference(quantized_on(graph, x, weight_bits=weight_bits, per_channel=weight_bits > 2), x)

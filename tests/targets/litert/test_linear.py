@@ -10,11 +10,13 @@ import tensorflow as tf
 
 from kquant.errors import ExportError
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import BIAS, QUANTIZED_WEIGHT, compute, evaluate, weight_view
+from kquant.graph.ops import OPS, bias_of, compute, evaluate, weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid, dequantize, fake_quantize, quantize
+from kquant.keras.model import insert
 from kquant.targets.litert.flatbuffer import read_tensors
 from kquant.targets.litert.kernels import KERNELS as RECORDS
+from kquant.targets.litert.runtime import TFLiteModel
 from kquant.targets.litert.writer import write_tflite
 from kquant.targets.operand import Call, Operand
 from tests.support.graphs import (
@@ -26,6 +28,7 @@ from tests.support.graphs import (
     integers,
     quantized,
     rng,
+    weight_grid,
 )
 from tests.support.litert_files import run
 from tests.support.operations import LINEAR
@@ -40,7 +43,7 @@ def _feed(graph: Graph, batch: int = 2) -> np.ndarray:
 
 def _kernel(graph: Graph) -> tuple[Node, str]:
     node = graph[graph.outputs[0]]
-    return node, f"{node.name}/{QUANTIZED_WEIGHT[node.op][0]}"
+    return node, f"{node.name}/{weight_of(node).name}"
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
@@ -75,7 +78,7 @@ def test_int16_activations(name: str, bits: int) -> None:
     tensors = read_tensors(content)
     if bits == 4:
         assert tensors[kernel].type == ("INT8" if name in ("depthwise", "transposed", "affine") else "INT4")
-    assert tensors[f"{node.name}/{BIAS[node.op]}"].type == "INT64"
+    assert tensors[f"{node.name}/{bias_of(node)}"].type == "INT64"
     for k in KERNELS:
         check_file(content, qgraph, integers(qgraph, [x]), k, lsb=2)
 
@@ -117,7 +120,7 @@ def test_float_modes(name: str, mode: str, bits: int) -> None:
     view = weight_view(node)
     half = view.astype(np.float16).astype(np.float32)
     weights = half if mode == "float16" else fake_quantize(view, qgraph.weights[node.name])
-    key = QUANTIZED_WEIGHT[node.op][0]
+    key = weight_of(node).name
     want = np.asarray(compute(node, [x], {**node.weights, key: weights.reshape(node.weights[key].shape)}))
     assert report.float_nodes == {node.name: ""}
     # hybrid kernels quantize the input of every sample to 8 bits
@@ -187,7 +190,7 @@ def rounded(kind: str, acc: list[float], bits: int, container: int, depth: int =
     kernel = {"conv2d": (1, 1, depth // groups, cout), "depthwise_conv2d": (1, 1, cout, 1), "affine": (cout,)}
     shape = {**kernel, "conv2d_transpose": (1, 1, cout, depth), "dense": (depth, cout)}[kind]
     attrs = {"strides": (1, 1), "padding": "same", "dilation": (1, 1), "groups": groups}
-    node = Node(name=kind, op=kind, shape=(None, 1, 1, cout), attrs=attrs, weights={QUANTIZED_WEIGHT[kind][0]: shape})
+    node = Node(name=kind, op=kind, shape=(None, 1, 1, cout), attrs=attrs, weights={OPS[kind].weight.name: shape})
     channels = cout if kind in ("depthwise_conv2d", "affine") else depth
     one, zero = tf.constant(1.0), tf.constant(0.0)
     call = Call(
@@ -195,7 +198,7 @@ def rounded(kind: str, acc: list[float], bits: int, container: int, depth: int =
         inputs=[Operand(tf.zeros((1, 1, 1, channels)), tf.constant(0.25), zero, container)],
         out=Operand(None, one, zero, container),
         weight=Operand(tf.zeros(shape), one, 0.0, bits),
-        weights={BIAS[kind]: tf.constant(acc) * 0.25},
+        weights={OPS[kind].bias: tf.constant(acc) * 0.25},
     )
     return np.ravel(RECORDS[kind].arithmetic[container](call))
 
@@ -222,3 +225,24 @@ def test_which_kernel_rounds(kind: str, bits: int, container: int, shape: dict[s
 @pytest.mark.parametrize("kind, bits", [("depthwise_conv2d", 4), ("conv2d_transpose", 4), ("conv2d_transpose", 8)])
 def test_vectorized_in_blocks_of_8_channels(kind: str, bits: int) -> None:
     np.testing.assert_array_equal(rounded(kind, [-6.0] * 11, bits, 8), [-1] * 8 + [-2] * 3)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_affine_equals_the_default_kernel(seed: int) -> None:
+    """A factor and an offset for each channel, on random shapes and grids."""
+    g = rng(seed)
+    channels = int(g.integers(1, 40))
+    shape = (*(int(v) for v in g.integers(1, 20, int(g.integers(3)))), channels)
+    factor = (g.normal(size=channels) * np.exp(g.uniform(-5, 3))).astype(np.float32)
+    x = Grid(np.float32(np.exp(g.uniform(-6, 0))), np.int32(g.integers(-128, 128)), -128, 127)
+    offset = (g.normal(size=channels) * np.abs(factor).max() * x.scale * 40).astype(np.float32)
+    weights = {"scale": factor, "offset": offset}
+    graph = chain(shape, Node(name="affine", op="affine", shape=(None, *shape), weights=weights))
+    q = g.integers(-128, 128, (int(g.integers(2, 5)), *shape)).astype(np.int8)
+    real = x.scale * (q - np.float32(x.zero_point)) * factor + offset
+    y = grid(float(real.min()), float(real.max()) * np.exp(g.uniform(-1, 1)) + 1e-3)
+    w = weight_grid(graph["affine"], per_channel=bool(g.integers(2)))
+    qgraph = QuantizedGraph(graph, {"x": x, "affine": y}, {"affine": w})
+    content, _ = write_tflite(qgraph)
+    values = insert(qgraph, {"target": "litert"})(x.scale * (q - np.float32(x.zero_point)))
+    np.testing.assert_array_equal(np.rint(values / y.scale) + y.zero_point, TFLiteModel(content).run([q])[0])

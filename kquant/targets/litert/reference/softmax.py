@@ -88,8 +88,8 @@ def _lookup(table: np.ndarray, q: np.ndarray) -> np.ndarray:
     return table[index] + (((table[index + 1] - table[index]) * (q & 0x7F) + 64) >> 7)
 
 
-def _softmax_16(op: Operator, x: Values) -> np.ndarray:
-    """Softmax from two interpolated tables: exp on [-10, 0] and 1 / (1 + x) on [0, 1]."""
+def softmax_16(op: Operator, x: Values, reciprocals: np.ndarray = RECIPROCAL) -> np.ndarray:
+    """Softmax from two interpolated tables: exp on [-10, 0] and 1 / (1 + x) on [0, 1], `reciprocals`."""
     value = np.asarray(x[0]).astype(np.int64)
     beta = np.float32(op.option("beta", 1.0))
     by = quantize_multiplier(np.float64(op.given(0).s * beta) / (10.0 / 65535.0))
@@ -98,7 +98,7 @@ def _softmax_16(op: Operator, x: Values) -> np.ndarray:
     total = exps.sum(axis=-1, keepdims=True)
     headroom = leading_zeros(total)
     shifted = ((total << (headroom - 1)) + (1 << 13)) >> 14
-    reciprocal = _lookup(RECIPROCAL, np.clip(shifted - (1 << 15) - (1 << 16), -32768, 32767))
+    reciprocal = _lookup(reciprocals, np.clip(shifted - (1 << 15) - (1 << 16), -32768, 32767))
     right = 31 - headroom
     y = (exps * reciprocal + (np.int64(1) << (right - 1))) >> right
     return np.clip(y, 0, 32767).astype(np.int16)
@@ -106,4 +106,4 @@ def _softmax_16(op: Operator, x: Values) -> np.ndarray:
 
 def softmax(op: Operator, x: Values) -> np.ndarray:
     """SOFTMAX on the last axis."""
-    return (_softmax_16 if op.given(0).dtype == np.int16 else _softmax_8)(op, x)
+    return (softmax_16 if op.given(0).dtype == np.int16 else _softmax_8)(op, x)

@@ -1,0 +1,1 @@
+"""TensorFlow Lite Micro: its interpreter, its arithmetic in numpy, its rules."""

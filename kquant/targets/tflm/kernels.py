@@ -1,0 +1,91 @@
+"""TensorFlow Lite Micro's kernels: LiteRT's own, but for what they refuse and what they round differently.
+
+`reference` has the same differences in numpy. Containers and numbers of axes were tried with the interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from kquant.graph.ops import compute
+from kquant.targets.builtin import Reference
+from kquant.targets.kernel import Arithmetic, Kernel
+from kquant.targets.litert import kernels as litert
+from kquant.targets.litert.activations import softmax_16
+from kquant.targets.litert.elementwise import fixed_point_sum, rescale
+from kquant.targets.litert.fixed_point import Tensor, double_rounding, doubles, integers, reduced, scaled
+from kquant.targets.litert.fixed_point import with_gradient_of as with_gradient
+from kquant.targets.litert.layout import fixed_point_resize
+from kquant.targets.litert.linear import accumulate
+from kquant.targets.litert.reductions import fixed_point_mean
+from kquant.targets.operand import Call
+from kquant.targets.tflm.reference import DIFFERENT, RECIPROCAL
+
+
+def _mul(call: Call) -> Tensor:
+    """The product times s_a s_b / s_y, that factor in float64."""
+    (a, b), out = call.inputs, call.out
+    s_a, s_b, s_y = doubles(a.scale, b.scale, out.scale)
+    return with_gradient(a.value * b.value / out.scale, scaled(integers(a) * integers(b), s_a * s_b / s_y))
+
+
+def _leaky_relu(call: Call) -> Tensor:
+    """One 31-bit multiplier for either sign, from factors in float64."""
+    x, out = call.inputs[0], call.out
+    s_x, s_y = doubles(x.scale, out.scale)
+    slope, q = float(np.float32(call.node.attrs["alpha"])), integers(x)
+    found = tf.where(q >= 0, scaled(q, s_x / s_y), scaled(q, s_x * slope / s_y))
+    return with_gradient(compute(call.node, [x.value]) / out.scale, found)
+
+
+def _both(arithmetic: Arithmetic) -> dict[int, Arithmetic]:
+    return {8: arithmetic, 16: arithmetic}
+
+
+_CONVOLUTION: Mapping[int, Arithmetic] = {
+    8: accumulate(lambda call: double_rounding(True)),
+    16: accumulate(lambda call: reduced),
+}
+_SUM = {8: fixed_point_sum(20), 16: fixed_point_sum(15)}
+_INT4 = {8: (4,)}
+
+
+def _only_8(op: str) -> dict[int, Arithmetic]:
+    return {8: litert.KERNELS[op].arithmetic[8]}
+
+
+# operation -> fields of LiteRT's record that differ
+_CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "conv2d": {"arithmetic": _CONVOLUTION, "weights": _INT4},
+    "depthwise_conv2d": {"arithmetic": _CONVOLUTION, "weights": _INT4},
+    "conv2d_transpose": {"arithmetic": _CONVOLUTION},
+    "dense": {"arithmetic": _CONVOLUTION, "weights": {}},  # it refuses int4 with a scale per channel
+    "affine": {"arithmetic": _CONVOLUTION},
+    "add": {"arithmetic": _SUM},
+    "sub": {"arithmetic": _SUM},
+    "mul": {"arithmetic": _both(_mul)},
+    "requantize": {"arithmetic": _both(rescale)},
+    "clip": {"arithmetic": _both(rescale), "fuses": ("NONE", "RELU")},  # RELU6 does not requantize
+    "leaky_relu": {"arithmetic": _both(_leaky_relu)},
+    "softmax": {"arithmetic": {**_only_8("softmax"), 16: softmax_16(RECIPROCAL)}},
+    "mean": {"arithmetic": _both(fixed_point_mean)},
+    "reduce_max": {"arithmetic": _only_8("reduce_max")},
+    "resize": {"arithmetic": {8: fixed_point_resize}},
+    "embedding": {"arithmetic": _only_8("embedding")},
+    "transpose": {"max_rank": 5},
+    "slice": {"max_rank": 4},
+}
+_MISSING = frozenset({"gelu"})
+
+KERNELS: Mapping[str, Kernel] = MappingProxyType(
+    {op: replace(k, **_CHANGES.get(op, {})) for op, k in litert.KERNELS.items() if op not in _MISSING}
+)
+REFERENCE: Mapping[str, Reference] = MappingProxyType(
+    {**litert.REFERENCE, **{code: Reference(compute=f) for code, f in DIFFERENT.items()}}
+)

@@ -1,0 +1,82 @@
+"""Weights on tables and blocks, from `quantize_model` to the file and its parity, on stock int8 kernels."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import kquant
+from kquant.grids.grid import fake_quantize
+from kquant.keras.model import extract
+from kquant.targets.litert.flatbuffer import read_tensors
+
+X = np.random.default_rng(1).normal(size=(64, 8, 8, 3)).astype(np.float32)
+CONFIGS = {
+    "ternary": {"preset": "w8a8", "weights": {"bits": 2, "format": "ternary"}},
+    "16 centroids a channel": {"preset": "w4a8-kmeans"},
+    "blocks of 32": {"preset": "w4a8-b32"},
+    "16 centroids, nearest": {"preset": "w4a8-kmeans", "adaround": False},
+    "16 centroids, 16 bits": {"preset": "w4a16-kmeans"},
+}
+
+
+def network() -> keras.Model:
+    keras.utils.set_random_seed(0)
+    x = inputs = keras.Input((8, 8, 3), name="image")
+    x = layers.Conv2D(48, 3, strides=2, padding="same", activation="relu", name="conv")(x)
+    x = layers.DepthwiseConv2D(3, padding="same", activation="relu", name="depthwise")(x)
+    x = layers.Conv2D(32, 1, activation="relu", name="pointwise")(x)
+    x = layers.Flatten()(x)
+    return keras.Model(inputs, layers.Dense(5, name="dense")(x))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_integers_are_allowed_ones_and_the_file_computes_what_is_simulated(name, tmp_path):
+    model = network()
+    qmodel = kquant.quantize_model(model, X, CONFIGS[name], progress=False)
+    path = tmp_path / "model.tflite"
+    report = kquant.export_tflite(qmodel, path)
+    qgraph, tensors = extract(qmodel), read_tensors(path)
+    assert not report.float_ops
+    for node in ("conv", "depthwise", "pointwise", "dense"):
+        grid, integers = qgraph.weights[node], qgraph.integers[node]
+        assert grid.table is not None
+        levels = np.stack([np.broadcast_to(v, integers.shape) for v in grid.levels(integers.shape)])
+        assert (integers == levels).any(axis=0).all()
+        assert sorted(np.unique(tensors[f"{node}/kernel"].data)) == sorted(np.unique(integers))
+    parity = kquant.verify_tflite(qmodel, path, X[:32])
+    assert parity.ok and parity.reference_max_lsb == 0, str(parity)
+    want, found = model.predict(X, verbose=0), kquant.TFLiteModel(path).predict(X)[0]
+    assert 10 * np.log10(np.square(want).sum() / np.square(want - found).sum()) > (8 if name == "ternary" else 18)
+    qmodel.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert kquant.export_tflite(loaded).content == report.content
+
+
+def test_int8_tensors_hold_tables_wider_than_their_codes():
+    qmodel = kquant.quantize_model(network(), X, "w4a8-kmeans", progress=False)
+    stored = read_tensors(kquant.export_tflite(qmodel).content)
+    assert {stored[f"{n}/kernel"].type for n in ("conv", "pointwise", "dense")} == {"INT8"}
+    assert all(len(np.unique(row)) <= 16 for row in stored["pointwise/kernel"].data.reshape(32, -1))
+
+
+@pytest.mark.parametrize("config", ["w4a8-kmeans", "w4a8-b32", "w2a8-ternary"])
+def test_training_keeps_to_the_table_and_moves_scales(config):
+    qat = kquant.prepare_qat(network(), X, config, progress=False)
+    before = extract(qat)
+    qat.compile(keras.optimizers.Adam(0.02), "mse")
+    qat.fit(X, np.random.default_rng(2).normal(size=(64, 5)), epochs=2, verbose=0)
+    after = extract(qat)
+    for node, grid in after.weights.items():
+        np.testing.assert_array_equal(grid.table, before.weights[node].table)
+        assert np.any(grid.scale != before.weights[node].scale)
+        assert np.any(after.integers[node] != before.integers[node]), node
+    assert kquant.verify_tflite(qat, kquant.export_tflite(qat).content, X[:32]).ok
+
+
+def test_the_simulation_has_the_values_of_the_integers():
+    qmodel = kquant.quantize_model(network(), X, "w4a8-b32", progress=False)
+    layer, qgraph = qmodel.get_layer("dense"), extract(qmodel)
+    real = np.asarray(layer._real_weights()["kernel"])
+    np.testing.assert_array_equal(real, fake_quantize(real, qgraph.weights["dense"]))
+    np.testing.assert_array_equal(real, qgraph.integers["dense"] * qgraph.weights["dense"].scale)
