@@ -119,7 +119,7 @@ class Switches:
     @property
     def on(self) -> tuple[str, ...]:
         """The names of those that are on."""
-        return tuple(name for name, states in self._states.items() if bool(states[0]))
+        return tuple(name for name, states in self._states.items() if bool(states[0].numpy()))
 
     def switch(self, on: Collection[str]) -> None:
         """Switch exactly these quantizers on, and all others off.
