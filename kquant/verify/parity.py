@@ -287,7 +287,7 @@ def _tensor_parity(
 ) -> tuple[TensorParity, ...]:
     """Reference and simulation against the kernels' own tensors, operator by operator."""
     graph = qgraph.graph
-    layers = {layer.node.name: layer for layer in model.layers if isinstance(layer, QuantizedLayer)}
+    layers = model.quantized_layers
     expected = reference.run([stored[graph_input] for graph_input in reference.input_names])
     rows = []
     for name, value in stored.items():
