@@ -121,7 +121,6 @@ def test_rules_that_match_nothing_are_listed_with_suggestions():
         ({"rules": [{"name": "x", "weights": {"simmetric": True}}]}, "symmetric"),
         ({"weights": {"method": "mse2"}}, "mse"),
         ({"logits": "crossentropy"}, "cross_entropy"),
-        ({"target": "tflite_int_8"}, "tflite_int8"),
         ({"preset": "w8a8-per_tenser"}, "w8a8-per_tensor"),
     ],
 )
