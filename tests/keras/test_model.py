@@ -35,13 +35,13 @@ def test_constants_and_odd_weights_survive(name):
     graph = GRAPHS[name]()
     x = [np.random.default_rng(k).normal(size=(2, *graph[n].shape[1:])).astype("float32") for k, n in enumerate(graph.inputs)]  # fmt: skip # noqa: E501
     qgraph = quantized(graph, x)
-    assert_same(qgraph, extract(insert(qgraph, asked("tflite_int8"))))
+    assert_same(qgraph, extract(insert(qgraph, asked("litert"))))
 
 
 def test_a_layer_that_stays_float_is_fenced_and_survives():
     qgraph = toy_qgraph(rules=[{"name": "^dw$", "float": True}])
     assert qgraph.activations["dw"] is None
-    found = extract(insert(qgraph, asked("tflite_int8")))
+    found = extract(insert(qgraph, asked("litert")))
     assert_same(qgraph, found)
     assert found.graph["dw"].weights["kernel"].shape == (3, 3, 8, 1)
 
@@ -61,7 +61,7 @@ def test_float_layers_are_copies_with_the_same_weights():
     graph = prepare_graph(model)
     data = CalibrationData(x, [("tokens", (None, 6, 4), "float32")])
     qgraph = quantize_graph(make_plan(graph, config()), data, progress=False)
-    found = extract(insert(qgraph, asked("tflite_int8")))
+    found = extract(insert(qgraph, asked("litert")))
     assert_same(qgraph, found)
     floats = [n.name for n in graph if n.op == "float"]
     assert floats
@@ -91,7 +91,7 @@ def test_nothing_is_shared_with_the_users_model():
 
 
 def test_extract_reads_the_variables_as_they_stand():
-    model = insert(toy_qgraph(), asked("tflite_int8"))
+    model = insert(toy_qgraph(), asked("litert"))
     layer = model.get_layer("fc")
     layer.variables_by_name["bias"].assign(np.float32([1, 2, 3, 4, 5]))
     layer.output_quantizer.scale.assign(0.125)
@@ -102,7 +102,7 @@ def test_extract_reads_the_variables_as_they_stand():
 
 
 def test_a_shared_grid_is_read_from_its_source():
-    model = insert(toy_qgraph(), asked("tflite_int8"))
+    model = insert(toy_qgraph(), asked("litert"))
     model.get_layer("add").output_quantizer.scale.assign(0.75)
     found = extract(model).activations
     assert {float(found[n].scale) for n in ("add", "cat", "pool")} == {0.75}
@@ -112,8 +112,8 @@ def test_the_containers_of_shared_grids_are_known():
     """A resize has no grid of its own, and its arithmetic differs between int8 and int16."""
     graph = GRAPHS["bilinear"]()
     x = np.random.default_rng(0).normal(size=(2, *graph["x"].shape[1:])).astype(np.float32)
-    for bits, target in ((8, "tflite_int8"), (16, "tflite_int16x8")):
-        model = insert(quantized(graph, [x], bits=bits, container=bits), asked(target))
+    for bits in (8, 16):
+        model = insert(quantized(graph, [x], bits=bits, container=bits), asked("litert"))
         assert model.get_layer("resize").activation_bits == bits
         copy = QuantizedModel.from_config(model.get_config())
         assert copy.get_layer("resize").activation_bits == bits
@@ -122,7 +122,7 @@ def test_the_containers_of_shared_grids_are_known():
 def test_integer_inputs_and_inputs_that_are_outputs():
     graph = chain((5,), dtype="int32")
     qgraph = QuantizedGraph(graph, {"x": None}, {})
-    model = insert(qgraph, asked("tflite_int8"))
+    model = insert(qgraph, asked("litert"))
     assert not any(isinstance(layer, QuantizedLayer) for layer in model.layers)
     assert_same(qgraph, extract(model))
 
