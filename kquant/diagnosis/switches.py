@@ -80,9 +80,10 @@ class Switches:
         nodes = [(node, kind) for node in self.qgraph.graph for kind in (WEIGHTS, ACTIVATIONS)]
         owned = [(node, kind, found[node.name, kind]) for node, kind in nodes if (node.name, kind) in found]
         self.quantizers = tuple(_quantizer(node, kind, own[0].to_grid()) for node, kind, own in owned)
-        self._states = {q.name: [f.on for f in own] for q, (_, _, own) in zip(self.quantizers, owned, strict=True)}
-        if any(on is None for states in self._states.values() for on in states):
+        if any(quantizer.on is None for own in found.values() for quantizer in own):
             raise ModelError(f"The quantizers of {model.name!r} cannot be switched: make it with Switches.of.")
+        states = [[f.on for f in own if f.on is not None] for _, _, own in owned]
+        self._states = {q.name: own for q, own in zip(self.quantizers, states, strict=True)}
         self.switch(())
 
     @classmethod
