@@ -160,8 +160,8 @@ def round_layer(
     """One layer of `adaround`, from passes over its inputs (x, x^)."""
     if grid.table is not None and settings.solver != "descent":
         raise ConfigError(
-            f"{node.origin or node.name!r}: the solver {settings.solver!r} relaxes between two neighbouring integers, and "
-            'the weights have a table of allowed ones; use solver="descent".'
+            f"{node.origin or node.name!r}: the solver {settings.solver!r} relaxes between two neighbouring integers, "
+            'and the weights have a table of allowed ones; use solver="descent".'
         )
     key = weight_of(node).name
     kernel, view = node.weights[key], weight_view(node)
