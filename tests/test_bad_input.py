@@ -50,7 +50,7 @@ def test_an_all_zero_channel_and_an_all_zero_layer_stay_exact():
     model.get_layer("conv").set_weights([kernel, bias])
     model.get_layer("fc").set_weights([np.zeros((4, 3), np.float32), np.float32([1, -2, 3])])
     qmodel = quantize(model)
-    np.testing.assert_allclose(qmodel.predict(images(), verbose=0), model.predict(images(), verbose=0), atol=0.02)
+    np.testing.assert_allclose(np.asarray(qmodel(images())), np.asarray(model(images())), atol=0.02)
     assert kquant.verify_tflite(qmodel, kquant.export_tflite(qmodel).content, images()).ok
 
 
@@ -58,7 +58,7 @@ def test_a_constant_activation_quantizes():
     model = small()
     model.get_layer("conv").set_weights([np.zeros((3, 3, 2, 4), np.float32), np.float32([0.5] * 4)])
     qmodel = quantize(model)
-    np.testing.assert_allclose(qmodel.predict(images(), verbose=0), model.predict(images(), verbose=0), atol=0.02)
+    np.testing.assert_allclose(np.asarray(qmodel(images())), np.asarray(model(images())), atol=0.02)
     assert kquant.verify_tflite(qmodel, kquant.export_tflite(qmodel).content, images()).ok
 
 
@@ -78,7 +78,7 @@ NEAR = {"w8a8-per_tensor": 0.03, "w4a8": 0.3}
 def assert_near_and_exported(model: keras.Model, data: np.ndarray, config: str) -> None:
     """On its calibration data the model is near the float one, as far as its bits permit, and its file has parity."""
     qmodel = quantize(model, data, config)
-    want, got = model.predict(data, verbose=0), qmodel.predict(data, verbose=0)
+    want, got = np.asarray(model(data)), np.asarray(qmodel(data))
     np.testing.assert_allclose(got, want, atol=NEAR[config] * max(np.ptp(want), 1))
     assert kquant.verify_tflite(qmodel, kquant.export_tflite(qmodel).content, images()).ok
 
@@ -88,7 +88,7 @@ def assert_near_and_exported(model: keras.Model, data: np.ndarray, config: str) 
 def test_steps_survive_inputs_that_are_all_alike(config, value):
     qmodel = quantize(small(), np.full((16, 6, 6, 2), value, np.float32), config)
     same = np.full((1, 6, 6, 2), value, np.float32)
-    np.testing.assert_allclose(qmodel.predict(same, verbose=0), small().predict(same, verbose=0), atol=0.05)
+    np.testing.assert_allclose(np.asarray(qmodel(same)), np.asarray(small()(same)), atol=0.05)
 
 
 @STEPS
@@ -231,7 +231,7 @@ def test_an_unserializable_lambda_is_named():
     except kquant.ModelError as error:
         assert "closure" in str(error)
     else:  # traced into operations: then it must be reported as float, and compute the same
-        assert np.isfinite(qmodel.predict(images(), verbose=0)).all()
+        assert np.isfinite(np.asarray(qmodel(images()))).all()
         assert qmodel.quantization.skipped
 
 

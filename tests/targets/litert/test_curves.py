@@ -17,8 +17,8 @@ from kquant.targets.litert.reader import Operator, read
 from kquant.targets.litert.runtime import TFLiteModel
 from kquant.targets.litert.writer import write_tflite
 from kquant.targets.operand import Call, Operand
+from tests.support.graphs import chain, op, rng
 from tests.targets.litert.cases import scale
-from tests.targets.litert.graphs import chain, op, rng
 
 ALL = np.arange(-128, 128, dtype=np.int8)
 CURVES: dict[str, tuple[str, dict[str, Any], Any]] = {

@@ -12,8 +12,8 @@ from kquant.targets.litert.kernels import KERNELS
 from kquant.targets.litert.runtime import TFLiteModel
 from kquant.targets.litert.writer import write_tflite
 from kquant.targets.operand import Call, Operand
+from tests.support.graphs import chain, op, rng
 from tests.targets.litert.cases import scale
-from tests.targets.litert.graphs import chain, op, rng
 
 AXES = ((1, 2), (1,), (2,), (3,), (1, 3), (2, 3), (1, 2, 3))
 
