@@ -12,7 +12,7 @@ import numpy as np
 import kquant
 from kquant.diagnosis.metrics import make_metric, predict, read_samples
 from kquant.diagnosis.sensitivity import sensitivity
-from kquant.diagnosis.switches import SwitchedModel
+from kquant.diagnosis.switches import Switches
 
 from . import zoo
 from .tables import OFF, Options, Table
@@ -64,18 +64,18 @@ class Ranking:
 def rank_twice(name: str, config: str, samples: int) -> Ranking:
     """Rank the quantizers of a preset by KL divergence from the float model, on two halves of evaluation samples."""
     qmodel = kquant.quantize_model(zoo.load_model(name), zoo.calibration(name, 200), config, progress=False)
-    switched = SwitchedModel.of(qmodel)
+    switches = Switches.of(qmodel)
     x = np.concatenate([x for x, _ in zoo.MODELS[name].evaluation(samples)])
     names, passes = [], []
     for half in (x[::2], x[1::2]):
-        data = read_samples(half, switched.qgraph.graph, batch_size=64)
-        metric = make_metric("kl", data, switched)
-        for compiled in (qmodel, switched):
-            predict(compiled, read_samples(half[:64], switched.qgraph.graph, batch_size=64))
+        data = read_samples(half, switches.qgraph.graph, batch_size=64)
+        metric = make_metric("kl", data, switches.model)
+        for compiled in (qmodel, switches.model):
+            predict(compiled, read_samples(half[:64], switches.qgraph.graph, batch_size=64))
         started = time.perf_counter()
         predict(qmodel, data)
         middle = time.perf_counter()
-        found = sensitivity(switched, metric, alone_off=False)
+        found = sensitivity(switches, metric, alone_off=False)
         passes.append((time.perf_counter() - middle) / (middle - started))
         names.append([f"{r.node}:{r.kind}" for r in found])
     return Ranking((names[0], names[1]), (passes[0], passes[1]))

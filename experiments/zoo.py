@@ -138,15 +138,16 @@ def trainable() -> list[str]:
     return [name for name, entry in {**MODELS, **OWN}.items() if entry.training]
 
 
-def top1(content: bytes, batches: Iterable[Any]) -> tuple[float, int]:
-    """Accuracy in percent of a file under the default kernels, and the number of samples.
+def top1(content: bytes, batches: Iterable[Any], kernels: str = "default") -> tuple[float, int]:
+    """Accuracy in percent of a file on LiteRT, and the number of samples.
 
     Args:
         content: the file.
         batches: (inputs, labels), see `RealModel.evaluation`.
+        kernels: of `kquant.TFLiteModel`.
     """
     # LiteRT's float convolution computes garbage for few channels when several threads share it
-    model = kquant.TFLiteModel(content, threads=cpus() if only_integer_ops(content) else 1)
+    model = kquant.TFLiteModel(content, kernels, threads=cpus() if only_integer_ops(content) else 1)
     return _top1(lambda x: model.predict(x, batch_size=len(x))[0], batches)
 
 

@@ -2,8 +2,8 @@
 
 Every file has the columns of its table, then `command` (what made the row) and `note` (where and how, if it matters).
 Older rows were made when `experiments` was a part of `tools`, by the command of the same name there. Numbers are plain;
-"81.17 ± 1.25" is the mean and half the range of repeated measurements. What the documents show is made from these files:
-`python -m experiments.results --write`.
+"81.17 ± 1.25" is the mean and half the range of repeated measurements. What the documents show is made of
+these files: `python -m experiments.results --write`.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class QuantConfig:
         rules: changes for some layers; where several match, later ones win.
 
     Raises:
-        ConfigError: a field of the wrong type, or an unknown target.
+        ConfigError: a field of the wrong type.
     """
 
     weights: QuantSpec | None = WEIGHTS

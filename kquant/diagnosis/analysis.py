@@ -12,12 +12,13 @@ from tqdm.auto import tqdm
 
 from kquant.diagnosis.metrics import Samples, ratio_db
 from kquant.diagnosis.records import ChannelRanges, Quartiles, TensorRecord
-from kquant.diagnosis.switches import ACTIVATIONS, Quantizer, SwitchedModel, rounded
+from kquant.diagnosis.switches import ACTIVATIONS, Quantizer, Switches
 from kquant.errors import CalibrationError
 from kquant.graph.ir import Graph
 from kquant.graph.ops import op_of, weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid, fake_quantize
+from kquant.keras.fake_quant import FakeQuant, grid_settings
 from kquant.keras.model import QuantizedModel
 from kquant.quantize.data import CalibrationData
 
@@ -27,7 +28,7 @@ NEGLIGIBLE = 1e-6  # of the layer's largest weight: what batch normalizations le
 
 
 def tensor_records(
-    source: QuantizedModel | QuantizedGraph | SwitchedModel, data: Any, *, bins: int = 64, progress: bool = True
+    source: QuantizedModel | QuantizedGraph | Switches, data: Any, *, bins: int = 64, progress: bool = True
 ) -> tuple[TensorRecord, ...]:
     """What every quantizer does to the float network's tensor.
 
@@ -35,7 +36,7 @@ def tensor_records(
     inside the compiled graph, so memory grows neither with the data nor with its batches.
 
     Args:
-        source: what is quantized. The switches of a `SwitchedModel` are left all off.
+        source: what is quantized. Switches are left all off.
         data: `Samples`, or data of any kind that `quantize_model` takes and that can be read twice.
         bins: of the histograms.
         progress: show a progress bar.
@@ -46,29 +47,22 @@ def tensor_records(
     Raises:
         CalibrationError: the data is empty or does not fit, or a tensor is not finite.
     """
-    model = as_switched(source)
-    model.switch(())
-    batches = as_batches(data, model.qgraph.graph)
-    live = [q for q in model.quantizers if q.kind == ACTIVATIONS and q.op != "const"]
-    sums = _accumulate(model, live, _bar(batches, "ranges", progress))
-    counts = _histograms(model, live, sums, _bar(batches, "histograms", progress), bins)
+    switches = source if isinstance(source, Switches) else Switches.of(source)
+    switches.switch(())
+    batches = as_batches(data, switches.qgraph.graph)
+    live = [q for q in switches.quantizers if q.kind == ACTIVATIONS and q.op != "const"]
+    sums = _accumulate(switches, live, _bar(batches, "ranges", progress))
+    counts = _histograms(switches, live, sums, _bar(batches, "histograms", progress), bins)
     records = []
-    for q in model.quantizers:
+    for q in switches.quantizers:
         if q.name in sums:
             records.append(_record(q, sums[q.name], *counts[q.name]))
             continue
-        value, axis = _constant(model.qgraph.graph, q)
+        value, axis = _constant(switches.qgraph.graph, q)
         found = _sums_of_constant(value, axis, q.grid)
         lowest, highest = _edges(found)
         records.append(_record(q, found, *np.histogram(value, bins, (lowest, highest))))
     return tuple(records)
-
-
-def as_switched(source: QuantizedModel | QuantizedGraph | SwitchedModel) -> SwitchedModel:
-    """The switched model of anything quantized."""
-    if isinstance(source, SwitchedModel):
-        return source
-    return SwitchedModel(source) if isinstance(source, QuantizedGraph) else SwitchedModel.of(source)
 
 
 def as_batches(data: Any, graph: Graph) -> Samples | CalibrationData:
@@ -115,12 +109,14 @@ class _Sums:
         return _Sums(self.sums + other.sums, np.minimum(self.low, other.low), np.maximum(self.high, other.high))
 
 
-def _accumulate(model: SwitchedModel, quantizers: Sequence[Quantizer], batches: Iterable[Any]) -> dict[str, _Sums]:
+def _accumulate(switches: Switches, quantizers: Sequence[Quantizer], batches: Iterable[Any]) -> dict[str, _Sums]:
+    grids = [(q.grid, _fake_quant(q.grid)) for q in quantizers]
+
     def summarize(tensors: list[Tensor]) -> list[Any]:
-        return [_sums(x, q.grid) for x, q in zip(tensors, quantizers, strict=True)]
+        return [_sums(x, *grid) for x, grid in zip(tensors, grids, strict=True)]
 
     totals: dict[str, _Sums] = {}
-    for values in model.stream(batches, [q.node for q in quantizers], summarize):
+    for values in switches.stream(batches, [q.node for q in quantizers], summarize):
         for q, (sums, low, high) in zip(quantizers, values, strict=True):
             found = _Sums(sums, low, high)
             totals[q.name] = totals[q.name] + found if q.name in totals else found
@@ -133,12 +129,19 @@ def _accumulate(model: SwitchedModel, quantizers: Sequence[Quantizer], batches: 
     return totals
 
 
-def _sums(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_quant(grid: Grid) -> FakeQuant:
+    """The quantizer of a grid."""
+    quantizer = FakeQuant(**(grid_settings(grid) or {}))
+    quantizer.assign(grid)
+    return quantizer
+
+
+def _sums(x: Tensor, grid: Grid, quantizer: FakeQuant) -> tuple[Tensor, Tensor, Tensor]:
     """(`_Sums.sums`, low per channel, high per channel) of a tensor [n, ..., channels]."""
     low, high = _limits(grid)
     rows = tf.reshape(x, (-1, x.shape[-1] if x.shape.rank > 1 else 1))
     outside = tf.math.count_nonzero((x < low) | (x > high))
-    squares = [tf.reduce_sum(tf.square(v)) for v in (x, x - rounded(x, grid))]
+    squares = [tf.reduce_sum(tf.square(v)) for v in (x, x - quantizer.fake_quantize(x)[0])]
     counts = [tf.cast(v, tf.float64) for v in (outside, tf.size(x, tf.int64))]
     sums = tf.stack([*(tf.cast(s, tf.float64) for s in squares), *counts])
     return sums, tf.reduce_min(rows, 0), tf.reduce_max(rows, 0)
@@ -151,7 +154,7 @@ def _limits(grid: Grid) -> tuple[Array, Array]:
 
 
 def _histograms(
-    model: SwitchedModel, quantizers: Sequence[Quantizer], sums: dict[str, _Sums], batches: Iterable[Any], bins: int
+    switches: Switches, quantizers: Sequence[Quantizer], sums: dict[str, _Sums], batches: Iterable[Any], bins: int
 ) -> dict[str, tuple[Array, Array]]:
     edges = {q.name: _edges(sums[q.name]) for q in quantizers}
 
@@ -160,7 +163,7 @@ def _histograms(
         return [tf.histogram_fixed_width(x, r, bins) for x, r in zip(tensors, ranges, strict=True)]
 
     totals = {q.name: np.zeros(bins, np.int64) for q in quantizers}
-    for values in model.stream(batches, [q.node for q in quantizers], summarize):
+    for values in switches.stream(batches, [q.node for q in quantizers], summarize):
         for q, counts in zip(quantizers, values, strict=True):
             totals[q.name] += counts
     return {name: (totals[name], np.linspace(*edges[name], bins + 1)) for name in totals}

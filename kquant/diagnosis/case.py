@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from os import PathLike
@@ -12,7 +13,7 @@ from kquant.config.quant_config import QuantConfig
 from kquant.diagnosis.experiments import Laboratory, Measured, Outcome
 from kquant.diagnosis.metrics import Metric, Samples, class_indices
 from kquant.diagnosis.records import Finding, Sensitivity, Stage, TargetRecord, TensorRecord
-from kquant.diagnosis.switches import SwitchedModel
+from kquant.diagnosis.switches import WEIGHTS, Quantizer
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid
 from kquant.keras.model import QuantizedModel
@@ -28,7 +29,7 @@ class Case:
         config: the config in question.
         model, qgraph, quantization: the quantized model, what it computes, how it was quantized.
         plain: the float network with the same tensors and grids: weights as they were before AdaRound or bias
-            correction, so that all switches off is the float model.
+            correction, so that with all quantizers off it is the float model.
         expected: the graph that the config gives on the calibration data, for a model that the user passed.
         content: the file, None where there is none.
         is_own_calibration: the calibration data is not a part of the evaluation data.
@@ -77,9 +78,9 @@ def majority(metric: Metric) -> float:
     return float(np.bincount(labels.astype(np.int64).ravel()).max() / labels.size)
 
 
-def grids(model: SwitchedModel) -> dict[str, Grid]:
-    """Quantizer -> its grid."""
-    return {q.name: q.grid for q in model.quantizers}
+def grids(qgraph: QuantizedGraph, quantizers: Sequence[Quantizer]) -> dict[str, Grid | None]:
+    """Quantizer -> its grid in a graph, if it has one."""
+    return {q.name: (qgraph.weights if q.kind == WEIGHTS else qgraph.activations).get(q.node) for q in quantizers}
 
 
 def decisive(qgraph: QuantizedGraph) -> list[str]:

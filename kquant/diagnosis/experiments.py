@@ -19,9 +19,9 @@ import tensorflow as tf
 
 from kquant.config.quant_config import QuantConfig
 from kquant.diagnosis.metrics import Metric, Samples, class_indices, predict
-from kquant.diagnosis.switches import SwitchedModel
 from kquant.graph.ir import Graph
 from kquant.graph.quantized import QuantizedGraph
+from kquant.keras.model import insert
 from kquant.keras.quantize_model import quantize_to_graph
 from kquant.quantize.record import Quantization
 from kquant.targets.litert.runtime import TFLiteModel
@@ -181,9 +181,7 @@ class Laboratory:
         if content is not None:
             measured = self.measure_file(content, qgraph.graph)
         else:
-            model = SwitchedModel(qgraph, target)
-            model.switch(model.names)
-            measured = self.measure(model)
+            measured = self.measure(insert(qgraph, quantization))
         return Outcome(config=config, qgraph=qgraph, quantization=quantization, content=content, measured=measured)
 
 

@@ -23,7 +23,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from kquant.diagnosis.switches import SwitchedModel
 from kquant.errors import CalibrationError, ConfigError, ModelError
 from kquant.graph.ir import Graph
 from kquant.keras.model import QuantizedModel
@@ -117,7 +116,7 @@ def predict(model: Any, samples: Samples) -> list[Array]:
     """All outputs of a model, float32 [n, ...] each.
 
     Args:
-        model: a Keras model (the user's, a `QuantizedModel`, a `SwitchedModel`) or a `TFLiteModel`.
+        model: a Keras model (the user's, or a `QuantizedModel`) or a `TFLiteModel`.
         samples: what to run it on.
     """
     if isinstance(model, TFLiteModel):
@@ -130,7 +129,7 @@ def predict(model: Any, samples: Samples) -> list[Array]:
 def _as_fed(model: Any, batch: list[Array], names: Sequence[str]) -> Any:
     """A batch in the structure that the model was made with."""
     by_name = isinstance(getattr(model, "_inputs_struct", None), dict)
-    if by_name and not isinstance(model, QuantizedModel | SwitchedModel):
+    if by_name and not isinstance(model, QuantizedModel):
         return dict(zip(names, batch, strict=True))
     return batch[0] if len(batch) == 1 else batch
 
@@ -191,7 +190,7 @@ def make_metric(metric: Any, samples: Samples, float_model: Any) -> Metric:
     Args:
         metric: None, a name, a Keras metric, or a function (model) -> float.
         samples: from `read_samples`.
-        float_model: the float network, which runs once: a Keras model, or a `SwitchedModel` with all switches off.
+        float_model: the float network, which runs once: a Keras model, or one with all its quantizers switched off.
 
     Raises:
         ConfigError: the metric is unknown, or needs labels and there are none.

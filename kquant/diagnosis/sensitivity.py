@@ -1,6 +1,6 @@
 """How much each quantizer costs: alone on, and alone off.
 
-Every measurement sets the switches of one `SwitchedModel` and runs the samples through it once. They are
+Every measurement sets the `Switches` of one model and runs the samples through it once. They are
 independent of each other, so any `concurrent.futures.Executor` can run them, and a file can hold what is done.
 """
 
@@ -28,16 +28,14 @@ from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import QuantSpec
 from kquant.diagnosis.metrics import Metric, predict
 from kquant.diagnosis.records import Sensitivity
-from kquant.diagnosis.switches import SwitchedModel
+from kquant.diagnosis.switches import Switches
 from kquant.errors import ConfigError
 from kquant.graph.ir import Graph
 from kquant.graph.quantized import QuantizedGraph
-from kquant.keras.model import extract, insert
 from kquant.quantize.calibrate import quantize_graph
 from kquant.quantize.data import CalibrationData
 from kquant.quantize.plan import make_plan
-from kquant.quantize.record import Quantization
-from kquant.targets.target import Target, get_target
+from kquant.targets.target import get_target
 
 ALONE_ON, ALONE_OFF = "alone on", "alone off"
 Result = tuple[float, float]  # score, SQNR of the output in dB
@@ -61,36 +59,36 @@ class Task:
 
 
 class Workload:
-    """A quantized graph and a metric: what a worker needs for any task.
+    """A model with switches and a metric: what a worker needs for any task.
 
     Threads share it; pickled for another process it is the path of a file that it writes once, so the workers
     need to see this machine's folder for temporary files (TMPDIR). Every thread has a model of its own.
 
     Args:
-        qgraph, target: what is quantized.
+        switches: those of the calling thread's model.
         metric: what is measured.
-        model: a model of `qgraph` for the calling thread.
     """
 
-    def __init__(self, qgraph: QuantizedGraph, target: Target, metric: Metric, model: SwitchedModel | None = None):
-        self.qgraph, self.target, self.metric = qgraph, target, metric
+    def __init__(self, switches: Switches, metric: Metric) -> None:
+        self.switches, self.metric = switches, metric
         self._local = threading.local()
-        self._local.model = model
+        self._local.switches = switches
         self._folder: Any = None
 
     def measure(self, task: Task) -> Result:
         """Score and SQNR: from one pass, unless the metric is a user's function, which makes its own."""
-        model = getattr(self._local, "model", None)
-        if model is None:
-            model = self._local.model = SwitchedModel(self.qgraph, self.target)
-        model.switch(task.on(model.names))
+        switches = getattr(self._local, "switches", None)
+        if switches is None:
+            switches = self._local.switches = Switches.of(self.switches.qgraph, self.switches.target)
+        switches.switch(task.on(switches.names))
+        model = switches.model
         outputs = predict(model, self.metric.samples)
         score = self.metric(model) if self.metric.kind == "function" else self.metric.of_outputs(outputs)
         return score, self.metric.sqnr(outputs)
 
     @cached_property
     def path(self) -> str:
-        """A folder with the graph as a quantized model, and the metric, pickled."""
+        """A folder with the model, and the metric, pickled."""
         try:
             metric = pickle.dumps(self.metric)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -100,8 +98,7 @@ class Workload:
             ) from error
         self._folder = tempfile.TemporaryDirectory(prefix="kquant-")
         folder = Path(self._folder.name)
-        asked = Quantization(config=QuantConfig(target=self.target.name))
-        insert(self.qgraph, asked).save(folder / "model.keras")
+        self.switches.model.save(folder / "model.keras")
         (folder / "metric.pickle").write_bytes(metric)
         return str(folder)
 
@@ -118,7 +115,7 @@ class Workload:
 def _read_workload(path: str) -> Workload:
     """The workload of a folder; a worker reads it once for all of its tasks."""
     model = keras.saving.load_model(Path(path) / "model.keras", compile=False)
-    return Workload(extract(model), model.target, pickle.loads((Path(path) / "metric.pickle").read_bytes()))
+    return Workload(Switches(model), pickle.loads((Path(path) / "metric.pickle").read_bytes()))
 
 
 def _measure(workload: Workload, task: Task) -> Result:
@@ -126,7 +123,7 @@ def _measure(workload: Workload, task: Task) -> Result:
 
 
 def sensitivity(
-    model: SwitchedModel,
+    switches: Switches,
     metric: Metric,
     *,
     names: Sequence[str] | None = None,
@@ -143,9 +140,9 @@ def sensitivity(
     result depends neither on the executor nor on the order in which it works.
 
     Args:
-        model: its switches are left all off.
+        switches: of the model; left all off.
         metric: from `make_metric`.
-        names: quantizers of `model` to look at, all by default.
+        names: quantizers to look at, all by default.
         alone_off: also measure each with all others on.
         progress: show a progress bar.
         executor: runs the measurements; processes of other machines must see this one's temporary folder.
@@ -160,11 +157,11 @@ def sensitivity(
         ConfigError: a name is unknown, the checkpoint is of something else, or the metric cannot be pickled.
         ModelError: the model's output or the score is not finite.
     """
-    model.switch(names or ())
-    model.switch(())
-    quantizers = [q for q in model.quantizers if names is None or q.name in names]
-    results = _Checkpoint(checkpoint, "" if checkpoint is None else fingerprint(model.qgraph, metric))
-    workload = Workload(model.qgraph, model.target, metric, model)
+    switches.switch(names or ())
+    switches.switch(())
+    quantizers = [q for q in switches.quantizers if names is None or q.name in names]
+    results = _Checkpoint(checkpoint, "" if checkpoint is None else fingerprint(switches.qgraph, metric))
+    workload = Workload(switches, metric)
     deadline = None if budget is None else time.monotonic() + budget
     total = len(quantizers) * (2 if alone_off else 1)
     try:
@@ -175,7 +172,7 @@ def sensitivity(
                 tasks = [Task(f"{r.node}:{r.kind}", ALONE_OFF) for r in records]
                 _run(tasks, workload, results, executor, deadline, bar)
     finally:
-        model.switch(())
+        switches.switch(())
         workload.close()
     return _records(quantizers, results)
 
@@ -319,9 +316,9 @@ def bits_sensitivity(
     chosen, table = QuantConfig.load(config), {}
     for width in bits:
         plan = make_plan(graph, _at_bits(chosen, width))
-        model = SwitchedModel(quantize_graph(plan, data, progress), plan.target)
-        names = [q.name for q in model.quantizers if q.kind in kinds and not (q.kind == "weights" and width > 8)]
-        table[width] = sensitivity(model, metric, names=names, alone_off=False, progress=progress, **options)
+        switches = Switches.of(quantize_graph(plan, data, progress), plan.target)
+        names = [q.name for q in switches.quantizers if q.kind in kinds and not (q.kind == "weights" and width > 8)]
+        table[width] = sensitivity(switches, metric, names=names, alone_off=False, progress=progress, **options)
     return table
 
 

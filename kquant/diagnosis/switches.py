@@ -1,26 +1,26 @@
-"""The float network with a switch at every quantizer: one compiled model for every combination of them."""
+"""The switches of a quantized model: which quantizers it has, which are on, and what its tensors then are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from kquant.config.quant_config import QuantConfig
 from kquant.config.text import suggest
-from kquant.errors import ConfigError
-from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import compute, evaluate, op_of, weight_of, weight_view
+from kquant.errors import ConfigError, ModelError
+from kquant.graph.ir import Node
 from kquant.graph.quantized import QuantizedGraph
-from kquant.grids.gradients import fake_quant
 from kquant.grids.grid import Grid
-from kquant.keras.model import QuantizedModel, extract
+from kquant.keras.fake_quant import FakeQuant
+from kquant.keras.model import QuantizedModel, extract, insert
+from kquant.quantize.record import Quantization
 from kquant.targets.litert.target import LITERT
-from kquant.targets.operand import Call, Operand
 from kquant.targets.target import Target
 
 Tensor = Any
@@ -51,63 +51,76 @@ class Quantizer:
         return self.grid.bits
 
 
-def find_quantizers(qgraph: QuantizedGraph, target: Target = LITERT) -> tuple[Quantizer, ...]:
-    """The quantizers of a graph, in its order; tensors on the grid of their input have none of their own."""
-    found = []
-    for node in qgraph.graph:
-        q, w = qgraph.activations.get(node.name), qgraph.weights.get(node.name)
-        facts: dict[str, Any] = {"node": node.name, "layer": node.origin or node.name, "op": node.op}
-        if w is not None and not op_of(node).lookup:  # whose values have the grid of its output
-            found.append(Quantizer(name=f"{node.name}:{WEIGHTS}", kind=WEIGHTS, grid=w, **facts))
-        if q is not None and node.op not in target.same_scale | target.inputs_share_output:
-            found.append(Quantizer(name=f"{node.name}:{ACTIVATIONS}", kind=ACTIVATIONS, grid=q, **facts))
-    return tuple(found)
+class Switches:
+    """The quantizers of a switchable model, which are switched on and off by name.
 
-
-class SwitchedModel(keras.Model):
-    """A quantized graph in real numbers, each of whose quantizers is on or off.
-
-    Off, a tensor is the float network's; on, it is rounded to its grid and back (eq. 7 of the white paper). The
-    switches are one variable: a change retraces nothing, and a quantizer that is off costs nothing. With
-    all switches on, the model computes the simulation's function up to single roundings, since sums are taken
-    in float32 and biases are not rounded. It serves wherever a metric wants a Keras model: `predict`,
-    `evaluate` after `compile`, or a call.
+    Off, a tensor is the float network's; on, it is rounded to its grid and back (eq. 7 of the white paper). A change
+    retraces nothing, and a quantizer that is off costs nothing. With all on, the model computes the simulation's
+    function up to single roundings.
 
     Args:
-        qgraph: what is quantized and how. Its arrays are not copied into compiled functions.
-        target: the hardware, which says what shares a grid.
+        model: from `insert(..., switchable=True)`. All of its quantizers are switched off.
 
     Attributes:
-        qgraph, target: as given.
-        quantizers: all of them, in the order of the graph; they are all off at first.
+        model: as given, for whatever takes a Keras model: `predict`, `evaluate` after `compile`, or a call.
+        quantizers: all of them, in the order of the graph; tensors on the grid of their input have none of their own.
+
+    Raises:
+        ModelError: the model has no switches.
     """
 
-    def __init__(self, qgraph: QuantizedGraph, target: Target = LITERT, **kwargs: Any) -> None:
-        super().__init__(name=kwargs.pop("name", f"{qgraph.graph.name}_switched"), trainable=False, **kwargs)
-        self.supports_jit = False  # a conditional for every quantizer takes XLA minutes to compile
-        self.qgraph, self.target = qgraph, target
-        self.quantizers = find_quantizers(qgraph, target)
-        self._index = {q.name: k for k, q in enumerate(self.quantizers)}
-        size = max(1, len(self.quantizers))
-        self.switches = self.add_weight(
-            shape=(size,), dtype="bool", initializer="zeros", trainable=False, name="switches"
-        )
-        self._graph = self._switched_graph(qgraph.graph)
-        self.built = True
+    def __init__(self, model: QuantizedModel) -> None:
+        self.model = model
+        found: dict[tuple[str, str], list[FakeQuant]] = {}  # a constant has one quantizer in each layer that reads it
+        for layer in model.quantized_layers.values():
+            if layer.weight_quantizer is not None:
+                found[layer.node.name, WEIGHTS] = [layer.weight_quantizer]
+            for name, quantizer in layer.quantizers.items():
+                found.setdefault((name, ACTIVATIONS), []).append(quantizer)
+        nodes = [(node, kind) for node in self.qgraph.graph for kind in (WEIGHTS, ACTIVATIONS)]
+        owned = [(node, kind, found[node.name, kind]) for node, kind in nodes if (node.name, kind) in found]
+        self.quantizers = tuple(_quantizer(node, kind, own[0].to_grid()) for node, kind, own in owned)
+        if any(quantizer.on is None for own in found.values() for quantizer in own):
+            raise ModelError(f"The quantizers of {model.name!r} cannot be switched: make it with Switches.of.")
+        states = [[f.on for f in own if f.on is not None] for _, _, own in owned]
+        self._states = {q.name: own for q, own in zip(self.quantizers, states, strict=True)}
+        self.switch(())
 
     @classmethod
-    def of(cls, model: QuantizedModel) -> SwitchedModel:
-        """The switched version of a quantized model.
+    def of(cls, source: QuantizedModel | QuantizedGraph, target: Target = LITERT) -> Switches:
+        """The switches of a new model of what is quantized.
+
+        Args:
+            source: a quantized model, or a quantized graph.
+            target: the hardware, for a graph.
 
         Raises:
-            ModelError: `model` is not the result of `quantize_model`.
+            ModelError: `source` is not the result of `quantize_model`.
         """
-        return cls(extract(model), model.target)
+        if isinstance(source, QuantizedGraph):
+            asked = Quantization(config=QuantConfig(target=target.name))
+            return cls(insert(source, asked, switchable=True))
+        return cls(insert(extract(source), source.quantization, switchable=True))
+
+    @cached_property
+    def qgraph(self) -> QuantizedGraph:
+        """What is quantized and how."""
+        return extract(self.model)
+
+    @property
+    def target(self) -> Target:
+        """The hardware."""
+        return self.model.target
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of all quantizers."""
-        return tuple(self._index)
+        return tuple(self._states)
+
+    @property
+    def on(self) -> tuple[str, ...]:
+        """The names of those that are on."""
+        return tuple(name for name, states in self._states.items() if bool(states[0].numpy()))
 
     def switch(self, on: Collection[str]) -> None:
         """Switch exactly these quantizers on, and all others off.
@@ -116,25 +129,20 @@ class SwitchedModel(keras.Model):
             ConfigError: there is no quantizer of such a name.
         """
         for name in on:
-            if name not in self._index:
-                raise ConfigError(f"There is no quantizer {name!r}{suggest(name, self._index)}; see `quantizers`.")
-        self.switches.assign([name in on for name in self._index] or [False])
+            if name not in self._states:
+                raise ConfigError(f"There is no quantizer {name!r}{suggest(name, self._states)}; see `quantizers`.")
+        for name, states in self._states.items():
+            for state in states:
+                state.assign(name in on)
 
-    def call(self, inputs: Any) -> Any:
-        """The outputs: one tensor, or a list."""
-        outputs = self.tensors(self._feeds(inputs))
-        return outputs[0] if len(outputs) == 1 else outputs
-
-    def tensors(self, feeds: Sequence[Tensor], fetch: Sequence[str] | None = None) -> list[Tensor]:
+    def tensors(self, feeds: Sequence[Tensor], fetch: Sequence[str]) -> list[Tensor]:
         """Tensors of the network as it is switched, each behind its quantizer.
 
         Args:
             feeds: one tensor per input of the graph, in order.
-            fetch: names of nodes; the outputs by default.
+            fetch: names of nodes that have a grid.
         """
-        graph = self.qgraph.graph
-        quantized = [self._output(graph[i], x) for i, x in zip(graph.inputs, feeds, strict=True)]
-        return evaluate(self._graph, quantized, fetch)
+        return self._compiled(fetch, lambda tensors: tensors)(*feeds)
 
     def stream(
         self, data: Iterable[Sequence[Any]], fetch: Sequence[str], summarize: Callable[[list[Tensor]], Any]
@@ -145,94 +153,28 @@ class SwitchedModel(keras.Model):
 
         Args:
             data: batches, with one array per input of the graph.
-            fetch: names of nodes.
+            fetch: names of nodes that have a grid.
             summarize: from tensors to the tensors wanted, which are yielded as numpy arrays in the same structure.
         """
-        graph = self.qgraph.graph
-        signature = [tf.TensorSpec(graph[i].shape, graph[i].dtype) for i in graph.inputs]
-
-        @tf.function(input_signature=signature, autograph=False)
-        def run(*feeds: Any) -> Any:
-            return summarize(self.tensors(feeds, fetch))
-
-        largest = max(4 * int(np.prod([d or 1 for d in node.shape])) for node in graph)
+        run = self._compiled(fetch, summarize)
+        largest = max(4 * int(np.prod([d or 1 for d in node.shape])) for node in self.qgraph.graph)
         rows = max(1, (32 << 20) // largest)
         for batch in data:
             for k in range(0, len(batch[0]), rows):
                 yield tf.nest.map_structure(np.asarray, run(*(x[k : k + rows] for x in batch)))
 
-    def _feeds(self, inputs: Any) -> list[Tensor]:
-        """The inputs in order, from a tensor, a list or tuple, or a dict by the inputs' names."""
+    def _compiled(self, fetch: Sequence[str], summarize: Callable[[list[Tensor]], Any]) -> Callable[..., Any]:
         graph = self.qgraph.graph
-        if isinstance(inputs, Mapping):
-            inputs = [inputs[name] for name in graph.input_names]
-        tensors = inputs if isinstance(inputs, list | tuple) else [inputs]
-        return [tf.cast(x, graph[i].dtype) for i, x in zip(graph.inputs, tensors, strict=True)]
+        inner = self.model.inner(fetch)
+        signature = [tf.TensorSpec(graph[i].shape, graph[i].dtype) for i in graph.inputs]
 
-    def _switched_graph(self, graph: Graph) -> Graph:
-        """The graph with every node as a call that looks at the switches."""
+        @tf.function(input_signature=signature, autograph=False)
+        def run(*feeds: Any) -> Any:
+            return summarize(keras.tree.flatten(inner(list(feeds))))
 
-        def switched(node: Node) -> Node:
-            if node.op == "input":
-                return node
-            # captured tensors are shared by all compiled functions, arrays would be copied into each
-            own = node.with_(weights={k: tf.constant(w) for k, w in node.weights.items()})
-            return node.with_(op="float", attrs={}, weights={}, call=partial(self._compute, own))
-
-        return graph.rebuild(switched(n) for n in graph)
-
-    def _compute(self, node: Node, inputs: Sequence[Tensor]) -> Tensor:
-        weights = dict(node.weights)
-        if (name := f"{node.name}:{WEIGHTS}") in self._index:
-            key, q = weight_of(node).name, self.quantizers[self._index[name]].grid
-            weights[key] = self._switched(name, weights[key], lambda w: _rounded_weight(node, w, q))
-        rounds = op_of(node).averages or op_of(node).inserts  # values beside those of its input, on the same grid
-        if rounds and (owner := self._owner(node)) is not None:
-            grid = self.quantizers[self._index[owner]].grid
-            return tf.cond(
-                self._is_on(owner), lambda: self._on_grid(node, inputs[0], grid), lambda: compute(node, inputs, weights)
-            )
-        return self._output(node, weights["value"] if node.op == "const" else compute(node, inputs, weights))
-
-    def _output(self, node: Node, y: Tensor) -> Tensor:
-        """The node's output behind its own quantizer, if it has one."""
-        name = f"{node.name}:{ACTIVATIONS}"
-        if name not in self._index:
-            return y
-        grid = self.quantizers[self._index[name]].grid
-        return self._switched(name, y, lambda v: rounded(v, grid))
-
-    def _owner(self, node: Node) -> str | None:
-        """The quantizer whose grid the node's output shares; None where it stays float."""
-        if self.qgraph.activations.get(node.name) is None:
-            return None
-        while f"{node.name}:{ACTIVATIONS}" not in self._index:
-            node = self.qgraph.graph[node.inputs[0]]
-        return f"{node.name}:{ACTIVATIONS}"
-
-    def _on_grid(self, node: Node, x: Tensor, q: Grid) -> Tensor:
-        """An average, interpolation or padding as the target computes it, on the grid of its input.
-
-        Its values often lie halfway between two steps, where the kernels' rule for ties shifts the mean.
-        """
-        scale, zero_point = tf.constant(q.scale), tf.constant(np.float32(q.zero_point))
-        operand = Operand(tf.round(rounded(x, q) / q.scale), scale, zero_point, q.container)
-        arithmetic = self.target.kernels[node.op].arithmetic[q.container]
-        return arithmetic(Call(node=node, inputs=[operand], out=operand)) * scale
-
-    def _is_on(self, name: str) -> Tensor:
-        return tf.convert_to_tensor(self.switches)[self._index[name]]
-
-    def _switched(self, name: str, x: Tensor, quantize: Callable[[Tensor], Tensor]) -> Tensor:
-        return tf.cond(self._is_on(name), lambda: quantize(x), lambda: tf.identity(x))
+        return run
 
 
-def rounded(x: Tensor, q: Grid) -> Tensor:
-    """The real values of x on the grid `q`: `kquant.gradients.fake_quant` with the grid's constants."""
-    shape = () if q.axis is None else tuple(-1 if k == q.axis else 1 for k in range(len(x.shape)))
-    scale, zero_point = (np.reshape(v, shape).astype(np.float32) for v in (q.scale, q.zero_point))
-    return fake_quant(x, tf.constant(scale), tf.constant(zero_point), q.qmin, q.qmax)
-
-
-def _rounded_weight(node: Node, weight: Tensor, q: Grid) -> Tensor:
-    return tf.reshape(rounded(weight_view(node, weight), q), weight.shape)
+def _quantizer(node: Node, kind: str, grid: Grid) -> Quantizer:
+    facts: dict[str, Any] = {"node": node.name, "layer": node.origin or node.name, "op": node.op}
+    return Quantizer(name=f"{node.name}:{kind}", kind=kind, grid=grid, **facts)

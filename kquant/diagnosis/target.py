@@ -17,7 +17,6 @@ from kquant.diagnosis.records import TargetRecord
 from kquant.errors import ExportError
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid
-from kquant.keras.layer import QuantizedLayer
 from kquant.keras.model import QuantizedModel, extract
 from kquant.quantize.data import CalibrationData
 from kquant.targets.litert.flatbuffer import read_tensors
@@ -63,20 +62,21 @@ def compare_with_target(
     """
     content, qgraph = file_content(source), extract(model)
     batches = first_samples(CalibrationData(data, input_specs(qgraph), batch_size=batch_size), samples)
-    layers = {layer.node.name: layer for layer in model.layers if isinstance(layer, QuantizedLayer)}
+    layers = model.quantized_layers
     stored = read_tensors(content)
     names = [n for n in qgraph.graph.nodes if n in layers and n in stored]
     if not names:
         raise ExportError(
             f"The file has no tensor named as a layer of {model.name!r}: pass the file that was exported from it."
         )
-    simulation = _with_tensors(model, layers, names)
+    simulation = model.inner(names)
     interpreter = TFLiteModel(_with_all_outputs(content))
     differences = {name: _Difference() for name in names}
     for batch in tqdm(batches, desc="comparing", unit="batch", disable=not progress, leave=False):
         tensors = _run(interpreter, batch)
         found = {n: _on_grid_of(qgraph, n, v, stored) for n, v in tensors.items() if n in stored}
-        for name, value in zip(names, simulation(batch), strict=True):
+        values = keras.tree.flatten(simulation.predict_on_batch(list(batch)))
+        for name, value in zip(names, map(np.asarray, values), strict=True):
             if name not in found:
                 continue
             q = qgraph.activations.get(name)
@@ -130,19 +130,6 @@ def _run(interpreter: TFLiteModel, batch: Sequence[Array]) -> dict[str, Array]:
     results = interpreter.run(batch)
     named = {d["name"]: y for d, y in zip(interpreter.outputs, results, strict=True)}
     return {**interpreter.tensors(), **named}
-
-
-def _with_tensors(model: QuantizedModel, layers: Mapping[str, QuantizedLayer], names: list[str]) -> Any:
-    """batch -> the simulation's values of all named tensors, in one run."""
-    outputs = [layers[n].output for n in names]
-    inner = keras.Model(model.inputs, [y[0] if isinstance(y, list | tuple) else y for y in outputs])
-    single = len(names) == 1
-
-    def run(batch: list[Array]) -> list[Array]:
-        values = inner.predict_on_batch(batch[0] if len(batch) == 1 else batch)
-        return [np.asarray(v) for v in ([values] if single else values)]
-
-    return run
 
 
 def _integers(value: Array, q: Grid | None) -> Array:

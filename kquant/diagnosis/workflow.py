@@ -21,7 +21,7 @@ from kquant.diagnosis.metrics import Samples, predict
 from kquant.diagnosis.records import Finding, Sensitivity, Stage, TensorRecord
 from kquant.diagnosis.sensitivity import sensitivity
 from kquant.diagnosis.summary import decimals
-from kquant.diagnosis.switches import ACTIVATIONS, WEIGHTS, SwitchedModel
+from kquant.diagnosis.switches import ACTIVATIONS, WEIGHTS, Switches
 from kquant.diagnosis.target import compare_with_target
 from kquant.diagnosis.trials import TRIALS, Trial, more_bits
 from kquant.errors import CalibrationError, ConfigError, ExportError
@@ -45,8 +45,8 @@ class Workflow:
     def __init__(self, case: Case, progress: bool = True) -> None:
         self.case, self.lab = case, case.lab
         self.progress = progress
-        self.plain = SwitchedModel(case.plain, case.model.target)
-        self.actual = self.plain if case.plain is case.qgraph else SwitchedModel(case.qgraph, case.model.target)
+        self.plain = Switches.of(case.plain, case.model.target)
+        self.actual = self.plain if case.plain is case.qgraph else Switches.of(case.qgraph, case.model.target)
         self.one_scale = [q.node for q in self.plain.quantizers if q.kind == WEIGHTS and q.grid.axis is None]
         self.bar = tqdm(desc="diagnosis", unit="stage", disable=not progress, leave=False)
 
@@ -98,8 +98,9 @@ class Workflow:
         if self.case.quantization.training is not None:
             self._note("FP32 check", question, None, "It was trained on, so it need not.")
             return True
-        outputs = predict(self.plain, self.case.metric.samples)
-        sqnr, score = self.case.metric.sqnr(outputs), self.lab.score(self.plain, outputs)
+        model = self.plain.model
+        outputs = predict(model, self.case.metric.samples)
+        sqnr, score = self.case.metric.sqnr(outputs), self.lab.score(model, outputs)
         if sqnr >= SAME:
             self._note("FP32 check", question, score, "It does, up to float32 rounding.")
             return True
@@ -153,11 +154,11 @@ class Workflow:
     def _shares(self) -> tuple[str, ...]:
         """Weights only, activations only: the kinds that are to blame."""
         drops, significant = {}, {}
-        for kind, model in ((WEIGHTS, self.actual), (ACTIVATIONS, self.plain)):
-            names = [q.name for q in model.quantizers if q.kind == kind]
+        for kind, switches in ((WEIGHTS, self.actual), (ACTIVATIONS, self.plain)):
+            names = [q.name for q in switches.quantizers if q.kind == kind]
             if not names:
                 continue
-            measured = self._switched(model, names)
+            measured = self._switched(switches, names)
             drops[kind] = self.lab.drop(self.lab.float_model, measured)
             significant[kind] = self.lab.worse(self.lab.float_model, measured)
             text = f"{self._amount(drops[kind])}{'' if significant[kind] else ', within noise'}."
@@ -178,9 +179,8 @@ class Workflow:
             config=case.config, qgraph=case.qgraph, quantization=case.quantization, content=case.content, measured=start
         )
         if case.expected is not None:
-            found.findings += rules.bad_scales(
-                grids(self.actual), grids(SwitchedModel(case.expected, case.model.target))
-            )
+            actual, expected = (grids(q, self.actual.quantizers) for q in (case.qgraph, case.expected))
+            found.findings += rules.bad_scales(actual, expected)
             if found.findings:
                 self._attempt("quantized anew", "Does the config itself, run anew, do better?", case.config)
         return not (case.is_own_calibration and self._other_domain())
@@ -350,11 +350,11 @@ class Workflow:
     def _blame(self, culprit: str, verdict: str) -> None:
         self.results.culprit, self.results.verdict = culprit, verdict
 
-    def _switched(self, model: SwitchedModel, names: Sequence[str]) -> Measured:
+    def _switched(self, switches: Switches, names: Sequence[str]) -> Measured:
         """The score with some quantizers on."""
-        model.switch(names)
-        measured = self.lab.measure(model)
-        model.switch(())
+        switches.switch(names)
+        measured = self.lab.measure(switches.model)
+        switches.switch(())
         return measured
 
     def _few(self, samples: Samples) -> Samples:

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from kquant.graph.ops.activations import clip_tensor
 from kquant.grids.gradients import (
     exact,
     fake_quant,
@@ -34,6 +35,20 @@ _LARGEST = 8.0  # of the exponents of e
 _OCTAVES = 32.0
 
 
+def grid_settings(q: Grid | None, learning: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """The settings of a `FakeQuant` that can hold `q`, with those by which it learns."""
+    if q is None:
+        return None
+    channels = None if np.ndim(q.scale) == 0 else len(q.scale)
+    settings: dict[str, Any] = {"qmin": q.qmin, "qmax": q.qmax, "channels": channels, "axis": q.axis}
+    if q.table is not None:
+        settings["table"] = list(q.table.shape)
+    if q.block is not None:
+        blocks = q.scale.shape[1] if q.scale.ndim == 2 else None
+        settings |= {"block": q.block, "block_axis": q.block_axis, "blocks": blocks}
+    return {**settings, **(learning or {})}
+
+
 @keras.saving.register_keras_serializable("kquant")
 class FakeQuant(keras.layers.Layer):
     """Quantize to a grid and back: scale * (clamp(round(x / scale) + z, qmin, qmax) - z).
@@ -50,6 +65,7 @@ class FakeQuant(keras.layers.Layer):
         rate: how fast, relative to the optimizer's learning rate.
         elements: number of values of a sample that one scale quantizes (N of LSQ).
         levels: the largest integer, less the zero point, of the grid that training begins with (Q_P of LSQ).
+        switchable: it can be switched off, by the variable `on`, and then leaves values as they are.
     """
 
     def __init__(
@@ -66,6 +82,7 @@ class FakeQuant(keras.layers.Layer):
         block: int | None = None,
         block_axis: int | None = None,
         blocks: int | None = None,
+        switchable: bool = False,
         **kwargs: Any,
     ):
         super().__init__(dtype="float32", **kwargs)
@@ -84,6 +101,10 @@ class FakeQuant(keras.layers.Layer):
         self.learned = {
             name: self.add_weight(shape=shape, initializer="zeros", name=name) for name in LEARNED_VARIABLES[gradient]
         }
+        self.on = None
+        if switchable:
+            self.on = self.add_weight(shape=(), dtype="bool", initializer="ones", trainable=False, name="on")
+            self.supports_jit = False  # a conditional for every quantizer takes XLA minutes to compile
         self.built = True
 
     def assign(self, q: Grid) -> None:
@@ -151,18 +172,30 @@ class FakeQuant(keras.layers.Layer):
     def fake_quantize(
         self, x: Tensor, clip: tuple[Any, Any] = (None, None), unit: Tensor = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """`x` on the grid, and the grid.
+        """`x` on the grid, and the grid; while it is off `x`, clipped, and a grid of scale 0.
 
         Args:
             x: the values.
             clip: a fused activation, see `gradients.fake_quant`.
             unit: that of the variable behind `x`, in the shape of the scale; the grid learns as the one of x / unit.
         """
+        x = tf.cast(x, tf.float32)
+
+        def off() -> tuple[Tensor, Tensor]:
+            return clip_tensor(tf.identity(x), *clip), tf.zeros_like(self.grid if self.blocks is None else self.scale)
+
+        return self.if_on(lambda: self._quantized(x, clip, unit), off)
+
+    def if_on(self, quantized: Callable[[], Any], off: Callable[[], Any]) -> Any:
+        """What one of two functions returns: a change of state costs no new trace, and what is off no operation."""
+        return quantized() if self.on is None else tf.cond(tf.convert_to_tensor(self.on), quantized, off)
+
+    def _quantized(self, x: Tensor, clip: tuple[Any, Any], unit: Tensor) -> tuple[Tensor, Tensor]:
         parameters = self.parameters(unit)  # once: what is learned takes many small operations
         scale, zero_point = (self.spread(v, x.shape) for v in parameters)
         fixed = self.gradient not in MOVES_ZERO_POINT
         levels = self._levels(x.shape) if self.table is not None else ()
-        y = fake_quant(tf.cast(x, tf.float32), scale, zero_point, self.qmin, self.qmax, clip, fixed, levels)
+        y = fake_quant(x, scale, zero_point, self.qmin, self.qmax, clip, fixed, levels)
         return y, tf.stack(parameters) if self.blocks is None else parameters[0]
 
     def spread(self, v: Tensor, shape: Any) -> Tensor:
@@ -211,7 +244,8 @@ class FakeQuant(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
-        return {"name": config["name"], "trainable": config["trainable"], **self.settings}
+        switchable = {} if self.on is None else {"switchable": True}
+        return {"name": config["name"], "trainable": config["trainable"], **self.settings, **switchable}
 
 
 def _fixed(q: FakeQuant, unit: Tensor) -> tuple[Tensor, Tensor]:

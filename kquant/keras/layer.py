@@ -4,7 +4,7 @@
 At inference it computes on integer-valued float32 tensors, which is exact below 2^24: convolutions
 accumulate the very integers that the target accumulates. In training it computes the real-valued
 function of quantized weights and inputs, and quantizes its output: the same up to a rounding, at the
-price of the float operation and little more.
+price of the float operation and little more. A layer with switches computes that function at inference, too.
 
 A quantized tensor travels through the model as a pair: its values, scale * (q - zero_point), and its
 grid, the vector [scale, zero_point]. So a layer can recover the integers of its input exactly, and
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import keras
@@ -31,20 +32,6 @@ from kquant.targets.operand import Call, Operand
 from kquant.targets.target import get_target
 
 Tensor = Any
-
-
-def grid_settings(q: Grid | None, learning: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-    """The settings of a `FakeQuant` that can hold `q`, with those by which it learns."""
-    if q is None:
-        return None
-    channels = None if np.ndim(q.scale) == 0 else len(q.scale)
-    settings: dict[str, Any] = {"qmin": q.qmin, "qmax": q.qmax, "channels": channels, "axis": q.axis}
-    if q.table is not None:
-        settings["table"] = list(q.table.shape)
-    if q.block is not None:
-        blocks = q.scale.shape[1] if q.scale.ndim == 2 else None
-        settings |= {"block": q.block, "block_axis": q.block_axis, "blocks": blocks}
-    return {**settings, **(learning or {})}
 
 
 def weight_unit(op: str, weight: np.ndarray) -> np.ndarray:
@@ -97,6 +84,7 @@ class QuantizedLayer(keras.layers.Layer):
             with these. None where they follow from the weight and its grid at every call.
         frozen: all is decided: nothing of the layer trains.
         target: name of the target whose kernel computes it.
+        switchable: its quantizers can be switched off (see `FakeQuant`); it computes in real numbers.
     """
 
     def __init__(
@@ -114,22 +102,24 @@ class QuantizedLayer(keras.layers.Layer):
         integers: str | None = None,
         frozen: bool = False,
         target: str = "litert",
+        switchable: bool = False,
         **kwargs: Any,
     ):
         super().__init__(**{"dtype": "float32", **kwargs}, autocast=False)
         self.node = node if isinstance(node, Node) else node_from_dict(node)
-        self.weight_quantizer = FakeQuant(**weight_grid, name="weight_quantizer") if weight_grid else None
-        self.output_quantizer = FakeQuant(**output_grid, name="output_quantizer") if output_grid else None
+        quantizer = partial(FakeQuant, switchable=switchable)
+        self.weight_quantizer = quantizer(**weight_grid, name="weight_quantizer") if weight_grid else None
+        self.output_quantizer = quantizer(**output_grid, name="output_quantizer") if output_grid else None
         self.shares_grid, self.activation_bits = shares_grid, activation_bits
         self.rounds_in_training, self.training_dtype = rounds_in_training, training_dtype
-        self.frozen = frozen
+        self.frozen, self.switchable = frozen, switchable
         self.target = get_target(target)
         self.variables_by_name = {k: self._own(k, v) for k, v in self.node.weights.items()}
         key = weight_of(self.node).name if relative_weight else ""
         self.unit = self._own_unit(key, self.node.weights[key]) if relative_weight else None
         self.constants = {k: self._own(f"constant_{i}", v) for i, (k, v) in enumerate((constants or {}).items())}
         self.constant_quantizers = {
-            k: FakeQuant(**v, name=f"constant_quantizer_{i}") for i, (k, v) in enumerate((constant_grids or {}).items())
+            k: quantizer(**v, name=f"constant_quantizer_{i}") for i, (k, v) in enumerate((constant_grids or {}).items())
         }
         self.integers = self._own_integers(integers) if integers is not None else None
         self.node = self.node.with_(weights={k: tuple(v.shape) for k, v in self.variables_by_name.items()}, stats={})
@@ -191,8 +181,8 @@ class QuantizedLayer(keras.layers.Layer):
         node, values, grids = self.node, list(values), list(grids)
         if not self.runs_in_integers:
             return compute(node, self._with_constants(values), self._real_weights())
-        if training:
-            return self._train(values, grids)
+        if training or self.switchable:
+            return self._in_real_numbers(values, grids)
         if self.output_quantizer is None:
             return self._shared_grid(values, grids)
         if op_of(node).lookup:
@@ -208,12 +198,11 @@ class QuantizedLayer(keras.layers.Layer):
             centered = tf.minimum(centered, tf.round(tf.constant(hi, tf.float32) / out.scale))
         return self.output_quantizer.clamp(centered) * out.scale, self.output_quantizer.grid
 
-    def _train(self, values: list[Tensor], grids: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _in_real_numbers(self, values: list[Tensor], grids: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The real-valued function of what is quantized already, quantized."""
         node = self.node
         if self.output_quantizer is None:
-            y = compute(node, self._with_constants(values))
-            return (round_ste(y / grids[0][0]) * grids[0][0] if op_of(node).averages else y), grids[0]
+            return self._moved(values, grids), grids[0]
         if node.op in ("input", "requantize"):
             return self.output_quantizer.fake_quantize(values[0])
         y = self._forward(self._with_constants(values))
@@ -221,8 +210,20 @@ class QuantizedLayer(keras.layers.Layer):
             return y, self.output_quantizer.grid
         return self.output_quantizer.fake_quantize(y, node.attrs.get("clip", (None, None)))
 
+    def _moved(self, values: list[Tensor], grids: list[Tensor]) -> Tensor:
+        """An operation on the grid of its input, in real numbers."""
+        op, scale = op_of(self.node), grids[0][0]
+
+        def real() -> Tensor:
+            return compute(self.node, self._with_constants(values))
+
+        if self.switchable and (op.averages or op.inserts):
+            # many of its values lie halfway between two steps, where the kernels' rule for ties shifts the mean
+            return tf.cond(scale > 0, lambda: self._shared_grid(values, grids)[0], real)
+        return round_ste(real() / scale) * scale if op.averages else real()
+
     def _forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        """The output in training, before its quantizer."""
+        """The output in real numbers, before its quantizer."""
         weights = self.float_weights()
         if self.weight_quantizer is not None:
             key = weight_of(self.node).name
@@ -230,9 +231,11 @@ class QuantizedLayer(keras.layers.Layer):
         return self._compute(inputs, weights)
 
     def fake_quantized(self, weight: Tensor) -> Tensor:
-        """A weight on the grid of the weight quantizer, if there is one."""
+        """A weight on the grid of the weight quantizer, if there is one; as it was decided, if it was."""
         if self.weight_quantizer is None:
             return weight
+        if self.integers is not None:
+            return self._real_weights()[self._quantized_key()]
         unit: Tensor = 1.0
         if self.unit is not None:
             units = tf.convert_to_tensor(self.unit)
@@ -311,9 +314,10 @@ class QuantizedLayer(keras.layers.Layer):
 
     def _real_weights(self) -> dict[str, Tensor]:
         """The weights as real numbers, on their grid where they have one."""
-        if self.grid_of_weight is None or not self._quantized_key():
-            return self.float_weights()
-        return {**self.float_weights(), self._quantized_key(): self._quantized_weight()[1]}
+        weights, key = self.float_weights(), self._quantized_key()
+        if self.grid_of_weight is None or not key:
+            return weights
+        return {**weights, key: self.grid_of_weight.if_on(lambda: self._quantized_weight()[1], lambda: weights[key])}
 
     def _with_constants(self, values: list[Tensor]) -> list[Tensor]:
         """All inputs in order, constants in their places, on their grid where they have one."""
@@ -366,6 +370,7 @@ class QuantizedLayer(keras.layers.Layer):
             "frozen": self.frozen,
             "integers": None if self.integers is None else self.integers.dtype,
             "target": self.target.name,
+            "switchable": self.switchable,
             **{k: q and q.settings for k, q in quantizers.items()},
             "constants": {k: list(v.shape) for k, v in self.constants.items()},
             "constant_grids": {k: q.settings for k, q in self.constant_quantizers.items()},

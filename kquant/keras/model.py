@@ -6,7 +6,7 @@ reads the quantized graph back from such a model, as it stands after training or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,8 @@ from kquant.graph.quantized import QuantizedGraph
 from kquant.graph.tracing.float_call import FloatCall
 from kquant.grids.gradients import checked_loss
 from kquant.grids.grid import Grid
-from kquant.keras.layer import QuantizedLayer, grid_settings
+from kquant.keras.fake_quant import grid_settings
+from kquant.keras.layer import QuantizedLayer
 from kquant.keras.record import ModelRecord, node_from_dict, node_to_dict
 from kquant.keras.report import format_report
 from kquant.quantize.plan import is_final
@@ -92,6 +93,15 @@ class QuantizedModel(keras.Model):
         """The layers that simulate the nodes of the graph, by the names of these."""
         return {layer.node.name: layer for layer in self.layers if isinstance(layer, QuantizedLayer)}
 
+    def inner(self, names: Sequence[str]) -> keras.Model:
+        """A model of the same inputs, in a list, whose outputs are the values of these nodes.
+
+        Args:
+            names: of `quantized_layers`.
+        """
+        outputs = [self.quantized_layers[name].output for name in names]
+        return keras.Model(self.inputs, [y[0] if isinstance(y, list | tuple) else y for y in outputs])
+
     @property
     def quantization(self) -> Quantization:
         """How the model was quantized."""
@@ -123,6 +133,7 @@ def insert(
     quantization: Quantization,
     learning: Learning | None = None,
     training_dtype: str = "float32",
+    switchable: bool = False,
 ) -> QuantizedModel:
     """The Keras model that simulates `qgraph`.
 
@@ -132,6 +143,8 @@ def insert(
         learning: how weights and grids learn. Without it the integers are decided: the model computes with these, and
             does not train.
         training_dtype: in what operations compute when the model is trained (see `QuantizedLayer`).
+        switchable: every quantizer can be switched off; all are on at first. The model then computes in real numbers:
+            sums are taken in float32, and biases are not rounded. Not for a model that learns.
     """
     graph, target = qgraph.graph, get_target(quantization.target)
     values: dict[str, Any] = {}
@@ -157,7 +170,7 @@ def insert(
             values[node.name] = call(arguments)
             float_nodes[node.name] = {**node_to_dict(node), "operation": call.operation.name}
             continue
-        layer = _layer(qgraph, node, target, learning, training_dtype)
+        layer = _layer(qgraph, node, target, learning, training_dtype, switchable)
         if layer.runs_in_integers:
             read = [grids[i] for i in sources if i in grids]
             values[node.name], grids[node.name] = layer(arguments, read) if read else layer(arguments)
@@ -192,7 +205,9 @@ def _alone(tensors: list[Any]) -> Any:
     return tensors[0] if len(tensors) == 1 else tensors
 
 
-def _layer(qgraph: QuantizedGraph, node: Node, target: Target, learning: Learning | None, dtype: str) -> QuantizedLayer:
+def _layer(
+    qgraph: QuantizedGraph, node: Node, target: Target, learning: Learning | None, dtype: str, switchable: bool
+) -> QuantizedLayer:
     """The layer of one node, with its variables set."""
     graph = qgraph.graph
     output, weight = qgraph.activations.get(node.name), qgraph.weights.get(node.name)
@@ -211,12 +226,13 @@ def _layer(qgraph: QuantizedGraph, node: Node, target: Target, learning: Learnin
         constants=constants,
         constant_grids=constant_grids,
         relative_weight=learning.relative_weights and op_of(node).matrix,
-        rounds_in_training=node.op != "softmax" or not is_final(graph, node),
+        rounds_in_training=switchable or node.op != "softmax" or not is_final(graph, node),
         name=_keras_name(node),
         training_dtype=dtype,
         integers=None if integers is None else str(integers.dtype),
         frozen=frozen,
         target=target.name,
+        switchable=switchable,
     )
     if layer.integers is not None and integers is not None:
         layer.integers.assign(integers.reshape(layer.integers.shape))

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from kquant.config.specs import AdaRound
+from kquant.errors import ConfigError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import bias_of, clip_of, linear_of, op_of, weight_of, weight_view
 from kquant.grids.grid import Grid, fake_quantize, fit_bias
@@ -157,6 +158,11 @@ def round_layer(
     node: Node, batches: Batches, grid: Grid, settings: AdaRound, seed: int = 0, input_bits: int | None = None
 ) -> tuple[Node, LayerRounding]:
     """One layer of `adaround`, from passes over its inputs (x, x^)."""
+    if grid.table is not None and settings.solver != "descent":
+        raise ConfigError(
+            f"{node.origin or node.name!r}: the solver {settings.solver!r} relaxes between two neighbouring integers, "
+            'and the weights have a table of allowed ones; use solver="descent".'
+        )
     key = weight_of(node).name
     kernel, view = node.weights[key], weight_view(node)
     w = to_matrices(node, kernel)

@@ -254,10 +254,10 @@ def _wrong_constants(
     w, layout = qgraph.weights.get(node.name), target.kernels[node.op].layout if node.op in target.kernels else None
     if w is None or layout is None:
         return
-    key, bias_key = weight_of(node).name, op_of(node).bias or ""
+    key, bias_key = weight_of(node).name, op_of(node).bias
     expected = {f"{node.name}/{key}": (layout.to_file(qgraph.integers[node.name]), w.scale)}
     x = qgraph.activations.get(node.inputs[0])
-    if x is not None and bias_key in node.weights:
+    if x is not None and bias_key is not None and bias_key in node.weights:
         bias = quantize_bias(node.weights[bias_key], x.scale, w.scale)
         expected[f"{node.name}/{bias_key}"] = (bias, np.float32(x.scale) * np.asarray(w.scale, np.float32))
     for name, (integers, scale) in expected.items():
@@ -287,7 +287,7 @@ def _tensor_parity(
 ) -> tuple[TensorParity, ...]:
     """Reference and simulation against the kernels' own tensors, operator by operator."""
     graph = qgraph.graph
-    layers = {layer.node.name: layer for layer in model.layers if isinstance(layer, QuantizedLayer)}
+    layers = model.quantized_layers
     expected = reference.run([stored[graph_input] for graph_input in reference.input_names])
     rows = []
     for name, value in stored.items():

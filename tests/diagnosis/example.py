@@ -72,11 +72,11 @@ def diagnosis() -> Diagnosis:
         recommendation=better.to_dict(),
         recommended_score=48.6,
         advice=(
-            "One scale per channel (config w8a8, target tflite_int8) reached 49.1.",
+            "One scale per channel (config w8a8, target litert) reached 49.1.",
             "Keep conv_dw_6 at 16 bits in the simulation to see what is left there: 48.9.",
             "Quantization-aware training starts from the recommended config: kquant.prepare_qat.",
         ),
-        model_report="target: tflite_int8_per_tensor\nstep      taken  what, or why not\n"
+        model_report="target: litert_per_tensor\nstep      taken  what, or why not\n"
         "--------  -----  ----------------\nequalize  yes    13 regions, 20 sweeps\n"
         "adaround  no     weights have 8 bits",
     )

@@ -10,7 +10,7 @@ import pytest
 from kquant.diagnosis.analysis import channel_ranges, tensor_records
 from kquant.diagnosis.metrics import read_samples, sqnr_db
 from kquant.diagnosis.records import TensorRecord
-from kquant.diagnosis.switches import SwitchedModel
+from kquant.diagnosis.switches import Switches
 from kquant.errors import CalibrationError
 from kquant.graph.ops import evaluate
 from kquant.graph.quantized import QuantizedGraph
@@ -31,7 +31,7 @@ def records(qgraph: QuantizedGraph, x: np.ndarray = X) -> dict[str, TensorRecord
 def test_every_number_is_that_of_all_data_at_once() -> None:
     qgraph = toy_qgraph("w4a4")
     found = records(qgraph)
-    assert list(found) == list(SwitchedModel(qgraph).names)
+    assert list(found) == list(Switches.of(qgraph).names)
     for name in ("in", "c1", "dw", "fc", "sm"):
         r, q = found[f"{name}:activations"], qgraph.activations[name]
         assert q is not None

@@ -115,7 +115,7 @@ def test_a_function_is_called_with_keras_models_only() -> None:
     assert d.float_score == pytest.approx(labelled.float_score / 200)
     assert d.target_score == pytest.approx(labelled.target_score / 200)  # type: ignore[operator]
     assert d.recommended_score == pytest.approx(labelled.recommended_score / 200)  # type: ignore[operator]
-    assert {"QuantizedModel", "SwitchedModel", "FileModel"} <= set(seen)
+    assert {"QuantizedModel", "FileModel"} <= set(seen)
     assert d.culprit == "weights"
 
 

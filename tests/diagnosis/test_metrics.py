@@ -23,7 +23,7 @@ from kquant.diagnosis.metrics import (
     read_samples,
     sqnr_db,
 )
-from kquant.diagnosis.switches import SwitchedModel
+from kquant.diagnosis.switches import Switches
 from kquant.errors import CalibrationError, ConfigError, ModelError
 from models import digits_cnn
 from tests.support.toy import toy_data, toy_graph
@@ -32,11 +32,11 @@ RNG = np.random.default_rng(0)
 
 
 @cache
-def digits() -> tuple[keras.Model, kquant.QuantizedModel, SwitchedModel, kquant.TFLiteModel]:
+def digits() -> tuple[keras.Model, kquant.QuantizedModel, Switches, kquant.TFLiteModel]:
     model = keras.saving.load_model(digits_cnn.PATH)
     config = {"preset": "w3a3", "adaround": False, "correct_bias": False}
     qmodel = kquant.quantize_model(model, digits_cnn.load_split().calibration, config, progress=False)
-    return model, qmodel, SwitchedModel.of(qmodel), kquant.TFLiteModel(kquant.export_tflite(qmodel).content)
+    return model, qmodel, Switches.of(qmodel), kquant.TFLiteModel(kquant.export_tflite(qmodel).content)
 
 
 def samples(limit: int = 200, labels: bool = True) -> Samples:
@@ -50,17 +50,17 @@ def accuracy(outputs: np.ndarray, count: int = 200) -> float:
 
 
 def test_accuracy_of_every_kind_of_model() -> None:
-    model, qmodel, switched, lite = digits()
+    model, qmodel, switches, lite = digits()
     metric = make_metric(None, samples(), model)
     x = digits_cnn.load_split().x_test[:200]
     assert metric.name == "top-1 accuracy (%)"
     assert metric(model) == accuracy(model.predict(x, verbose=0)) > 95
     assert metric(qmodel) == accuracy(qmodel.predict(x, verbose=0))
     assert metric(lite) == accuracy(lite.predict(x)[0]) < metric(model)
-    switched.switch(())
-    assert metric(switched) == metric(model)
-    switched.switch(switched.names)
-    assert metric(switched) == accuracy(switched.predict(x, verbose=0)) < metric(model)
+    switches.switch(())
+    assert metric(switches.model) == metric(model)
+    switches.switch(switches.names)
+    assert metric(switches.model) == accuracy(switches.model.predict(x, verbose=0)) < metric(model)
 
 
 def test_agreement_without_labels() -> None:

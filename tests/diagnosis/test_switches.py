@@ -1,167 +1,89 @@
-"""Switched models: all off is the float network, all on the simulation, and one trace serves every combination."""
+"""The handle: names and grids of quantizers, their states, and the tensors of the network as it is switched."""
 
 from __future__ import annotations
 
 from functools import cache
 from typing import Any
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import kquant
-from kquant.diagnosis.switches import SwitchedModel, rounded
+from kquant.diagnosis.switches import Switches
 from kquant.errors import ConfigError, ModelError
+from kquant.graph.ir import Node
 from kquant.graph.ops import evaluate
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import fake_quantize
 from kquant.keras.model import insert
-from kquant.quantize.plan import make_plan
-from models import digits_cnn
 from tests.support import zoo
-from tests.support.toy import asked, config, toy_data, toy_graph, toy_qgraph
+from tests.support.graphs import chain, quantized
+from tests.support.same import assert_same
+from tests.support.toy import asked, config, toy_data, toy_qgraph
 
 
 @cache
-def toy(name: str = "w8a8") -> tuple[SwitchedModel, QuantizedGraph, keras.Model]:
-    plan = make_plan(toy_graph(), config(name))
-    qgraph = toy_qgraph(name)
-    return (
-        SwitchedModel(qgraph, plan.target),
-        qgraph,
-        insert(qgraph, asked(plan.target.name)),
-    )
-
-
-def in_float(qgraph: QuantizedGraph, feeds: list[np.ndarray]) -> list[Any]:
-    """The float graph, compiled as the switched model is."""
-    return tf.function(lambda x: evaluate(qgraph.graph, x), autograph=False)([tf.constant(f) for f in feeds])
-
-
-def test_all_off_is_the_float_graph() -> None:
-    """Up to float32 rounding: oneDNN fuses the operations of the two graphs in different ways."""
-    model, qgraph, _ = toy()
-    x = toy_data(20, seed=5)
-    model.switch(model.names)
-    model.switch(())
-    expected = in_float(qgraph, [x])[0]
-    for found in (model.predict(x, verbose=0), model(x)):
-        np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["w8a8", "w8a16"])
-def test_all_on_is_the_simulation_up_to_roundings(name: str) -> None:
-    model, qgraph, simulation = toy(name)
-    x, nodes = toy_data(60, seed=5), ["c1", "dw", "add", "dw/requantize", "cat", "pool"]
-    layers = {layer.node.name: layer for layer in simulation.layers if hasattr(layer, "node")}
-    inner = keras.Model(simulation.inputs, [layers[n].output[0] for n in nodes])
-    model.switch(model.names)
-    for node, found, expected in zip(nodes, model.tensors([x], nodes), inner(x), strict=True):
-        off = np.rint((found - expected) / float(qgraph.activations[node].scale))  # type: ignore[union-attr]
-        assert np.mean(off == 0) > 0.85 and np.abs(off).max() <= 3
-    output = np.rint((model.predict(x, verbose=0) - simulation.predict(x, verbose=0)) * 256)
-    assert np.mean(output == 0) > 0.5 and (name != "w8a8" or np.mean(output == 0) > 0.9)
-
-
-def test_all_on_decides_as_the_simulation_does() -> None:
-    digits = digits_cnn.load_split()
-    qmodel = kquant.quantize_model(keras.saving.load_model(digits_cnn.PATH), digits.calibration, "w8a8", progress=False)
-    model = SwitchedModel.of(qmodel)
-    model.switch(model.names)
-    found, expected = (m.predict(digits.x_test, verbose=0) for m in (model, qmodel))
-    assert np.mean(found.argmax(-1) == expected.argmax(-1)) >= 0.99
-    step = model.quantizers[-1].grid.scale
-    assert np.mean(np.abs(found - expected) < step / 2) > 0.9
-
-
-@pytest.mark.parametrize("name", ["upsampling", "fire_and_pool", "dict_inputs_and_outputs", "lstm"])
-def test_models_of_all_kinds(name: str) -> None:
-    """Float layers, resizing, pools on a shared grid, several inputs: float when off, near the simulation when on."""
-    user = zoo.build(name)
-    x = zoo.inputs(user)
-    qmodel = kquant.quantize_model(user, x, progress=False)
-    model = SwitchedModel.of(qmodel)
-    found, expected = (keras.tree.flatten(m.predict(x, verbose=0)) for m in (model, user))
-    for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max())
-    model.switch(model.names)
-    outputs = model.qgraph.graph.outputs
-    found, expected = (keras.tree.flatten(m.predict(x, verbose=0)) for m in (model, qmodel))
-    for output, ours, theirs in zip(outputs, found, expected, strict=True):
-        q = model.qgraph.activations[output]
-        step = float(q.scale) if q is not None else 0.02 * np.abs(theirs).max()
-        assert np.mean(np.abs(ours - theirs) < 0.5 * step) > 0.6 and np.abs(ours - theirs).max() < 4 * step
+def toy(name: str = "w8a8") -> tuple[Switches, QuantizedGraph]:
+    return Switches.of(toy_qgraph(name)), toy_qgraph(name)
 
 
 def test_one_quantizer_alone_rounds_one_tensor() -> None:
-    model, qgraph, _ = toy("w4a8")
+    switches, qgraph = toy("w4a8")
     x = toy_data(4, seed=5)
-    model.switch(["c1:activations"])
+    switches.switch(["c1:activations"])
+    assert switches.on == ("c1:activations",)
     graph = qgraph.graph
-    c1, added, dw = (t.numpy() for t in model.tensors([x], ["c1", "add", "dw"]))
+    c1, added, dw = (t.numpy() for t in switches.tensors([x], ["c1", "add", "dw"]))
     plain = evaluate(graph, [x], ["c1"])[0].numpy()
     np.testing.assert_allclose(c1, fake_quantize(plain, qgraph.activations["c1"]), atol=1e-6)  # type: ignore[arg-type]
     np.testing.assert_array_equal(added, c1 + dw)
-    model.switch(["c1:weights"])
-    changed = model.tensors([x], ["c1"])[0].numpy()
+    switches.switch(["c1:weights"])
+    assert switches.on == ("c1:weights",)
+    changed = switches.tensors([x], ["c1"])[0].numpy()
     kernel = fake_quantize(graph["c1"].weights["kernel"], qgraph.weights["c1"])  # type: ignore[arg-type]
-    node = graph["c1"].with_weights(kernel=kernel)
-    expected = evaluate(graph.rebuild(node if n.name == "c1" else n for n in graph), [x], ["c1"])[0]
+    other = graph["c1"].with_weights(kernel=kernel)
+    expected = evaluate(graph.rebuild(other if n.name == "c1" else n for n in graph), [x], ["c1"])[0]
     np.testing.assert_allclose(changed, expected, atol=1e-6)
 
 
 def test_tensors_on_a_shared_grid_have_one_quantizer() -> None:
-    model, qgraph, _ = toy()
-    nodes = {q.node for q in model.quantizers if q.kind == "activations"}
+    switches, qgraph = toy()
+    nodes = {q.node for q in switches.quantizers if q.kind == "activations"}
     assert {"pool", "cat"}.isdisjoint(nodes) and {"in", "c1", "dw", "add", "mean", "fc", "sm"} <= nodes
-    assert [q.node for q in model.quantizers if q.kind == "weights"] == ["c1", "dw", "fc"]
-    assert [q.name for q in model.quantizers] == list(model.names)
-    model.switch(["add:activations"])  # the concatenation and the pool behind it are on its grid
-    pooled = model.tensors([toy_data(3)], ["pool"])[0].numpy()
+    assert [q.node for q in switches.quantizers if q.kind == "weights"] == ["c1", "dw", "fc"]
+    assert [q.name for q in switches.quantizers] == list(switches.names)
+    for q in switches.quantizers:
+        grid = (qgraph.weights if q.kind == "weights" else qgraph.activations)[q.node]
+        assert grid is not None and q.bits == grid.bits and (q.layer, q.op) == (q.node, qgraph.graph[q.node].op)
+        np.testing.assert_array_equal(q.grid.scale, grid.scale)
+    switches.switch(["add:activations"])  # the concatenation and the pool behind it are on its grid
+    pooled = switches.tensors([toy_data(3)], ["pool"])[0].numpy()
     np.testing.assert_allclose(pooled, fake_quantize(pooled, qgraph.activations["pool"]), atol=1e-6)  # type: ignore[arg-type]
 
 
-def test_switching_retraces_nothing() -> None:
-    plan = make_plan(toy_graph(), config())
-    traces = 0
-
-    class Counting(SwitchedModel):
-        def tensors(self, *args: Any) -> Any:
-            nonlocal traces
-            traces += 1
-            return super().tensors(*args)
-
-    model = Counting(toy_qgraph(), plan.target)
-    model.compile(metrics=["accuracy"], loss="mse")
-    x = toy_data(8)
-    results = {float(model.predict(x, verbose=0).sum(dtype=np.float64))}
-    before = traces
-    for name in model.names:
-        model.switch([name])
-        results.add(float(np.abs(model.predict(x, verbose=0)).max()))
-    assert traces == before and len(results) > len(model.names) / 2
-
-
-def test_evaluate_and_call_follow_the_switches() -> None:
-    model, _, _ = toy("w4a4")
-    x, y = toy_data(16), np.zeros((16, 5), np.float32)
-    model.compile(loss="mse")
-    losses = []
-    for on in ((), model.names):
-        model.switch(on)
-        losses.append(model.evaluate(x, y, verbose=0))
-        assert losses[-1] == pytest.approx(float(np.mean(np.square(model(x)))), rel=1e-4)
-    assert losses[0] != losses[1]
+def test_a_constant_that_two_layers_read_has_one_switch() -> None:
+    rng, shape = np.random.default_rng(0), (None, 4)
+    value, x = rng.normal(size=4).astype(np.float32), rng.normal(size=(6, 4)).astype(np.float32)
+    constant = Node(name="k", op="const", shape=(4,), weights={"value": value})
+    first = Node(name="first", op="add", inputs=("x", "k"), shape=shape)
+    second = Node(name="again", op="mul", inputs=("first", "k"), shape=shape)
+    qgraph = quantized(chain((4,), first, second, consts=[constant]), [x])
+    switches = Switches.of(qgraph)
+    assert switches.names == ("x:activations", "k:activations", "first:activations", "again:activations")
+    switches.switch(["k:activations"])
+    on_grid = fake_quantize(value, qgraph.activations["k"])  # type: ignore[arg-type]
+    assert not np.array_equal(on_grid, value)
+    np.testing.assert_allclose(switches.tensors([x], ["again"])[0], (x + on_grid) * on_grid, atol=1e-6)
 
 
 def test_stream_does_not_depend_on_the_batches() -> None:
-    model, qgraph, _ = toy()
-    model.switch(())
+    switches, qgraph = toy()
+    switches.switch(())
     x = toy_data(30)
 
     def largest(batches: list[list[np.ndarray]]) -> np.ndarray:
-        found = model.stream(batches, ["dw", "fc"], lambda t: [tf.reduce_max(v) for v in t])
+        found = switches.stream(batches, ["dw", "fc"], lambda t: [tf.reduce_max(v) for v in t])
         return np.max([list(f) for f in found], axis=0)
 
     expected = [np.max(v) for v in evaluate(qgraph.graph, [x], ["dw", "fc"])]
@@ -169,17 +91,36 @@ def test_stream_does_not_depend_on_the_batches() -> None:
     np.testing.assert_allclose(largest([[x[:7]], [x[7:]]]), expected, rtol=1e-6)
 
 
-def test_rounding_is_that_of_numpy() -> None:
-    _, qgraph, _ = toy("w4a8")
-    q = qgraph.weights["c1"]
-    assert q is not None
-    w = np.random.default_rng(0).normal(size=(3, 3, 3, 8)).astype(np.float32)
-    np.testing.assert_array_equal(rounded(tf.constant(w), q), fake_quantize(w, q))
+def test_switching_retraces_nothing() -> None:
+    switches = Switches.of(toy_qgraph())
+    traces = 0
+
+    def summarize(tensors: list[Any]) -> Any:
+        nonlocal traces
+        traces += 1
+        return tf.reduce_sum(tf.abs(tensors[0]))
+
+    def states() -> Any:
+        for names in ((), *([name] for name in switches.names)):
+            switches.switch(names)
+            yield [toy_data(8)]
+
+    results = {float(v) for v in switches.stream(states(), ["fc"], summarize)}
+    assert traces == 1 and len(results) > len(switches.names) / 2
 
 
-def test_unknown_names_and_plain_models_are_refused() -> None:
-    model, _, _ = toy()
+def test_the_switches_know_what_they_switch() -> None:
+    switches, qgraph = toy("w4a8")
+    assert_same(qgraph, switches.qgraph)
+    assert switches.target is kquant.get_target(config("w4a8").target)
+    assert Switches(switches.model).on == ()
+
+
+def test_unknown_names_and_models_without_switches_are_refused() -> None:
+    switches, qgraph = toy()
     with pytest.raises(ConfigError, match=r"c1:weight'.*did you mean 'c1:weights'"):
-        model.switch(["c1:weight"])
+        switches.switch(["c1:weight"])
     with pytest.raises(ModelError, match="not a quantized model"):
-        SwitchedModel.of(zoo.build("activations"))
+        Switches.of(zoo.build("activations"))  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"cannot be switched.*Switches\.of"):
+        Switches(insert(qgraph, asked("litert")))

@@ -231,6 +231,50 @@ def test_any_value_of_what_is_learned_is_a_grid(gradient, value):
     assert 2.0**-63 <= q.scale < 2.0**64 and q.qmin <= q.zero_point <= q.qmax
 
 
+# --- switched off -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_channel", [False, True], ids=["per tensor", "per channel"])
+def test_what_is_off_leaves_values_as_they_are_and_has_a_grid_without_steps(per_channel):
+    q, x = grid(4, per_channel), samples()
+    layer, plain = layer_of(q, switchable=True), layer_of(q)
+    traces = 0
+
+    @tf.function
+    def run(v: Any) -> Any:
+        nonlocal traces
+        traces += 1
+        return layer(v), layer.fake_quantize(v, (0.0, 0.5))
+
+    for on in (True, False, True):
+        layer.on.assign(on)
+        (y, (clipped, found)), (bounded, parameters) = run(x), plain.fake_quantize(x, (0.0, 0.5))
+        np.testing.assert_array_equal(y, fake_quantize(x, q) if on else x)
+        np.testing.assert_array_equal(clipped, bounded if on else np.clip(x, 0, 0.5))
+        np.testing.assert_array_equal(found, parameters if on else np.zeros(found.shape))
+    assert traces == 1
+
+
+def test_only_what_can_be_switched_has_a_state():
+    """Others compute and save as if there were no switches."""
+    plain, switchable = layer_of(grid()), layer_of(grid(), switchable=True)
+    assert plain.on is None and len(switchable.variables) == len(plain.variables) + 1
+    assert plain.supports_jit and not switchable.supports_jit
+    assert plain.settings == switchable.settings and "switchable" not in plain.get_config()
+    operations = tf.function(plain).get_concrete_function(tf.TensorSpec((None, 3))).graph.get_operations()
+    assert not [o.type for o in operations if o.type in ("If", "StatelessIf")]
+
+
+def test_files_keep_the_state(tmp_path):
+    layer = layer_of(grid(), switchable=True)
+    layer.on.assign(False)
+    inputs = keras.Input((3,))
+    keras.Model(inputs, layer(inputs)).save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras").layers[-1]
+    assert not loaded.on.numpy()
+    np.testing.assert_array_equal(loaded(samples()), samples())
+
+
 # --- one grid for two tensors, and files ------------------------------------------------------------------------------
 
 

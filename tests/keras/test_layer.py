@@ -7,7 +7,8 @@ import tensorflow as tf
 
 from kquant.graph.ops import evaluate
 from kquant.grids.grid import Grid, fake_quantize, quantize, quantize_bias
-from kquant.keras.layer import FakeQuant, QuantizedLayer, grid_settings
+from kquant.keras.fake_quant import FakeQuant, grid_settings
+from kquant.keras.layer import QuantizedLayer
 from kquant.keras.model import Learning, extract, insert
 from tests.support.toy import asked, config, toy_data, toy_graph, toy_qgraph
 

@@ -53,7 +53,7 @@ def test_the_text_has_a_line_for_every_row_and_every_reason():
     plan, qgraph, rows = rows_of(rules=[{"name": "^dw$", "float": True}])
     record = record_of(plan, config(), 0, [])
     text = format_report(record, qgraph)
-    assert text.startswith("target: tflite_int8\n")
+    assert text.startswith("target: litert\n")
     first = {line.split()[0] for line in text.splitlines() if line.strip()}
     assert set(rows) <= first
     assert plan.skipped[0].reason in text and "stays float:" in text

@@ -183,12 +183,12 @@ def test_what_no_hardware_computes_is_not_trained(config):
     [
         {"preset": "w8a8", "weights": {"symmetric": False}},
         {"preset": "w8a8", "weights": {"bits": 12}},
-        {"preset": "w8a8", "target": "tflite_int8_per_tensor"},
+        {"preset": "w8a8", "target": "litert_per_tensor"},
         {"preset": "w8a8", "activations": {"per_channel": True}},
     ],
 )
 def test_what_the_target_cannot_run_is_refused(config):
-    with pytest.raises(ConfigError, match="tflite_int8"):
+    with pytest.raises(ConfigError, match="litert"):
         prepare(small(), data(), config)
 
 

@@ -103,3 +103,10 @@ def test_integers_take_a_byte_each_in_memory():
     model, data = network(0)
     layer = kquant.quantize_model(model, data, "w4a8", progress=False).get_layer("conv")
     assert layer.integers.dtype == "int8" and layer.integers.shape == (3, 3, 3, 8)
+
+
+def test_solvers_that_relax_refuse_a_table():
+    model, data = network(0)
+    config = {"preset": "w4a8-kmeans", "adaround": {"solver": "gram"}}
+    with pytest.raises(kquant.ConfigError, match="'conv'.*descent"):
+        kquant.quantize_model(model, data, config, progress=False)

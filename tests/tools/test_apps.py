@@ -7,6 +7,7 @@ import importlib
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,22 +114,17 @@ def test_quantize_switches_steps(files, capsys):
     assert config["inputs"]["range"] == [0.0, 1.0] and config["equalize"] is False
 
 
-@pytest.mark.parametrize("config", ["w8a8-per_tensor", "file"])
-def test_a_target_wins_over_that_of_the_config(files, config):
+@pytest.mark.parametrize("config", ["w8a8-per_tensor", "config.yaml"])
+def test_a_target_wins_over_that_of_the_config(files, monkeypatch, config):
     """Whether a preset or a file names another one."""
-    path = str(files.folder / "config.yaml")
-    settings = {"preset": "w8a8-per_tensor", "equalize": False}
-    kquant.QuantConfig.load(settings).save(path)
-    given = {"w8a8-per_tensor": "w8a8-per_tensor", "file": path}[config]
-    output = str(files.folder / "target.keras")
-    options = {"model": digits_cnn.PATH, "data": files.cal_npy, "output": output, "progress": False}
-    assert run_app(quantize, **options, config=given, target="tflite_int8") == 0
-    expected = kquant.QuantConfig.load(
-        {**({"preset": config} if config != "file" else settings), "target": "tflite_int8"}
-    )
-    assert kquant.QuantConfig.load(given) != expected
-    found = keras.saving.load_model(output, compile=False).quantization["config"]
-    assert kquant.QuantConfig.from_dict(found).target == expected.target
+    monkeypatch.chdir(files.folder)
+    kquant.QuantConfig.load({"preset": "w8a8-per_tensor", "equalize": False}).save("config.yaml")
+    options = {"model": digits_cnn.PATH, "data": files.cal_npy, "output": "target.keras", "progress": False}
+    assert run_app(quantize, **options, config=config, target="litert") == 0
+    given = kquant.QuantConfig.load(config)
+    found = keras.saving.load_model("target.keras", compile=False).quantization.config
+    assert given.target == "litert_per_tensor"
+    assert found == replace(given, target="litert")
 
 
 def test_quantize_without_data_says_what_needs_data(files, capsys):

@@ -89,7 +89,7 @@ def test_training_goes_on_from_the_written_model(files, trained, tmp_path, capsy
         keras.saving.load_model(p, compile=False).get_weights() for p in (trained.out_keras, tmp_path / "more.keras")
     )
     assert any((a != b).any() for a, b in zip(before, after, strict=True))
-    for flag, value in (("config", "w8a8"), ("target", "tflite_int8"), ("gradient", "lsq+")):
+    for flag, value in (("config", "w8a8"), ("target", "litert"), ("gradient", "lsq+")):
         assert run_app(train_qat, **options, output=tmp_path / "x.keras", **{flag: value}) == 1
         assert f"ConfigError: {trained.out_keras!r} has settings of its own for --{flag}" in capsys.readouterr().err
     assert run_app(train_qat, **options, output=tmp_path / "x.keras", distill=True) == 1

@@ -110,7 +110,7 @@ def test_from_a_float_model_to_a_diagnosis_in_an_empty_folder(shell: Shell) -> N
     np.savez(shell.folder / "data.npz", x=images, y=labels)
 
     model_flag, data = "--model=float.keras", "--data=data.npz"
-    shell("quantize", model_flag, data, "--target=tflite_int8", "--output=q.keras", "--noprogress")
+    shell("quantize", model_flag, data, "--target=litert", "--output=q.keras", "--noprogress")
     assert "every operation is an integer operation" in shell("export", "--model=q.keras", "--output=q.tflite")
     out = shell("evaluate", model_flag, "--quantized=q.keras", "--tflite=q.tflite", data)
     rows = [line.split() for line in out.splitlines()]

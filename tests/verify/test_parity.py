@@ -158,7 +158,8 @@ def test_a_wrong_simulation_is_found(toy) -> None:  # type: ignore[no-untyped-de
 def test_a_model_that_changed_after_its_export_is_found() -> None:
     model, qgraph = build()
     content, _ = write_tflite(qgraph)
-    for variable in model.get_layer("fc").variables_by_name.values():
+    layer = model.get_layer("fc")
+    for variable in (layer.integers, layer.variables_by_name["bias"]):
         variable.assign(-variable)
     report = verify_tflite(model, content, toy_data(40))
     assert not report.ok and report.agreement < 0.9

@@ -1,15 +1,18 @@
 """The target "ethos_u": Arm Ethos-U55, U65 and U85.
 
 Their compiler takes what LiteRT's kernels take, with weights in int8 tensors: it encodes them, and fewer distinct
-values take fewer bits of flash. There is no simulator of the hardware here: numbers come from LiteRT, whose arithmetic
-the hardware is made to follow.
+values take fewer bits of flash. There is no simulator of the hardware here: numbers come from LiteRT's reference
+kernels, which the hardware is made to follow.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from kquant.targets.ethos_u.vela import compile_file
+from kquant.targets.litert.kernels import REFERENCE_KERNELS
+from kquant.targets.litert.runtime import TFLiteModel
 from kquant.targets.litert.target import INTERPRETER, LITERT
 from kquant.targets.runtime import Footprint
 
@@ -35,6 +38,12 @@ COMPILED = replace(
     name="Vela and LiteRT",
     package="kquant[ethos-u]",
     module="ethosu",
+    open=partial(TFLiteModel, kernels="reference"),
+    other=TFLiteModel,
+    exact=True,
+    samples=20,
     measure=_measure,
 )
-ETHOS_U = replace(LITERT, name="ethos_u", packed_weights=False, fixed_batch=True, runtime=COMPILED)
+ETHOS_U = replace(
+    LITERT, name="ethos_u", kernels=REFERENCE_KERNELS, packed_weights=False, fixed_batch=True, runtime=COMPILED
+)

@@ -14,7 +14,7 @@ from kquant.targets.builtin import Builtin, Reference, Use
 from kquant.targets.kernel import Arithmetic, Kernel, Layout
 from kquant.targets.litert.elementwise import move, real
 from kquant.targets.litert.emitter import Emitter, Sink
-from kquant.targets.litert.fixed_point import Tensor, integers, shift_right, with_gradient_of
+from kquant.targets.litert.fixed_point import Tensor, divide_by_power, integers, with_gradient_of
 from kquant.targets.litert.reference import layout
 from kquant.targets.litert.weights import weights
 from kquant.targets.operand import Call
@@ -47,9 +47,10 @@ def _bilinear(call: Call) -> Tensor:
 
 
 def _fixed_point_bilinear(call: Call) -> Tensor:
-    """Weights of 10 bits, rounded half away from zero (LiteRT's own kernel)."""
+    """Weights of 10 bits on the stored integers, zero point included, rounded half away from zero (LiteRT's own)."""
     attrs, x = call.node.attrs, call.inputs[0]
-    total, half_pixel = integers(x), attrs["half_pixel_centers"]
+    zero_point = tf.cast(x.zero_point, tf.int64)
+    total, half_pixel = integers(x) + zero_point, attrs["half_pixel_centers"]
     for axis, size in zip((1, 2), attrs["size"], strict=True):
         n = x.centered.shape[axis]
         scale = ((n << 10) + size // 2) // size
@@ -59,8 +60,8 @@ def _fixed_point_bilinear(call: Call) -> Tensor:
         shape = [-1 if k == axis else 1 for k in range(4)]
         weight = (positions - (low << 10)).reshape(shape)
         total = tf.gather(total, low, axis=axis) * (1024 - weight) + tf.gather(total, high, axis=axis) * weight
-    rounded = tf.sign(total) * shift_right(tf.abs(total), tf.constant(20, tf.int64))
-    return with_gradient_of(move(call), rounded)
+    rounded = divide_by_power(total, tf.constant(20, tf.int64))
+    return with_gradient_of(move(call), rounded - zero_point)
 
 
 fixed_point_resize = _resize(_fixed_point_bilinear)

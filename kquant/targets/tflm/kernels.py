@@ -1,4 +1,4 @@
-"""TensorFlow Lite Micro's kernels: LiteRT's own, but for what they refuse and what they round differently.
+"""TensorFlow Lite Micro's kernels: LiteRT's reference kernels, but for what they refuse or round differently.
 
 `reference` has the same differences in numpy. Containers and numbers of axes were tried with the interpreter.
 """
@@ -18,12 +18,9 @@ from kquant.targets.builtin import Reference
 from kquant.targets.kernel import Arithmetic, Kernel
 from kquant.targets.litert import kernels as litert
 from kquant.targets.litert.activations import softmax_16
-from kquant.targets.litert.elementwise import fixed_point_sum, rescale
-from kquant.targets.litert.fixed_point import Tensor, double_rounding, doubles, integers, reduced, scaled
+from kquant.targets.litert.elementwise import rescale
+from kquant.targets.litert.fixed_point import Tensor, doubles, integers, scaled
 from kquant.targets.litert.fixed_point import with_gradient_of as with_gradient
-from kquant.targets.litert.layout import fixed_point_resize
-from kquant.targets.litert.linear import accumulate
-from kquant.targets.litert.reductions import fixed_point_mean
 from kquant.targets.operand import Call
 from kquant.targets.tflm.reference import DIFFERENT, RECIPROCAL
 
@@ -48,35 +45,23 @@ def _both(arithmetic: Arithmetic) -> dict[int, Arithmetic]:
     return {8: arithmetic, 16: arithmetic}
 
 
-_CONVOLUTION: Mapping[int, Arithmetic] = {
-    8: accumulate(lambda call: double_rounding(True)),
-    16: accumulate(lambda call: reduced),
-}
-_SUM = {8: fixed_point_sum(20), 16: fixed_point_sum(15)}
-_INT4 = {8: (4,)}
-
-
 def _only_8(op: str) -> dict[int, Arithmetic]:
-    return {8: litert.KERNELS[op].arithmetic[8]}
+    return {8: litert.REFERENCE_KERNELS[op].arithmetic[8]}
 
 
-# operation -> fields of LiteRT's record that differ
+_INT4 = {8: (4,)}
+# operation -> fields that differ from the records of LiteRT's reference kernels
 _CHANGES: Mapping[str, Mapping[str, Any]] = {
-    "conv2d": {"arithmetic": _CONVOLUTION, "weights": _INT4},
-    "depthwise_conv2d": {"arithmetic": _CONVOLUTION, "weights": _INT4},
-    "conv2d_transpose": {"arithmetic": _CONVOLUTION},
-    "dense": {"arithmetic": _CONVOLUTION, "weights": {}},  # it refuses int4 with a scale per channel
-    "affine": {"arithmetic": _CONVOLUTION},
-    "add": {"arithmetic": _SUM},
-    "sub": {"arithmetic": _SUM},
+    "conv2d": {"weights": _INT4},
+    "depthwise_conv2d": {"weights": _INT4},
+    # rounded as a convolution; int4 is refused with a scale per channel
+    "dense": {"arithmetic": litert.REFERENCE_KERNELS["conv2d"].arithmetic, "weights": {}},
     "mul": {"arithmetic": _both(_mul)},
-    "requantize": {"arithmetic": _both(rescale)},
     "clip": {"arithmetic": _both(rescale), "fuses": ("NONE", "RELU")},  # RELU6 does not requantize
     "leaky_relu": {"arithmetic": _both(_leaky_relu)},
     "softmax": {"arithmetic": {**_only_8("softmax"), 16: softmax_16(RECIPROCAL)}},
-    "mean": {"arithmetic": _both(fixed_point_mean)},
     "reduce_max": {"arithmetic": _only_8("reduce_max")},
-    "resize": {"arithmetic": {8: fixed_point_resize}},
+    "resize": {"arithmetic": _only_8("resize")},
     "embedding": {"arithmetic": _only_8("embedding")},
     "transpose": {"max_rank": 5},
     "slice": {"max_rank": 4},
@@ -84,7 +69,7 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
 _MISSING = frozenset({"gelu"})
 
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
-    {op: replace(k, **_CHANGES.get(op, {})) for op, k in litert.KERNELS.items() if op not in _MISSING}
+    {op: replace(k, **_CHANGES.get(op, {})) for op, k in litert.REFERENCE_KERNELS.items() if op not in _MISSING}
 )
 REFERENCE: Mapping[str, Reference] = MappingProxyType(
     {**litert.REFERENCE, **{code: Reference(compute=f) for code, f in DIFFERENT.items()}}

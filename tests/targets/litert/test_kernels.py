@@ -155,7 +155,7 @@ def check_reference(qgraph: QuantizedGraph, x):
     reference = IntegerReference(content)
     found = reference.run(integers(qgraph, x))[reference.output_names[0]].astype(np.int64)
     q = qgraph.activations[qgraph.graph.outputs[0]]
-    y = np.asarray(insert(qgraph, {"target": name})(x if len(x) > 1 else x[0]))
+    y = np.asarray(insert(qgraph, asked(name))(x if len(x) > 1 else x[0]))
     np.testing.assert_array_equal(np.rint(y / q.scale).astype(np.int64) + q.zero_point, found)
 
 

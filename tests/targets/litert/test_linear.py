@@ -32,6 +32,7 @@ from tests.support.graphs import (
 )
 from tests.support.litert_files import run
 from tests.support.operations import LINEAR
+from tests.support.toy import asked
 
 # where the kernels have a container of fewer than 8 bits
 SMALL = {"conv": 4, "groups": 4, "depthwise": 4, "dense": 2, "dense_rank3": 2}
@@ -244,5 +245,5 @@ def test_affine_equals_the_default_kernel(seed: int) -> None:
     w = weight_grid(graph["affine"], per_channel=bool(g.integers(2)))
     qgraph = QuantizedGraph(graph, {"x": x, "affine": y}, {"affine": w})
     content, _ = write_tflite(qgraph)
-    values = insert(qgraph, {"target": "litert"})(x.scale * (q - np.float32(x.zero_point)))
+    values = insert(qgraph, asked("litert"))(x.scale * (q - np.float32(x.zero_point)))
     np.testing.assert_array_equal(np.rint(values / y.scale) + y.zero_point, TFLiteModel(content).run([q])[0])
