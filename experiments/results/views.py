@@ -80,7 +80,7 @@ NAMES = {
     "resnet56": "ResNet56, CIFAR-10",
     "ds_cnn": "DS-CNN, speech commands",
 }
-PRESETS = ("w8a8", "w8a8-per_tensor", "w4a8", "w4a4", "w8a16")
+PRESETS = ("w8a8", "w8a8-per_tensor", "w4a8", "w4a4")
 CALIBRATED = {"calibration": ("200", "500")}  # as many samples as everywhere else
 EQUALIZED = "CLE, dead channels, activations"
 _MODEL: dict[str, Column] = {"model": "model", "float": "float"}

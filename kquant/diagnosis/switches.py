@@ -14,7 +14,6 @@ import tensorflow as tf
 from kquant.config.quant_config import QuantConfig
 from kquant.config.text import suggest
 from kquant.errors import ConfigError, ModelError
-from kquant.graph.ir import Node
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid
 from kquant.keras.fake_quant import FakeQuant
@@ -71,19 +70,28 @@ class Switches:
 
     def __init__(self, model: QuantizedModel) -> None:
         self.model = model
-        found: dict[tuple[str, str], list[FakeQuant]] = {}  # a constant has one quantizer in each layer that reads it
+        found: dict[str, list[FakeQuant]] = {}  # a constant has one quantizer in each layer that reads it
         for layer in model.quantized_layers.values():
             if layer.weight_quantizer is not None:
-                found[layer.node.name, WEIGHTS] = [layer.weight_quantizer]
+                found[f"{layer.node.name}:{WEIGHTS}"] = [layer.weight_quantizer]
             for name, quantizer in layer.quantizers.items():
-                found.setdefault((name, ACTIVATIONS), []).append(quantizer)
-        nodes = [(node, kind) for node in self.qgraph.graph for kind in (WEIGHTS, ACTIVATIONS)]
-        owned = [(node, kind, found[node.name, kind]) for node, kind in nodes if (node.name, kind) in found]
-        self.quantizers = tuple(_quantizer(node, kind, own[0].to_grid()) for node, kind, own in owned)
+                found.setdefault(f"{name}:{ACTIVATIONS}", []).append(quantizer)
         if any(quantizer.on is None for own in found.values() for quantizer in own):
             raise ModelError(f"The quantizers of {model.name!r} cannot be switched: make it with Switches.of.")
-        states = [[f.on for f in own if f.on is not None] for _, _, own in owned]
-        self._states = {q.name: own for q, own in zip(self.quantizers, states, strict=True)}
+        self.quantizers = tuple(
+            Quantizer(
+                name=name,
+                kind=kind,
+                node=node.name,
+                layer=node.origin or node.name,
+                op=node.op,
+                grid=found[name][0].to_grid(),
+            )
+            for node in self.qgraph.graph
+            for kind in (WEIGHTS, ACTIVATIONS)
+            if (name := f"{node.name}:{kind}") in found
+        )
+        self._states: dict[str, list[Any]] = {q.name: [f.on for f in found[q.name]] for q in self.quantizers}
         self.switch(())
 
     @classmethod
@@ -173,8 +181,3 @@ class Switches:
             return summarize(keras.tree.flatten(inner(list(feeds))))
 
         return run
-
-
-def _quantizer(node: Node, kind: str, grid: Grid) -> Quantizer:
-    facts: dict[str, Any] = {"node": node.name, "layer": node.origin or node.name, "op": node.op}
-    return Quantizer(name=f"{node.name}:{kind}", kind=kind, grid=grid, **facts)

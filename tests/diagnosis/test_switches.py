@@ -53,9 +53,10 @@ def test_tensors_on_a_shared_grid_have_one_quantizer() -> None:
     assert {"pool", "cat"}.isdisjoint(nodes) and {"in", "c1", "dw", "add", "mean", "fc", "sm"} <= nodes
     assert [q.node for q in switches.quantizers if q.kind == "weights"] == ["c1", "dw", "fc"]
     assert [q.name for q in switches.quantizers] == list(switches.names)
+    graph = qgraph.graph
     for q in switches.quantizers:
         grid = (qgraph.weights if q.kind == "weights" else qgraph.activations)[q.node]
-        assert grid is not None and q.bits == grid.bits and (q.layer, q.op) == (q.node, qgraph.graph[q.node].op)
+        assert grid is not None and q.bits == grid.bits and (q.layer, q.op) == (graph[q.node].origin, graph[q.node].op)
         np.testing.assert_array_equal(q.grid.scale, grid.scale)
     switches.switch(["add:activations"])  # the concatenation and the pool behind it are on its grid
     pooled = switches.tensors([toy_data(3)], ["pool"])[0].numpy()

@@ -60,6 +60,7 @@ def test_int8_tensors_hold_tables_wider_than_their_codes():
     assert all(len(np.unique(row)) <= 16 for row in stored["pointwise/kernel"].data.reshape(32, -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["w4a8-kmeans", "w4a8-b32", "w2a8-ternary"])
 def test_training_keeps_to_the_table_and_moves_scales(config):
     qat = kquant.prepare_qat(network(), X, config, progress=False)
