@@ -141,7 +141,8 @@ class Switches:
                 raise ConfigError(f"There is no quantizer {name!r}{suggest(name, self._states)}; see `quantizers`.")
         for name, states in self._states.items():
             for state in states:
-                state.assign(name in on)
+                if bool(state.numpy()) != (name in on):  # reading is cheaper than writing
+                    state.assign(name in on)
 
     def tensors(self, feeds: Sequence[Tensor], fetch: Sequence[str]) -> list[Tensor]:
         """Tensors of the network as it is switched, each behind its quantizer.

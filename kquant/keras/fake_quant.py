@@ -182,7 +182,8 @@ class FakeQuant(keras.layers.Layer):
         x = tf.cast(x, tf.float32)
 
         def off() -> tuple[Tensor, Tensor]:
-            return clip_tensor(tf.identity(x), *clip), tf.zeros_like(self.grid if self.blocks is None else self.scale)
+            shape = tuple(self.scale.shape)
+            return clip_tensor(tf.identity(x), *clip), tf.zeros((2, *shape) if self.blocks is None else shape)
 
         return self.if_on(lambda: self._quantized(x, clip, unit), off)
 
