@@ -108,9 +108,9 @@ def test_kept_batch_norm_changes_scales_and_not_integers():
     model = prepared("keep")
     layer = normalized(model)[1]
     integers = layer._quantized_weight()[0].numpy()
-    _, before = layer.deployed()
+    _, before, _ = layer.deployed()
     layer.gamma.assign(layer.gamma * 3.0)
-    _, after = layer.deployed()
+    _, after, _ = layer.deployed()
     np.testing.assert_array_equal(layer._quantized_weight()[0].numpy(), integers)
     np.testing.assert_allclose(after.scale, 3.0 * before.scale, rtol=1e-6)
 

@@ -17,6 +17,7 @@ from kquant.config.specs import QuantSpec, Training
 from kquant.graph.ops import weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import grid_from_range
+from kquant.keras import layer as simulation
 from kquant.keras.model import Learning, QuantizedModel, extract, insert
 from kquant.qat.learning import learning_of
 from kquant.qat.prepare import prepare_qat
@@ -230,10 +231,8 @@ def test_mixed_precision_trains_operations_in_bfloat16_and_nothing_else(mixed_pr
     assert {v.dtype for v in mixed.variables} == {"float32"}
     np.testing.assert_array_equal(mixed(x), in_float32(x))  # inference is that of the target, in float32
     seen = set()
-    real = kquant.quantizers.compute
-    monkeypatch.setattr(
-        kquant.quantizers, "compute", lambda n, i, w=None: seen.add((n.op, i[0].dtype)) or real(n, i, w)
-    )
+    real = simulation.compute
+    monkeypatch.setattr(layer, "compute", lambda n, i, w=None: seen.add((n.op, i[0].dtype)) or real(n, i, w))
     for model in (mixed, reloaded(mixed, tmp_path)):
         seen.clear()
         y_mixed, y_float = model(x, training=True), in_float32(x, training=True)
@@ -286,7 +285,7 @@ def test_with_all_bits_at_16_it_trains_like_the_float_model(relative):
     steps(user, keras.optimizers.Adam(0.01), 30, x, y)
     quantized, training = kquant.quantize_model(user, x, "w8a16", progress=False), Training(relative_weights=relative)
     model = with_16_bits(quantized, training)
-    assert {q.bits for q in (*weights(model).values(), *outputs(model).values())} == {16}
+    assert {q.width for q in (*weights(model).values(), *outputs(model).values())} == {16}
     reference = without_grids(quantized, training) if relative else user
     optimizers = [keras.optimizers.Adam(5e-4) for _ in range(2)]
     expected, found = (steps(m, o, 40, x, y) for m, o in zip((reference, model), optimizers, strict=True))
