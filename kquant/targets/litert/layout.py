@@ -47,9 +47,10 @@ def _bilinear(call: Call) -> Tensor:
 
 
 def _fixed_point_bilinear(call: Call) -> Tensor:
-    """Weights of 10 bits, rounded half away from zero (LiteRT's own kernel)."""
+    """Weights of 10 bits, the stored integers rounded half away from zero (LiteRT's own kernel)."""
     attrs, x = call.node.attrs, call.inputs[0]
-    total, half_pixel = integers(x), attrs["half_pixel_centers"]
+    zero_point = tf.cast(x.zero_point, tf.int64)
+    total, half_pixel = integers(x) + zero_point, attrs["half_pixel_centers"]
     for axis, size in zip((1, 2), attrs["size"], strict=True):
         n = x.centered.shape[axis]
         scale = ((n << 10) + size // 2) // size
@@ -60,7 +61,7 @@ def _fixed_point_bilinear(call: Call) -> Tensor:
         weight = (positions - (low << 10)).reshape(shape)
         total = tf.gather(total, low, axis=axis) * (1024 - weight) + tf.gather(total, high, axis=axis) * weight
     rounded = tf.sign(total) * shift_right(tf.abs(total), tf.constant(20, tf.int64))
-    return with_gradient_of(move(call), rounded)
+    return with_gradient_of(move(call), rounded - zero_point)
 
 
 fixed_point_resize = _resize(_fixed_point_bilinear)
