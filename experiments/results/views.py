@@ -175,6 +175,14 @@ VIEWS: Mapping[str, View] = {
         source="cost",
         columns={"200 images": "what", "kquant": "kquant", "converter": "converter", "ratio": "ratio"},
     ),
+    "targets": View(
+        source="targets",
+        columns={
+            **{"model": "model", "preset": "preset", "target": "target", "bytes": "bytes", "arena": "arena"},
+            **{"accelerator": "accelerator", "SRAM": "sram", "flash": "flash", "cycles": "cycles"},
+            **{"CPU operators": "cpu_operators", "top-1": "top1", "default": "top1_default", "samples": "samples"},
+        },
+    ),
     "diagnosis": View(
         source="diagnosis",
         columns={
