@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,6 @@ CUT = 0.01  # share of values beyond the grid
 OTHER = 4.0  # a grid this many times wider or narrower than it should be: two bits
 DOMAIN = 2.0  # ranges on calibration data this many times wider or narrower than on evaluation data
 NAMED = 4  # tensors that a sentence names
-FIXED = ("softmax", "logistic", "tanh")  # their grids are the target's
 FLOAT_LSB = 100.0  # a float tensor differs where it does by so many steps of 1e-5 of its largest value
 _Rule = Callable[[TensorRecord], float]  # how bad it is; 0 where nothing is wrong
 
@@ -44,7 +43,7 @@ def _far(t: TensorRecord) -> float:
     """How much of the grid serves the few: values far out, or a channel far wider than the others."""
     ratio = min(t.high - t.low, t.seen_high - t.seen_low) / max(inner_range(t), 1e-30)
     worst = max(ratio, t.channel_ratio / 2)  # channels differ a few times in every network
-    return worst if worst > FAR and t.op not in FIXED else 0.0
+    return worst if worst > FAR else 0.0
 
 
 _KINDS = (
@@ -67,26 +66,32 @@ _KINDS = (
     _Kind(
         "saturation",
         "activations",
-        lambda t: t.saturated if t.saturated > CUT and t.op not in FIXED else 0.0,
+        lambda t: t.saturated if t.saturated > CUT else 0.0,
         "{names}: up to {value:.1%} of the values lie beyond the grid.",
         "Calibrate with data like that which is evaluated, or with the range method min_max.",
     ),
 )
 
 
-def of_tensors(records: Sequence[TensorRecord], kinds: Sequence[str], per_tensor: Sequence[str]) -> list[Finding]:
+def of_tensors(
+    records: Sequence[TensorRecord],
+    kinds: Sequence[str],
+    per_tensor: Sequence[str],
+    fixed: Collection[str] = (),
+) -> list[Finding]:
     """Wide channels, outliers and saturation.
 
     Args:
         records: of all quantizers.
         kinds: "weights" or "activations" that are to blame.
         per_tensor: nodes whose weights have one scale: the width of channels is theirs to suffer.
+        fixed: operations whose grids are the target's, which nobody can choose.
     """
     found = []
     for rule in _KINDS:
         if rule.of not in kinds:
             continue
-        judged = [(rule.badness(t), t) for t in records if t.kind == rule.of]
+        judged = [(rule.badness(t), t) for t in records if t.kind == rule.of and t.op not in fixed]
         judged = [(b, t) for b, t in judged if b and (rule.of == "activations" or t.node in per_tensor)]
         judged.sort(key=lambda item: -item[0])
         if judged:

@@ -9,7 +9,6 @@ from typing import Any
 
 from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import Rule
-from kquant.diagnosis.findings import FIXED
 from kquant.diagnosis.records import Sensitivity, TensorRecord
 from kquant.diagnosis.switches import ACTIVATIONS, WEIGHTS
 from kquant.graph.ir import Graph
@@ -157,10 +156,11 @@ def more_bits(config: QuantConfig, ranked: Sequence[Sensitivity | TensorRecord],
     Returns:
         None where fewer than `count` layers can have more bits on the target.
     """
-    wide = 16 in get_target(config.target).mixed_activation_bits
+    target = get_target(config.target)
+    wide = 16 in target.mixed_activation_bits
     changes: dict[str, dict[str, Any]] = {}
     for record in ranked:
-        if record.op in FIXED or record.op == "input":
+        if record.op in target.fixed_outputs or record.op == "input":
             continue  # the first have the target's grid, the other the config's `inputs`
         bits = 8 if record.bits < 8 else 16 if record.kind == ACTIVATIONS and wide and record.bits < 16 else None
         if bits is None or (record.layer not in changes and len(changes) == count):

@@ -48,6 +48,7 @@ class Workflow:
         self.plain = Switches.of(case.plain, case.model.target)
         self.actual = self.plain if case.plain is case.qgraph else Switches.of(case.qgraph, case.model.target)
         self.one_scale = [q.node for q in self.plain.quantizers if q.kind == WEIGHTS and q.grid.axis is None]
+        self.fixed = case.model.target.fixed_outputs
         self.bar = tqdm(desc="diagnosis", unit="stage", disable=not progress, leave=False)
 
     def run(self) -> Results:
@@ -188,7 +189,7 @@ class Workflow:
     def _other_domain(self) -> bool:
         """Whether the calibration data is from elsewhere, and that is what costs."""
         case, found, graph = self.case, self.results, self.case.qgraph.graph
-        judged = [t for t in found.tensors if t.kind == ACTIVATIONS and t.op not in (*rules.FIXED, "const")]
+        judged = [t for t in found.tensors if t.kind == ACTIVATIONS and t.op not in (*self.fixed, "const")]
         grids = {t.node: (t.low, t.high) for t in judged}  # as wide as the calibration data, or about that
         seen = {t.node: (t.seen_low, t.seen_high) for t in judged}
         grids |= dict(zip(graph.inputs, extremes(self.lab.calibration), strict=True))
@@ -273,7 +274,7 @@ class Workflow:
         costly = self._costly(guilty)
         outputs = decisive(self.case.qgraph)
         new = rules.few_bits(found.tensors, costly, outputs)
-        new += rules.of_tensors(found.tensors, guilty, self.one_scale)
+        new += rules.of_tensors(found.tensors, guilty, self.one_scale, self.fixed)
         if WEIGHTS in guilty:
             new += rules.dead_channels(found.tensors, self.one_scale)
         found.findings += [f for f in new if f.kind != "saturation" or not found.findings]

@@ -71,6 +71,11 @@ class Target:
         """Operations whose inputs need the grid of their output: their kernels look at one grid only."""
         return self._tied(Tie.SHARED)
 
+    @property
+    def fixed_outputs(self) -> frozenset[str]:
+        """Operations whose kernels insist on the grid of their output, in some container; see `fixed_output`."""
+        return frozenset(op for op, kernel in self.kernels.items() if kernel.output)
+
     def _tied(self, tie: Tie) -> frozenset[str]:
         return frozenset(op for op in self.kernels if OPS[op].grid is tie)
 

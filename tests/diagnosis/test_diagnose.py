@@ -215,6 +215,7 @@ def test_outliers_saturation_and_neither() -> None:
     for tensor, expected in cases:
         assert [f.kind for f in of_tensors([tensor], ("activations",), ())] == expected
         assert of_tensors([tensor], ("weights",), ()) == []
+        assert of_tensors([tensor], ("activations",), (), [tensor.op]) == []
     weights = record(values, -4, 4, kind="weights", channel_ratio=50.0)
     (found,) = of_tensors([weights], ("weights",), ("a",))
     assert found.kind == "wide_channels" and "50 times" in found.text

@@ -232,7 +232,7 @@ def test_mixed_precision_trains_operations_in_bfloat16_and_nothing_else(mixed_pr
     np.testing.assert_array_equal(mixed(x), in_float32(x))  # inference is that of the target, in float32
     seen = set()
     real = simulation.compute
-    monkeypatch.setattr(layer, "compute", lambda n, i, w=None: seen.add((n.op, i[0].dtype)) or real(n, i, w))
+    monkeypatch.setattr(simulation, "compute", lambda n, i, w=None: seen.add((n.op, i[0].dtype)) or real(n, i, w))
     for model in (mixed, reloaded(mixed, tmp_path)):
         seen.clear()
         y_mixed, y_float = model(x, training=True), in_float32(x, training=True)
