@@ -44,14 +44,27 @@ def pytest_runtest_call(item: pytest.Item) -> object:
         pytest.skip(str(error))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_worker() -> Iterator[None]:
-    """What a module leaves in memory is freed: Keras' global state and the graphs of compiled functions."""
-    yield
+def _free() -> None:
+    """Free what tests leave in memory: Keras' global state and the graphs of compiled functions."""
     import keras
 
     keras.backend.clear_session()
     gc.collect()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_worker() -> Iterator[None]:
+    """Memory is freed after every module,"""
+    yield
+    _free()
+
+
+@pytest.fixture(autouse=True)
+def small_worker_of_slow_tests(request: pytest.FixtureRequest) -> Iterator[None]:
+    """and after every slow test: one of those may leave gigabytes."""
+    yield
+    if request.node.get_closest_marker("slow") is not None:
+        _free()
 
 
 def _no_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
