@@ -99,7 +99,8 @@ class QuantizedModel(keras.Model):
         Args:
             names: of `quantized_layers`.
         """
-        outputs = [self.quantized_layers[name].output for name in names]
+        layers = self.quantized_layers
+        outputs = [layers[name].output for name in names]
         return keras.Model(self.inputs, [y[0] if isinstance(y, list | tuple) else y for y in outputs])
 
     @property
