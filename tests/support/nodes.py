@@ -71,6 +71,7 @@ EXAMPLES: dict[str, Example] = {
         [np.asarray([[0, 6, 2], [1, 1, 5]], np.int32)],
     ),
     **{op: example(op, IMAGE, IMAGE) for op in ("add", "sub", "mul", "maximum", "minimum")},
+    "batch_matmul": example("batch_matmul", (3, 4), (4, 5)),
     "clip": example("clip", IMAGE, lo=0.0, hi=None),
     "clip, both": example("clip", IMAGE, lo=-0.5, hi=0.8),
     "leaky_relu": example("leaky_relu", IMAGE, alpha=0.1),

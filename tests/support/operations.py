@@ -90,6 +90,7 @@ GRAPHS: dict[str, Callable[[], Graph]] = {
     "sub_const": lambda: _with_const("sub", (7, 3)),
     "mul": lambda: two("mul"),
     "mul_const": lambda: _with_const("mul", (1, 1, 3), clip=(-1.0, 1.0)),
+    "batch_matmul": lambda: chain((2, 5, 5), op("batch_matmul", (2, 5, 5), inputs=("x", "y"))),
     "maximum": lambda: two("maximum"),
     "minimum_const": lambda: _with_const("minimum", (3,)),
     "concat": _concat,

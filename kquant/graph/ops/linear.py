@@ -1,4 +1,4 @@
-"""Operations that are linear in their input, with trained weights, and the look-up in a trained table.
+"""Operations that are linear in their input, with trained weights or not, and the look-up in a trained table.
 
 | op | attrs | weights |
 | --- | --- | --- |
@@ -8,6 +8,7 @@
 | dense | | kernel [cin, cout], bias [cout]; contracts the last axis, any rank |
 | affine | | scale [c], offset [c]: x * scale + offset on the last axis (batch norm at inference) |
 | embedding | | table [rows, depth]; reads int32 ids |
+| batch_matmul | | two inputs [..., n, k] and [..., k, m], equal in front: their matrix products |
 
 padding is "same" or "valid". conv2d_transpose produces the node's own shape (output padding). The kernel of a depthwise
 convolution is quantized as [h, w, c * m], since each of the c * m outputs has a scale of its own.
@@ -80,6 +81,14 @@ def _moments(
     return Moments(mean, std, mean - reach(down, up), mean + reach(up, down))
 
 
+def _product_moments(node: Node, sources: Sequence[Node], xs: Sequence[Moments]) -> Moments:
+    """Sums of k products of independent numbers: E[a b] = E[a] E[b], Var[a b] = (Va + a^2) (Vb + b^2) - a^2 b^2."""
+    a, b = xs
+    second = [np.square(x.mean) + np.square(x.std) for x in xs]
+    variance = second[0].sum() * second[1] - np.square(a.mean).sum() * np.square(b.mean)
+    return Moments.normal(a.mean.sum() * b.mean, np.sqrt(variance))
+
+
 def _outputs_on_one_axis(w: Any) -> Any:
     """[h, w, c, m] as [h, w, c * m]."""
     reshape = np.reshape if isinstance(w, np.ndarray) else tf.reshape
@@ -125,6 +134,7 @@ RECORDS = collect(
         Weight(name="scale", channels=0),
         bias="offset",
     ),
+    Op(name="batch_matmul", compute=lambda n, xs, w: tf.matmul(*xs), moments=_product_moments),
     Op(
         name="embedding",
         compute=lambda n, xs, w: tf.gather(w["table"], tf.cast(xs[0], tf.int32)),

@@ -291,8 +291,8 @@ def _split_bias(
 
 @lowers_op("Matmul")
 def matmul(b: Builder, op: Any, x1: Any, x2: Any) -> Node:
-    if isinstance(x1, Node) == isinstance(x2, Node):
-        raise NotLowered("it multiplies two computed tensors")
+    if isinstance(x1, Node) and isinstance(x2, Node):
+        return _of_two(b, x1, x2)
     if isinstance(x1, Node):
         w = as_array(x2)
         if w.ndim == 2:
@@ -302,6 +302,13 @@ def matmul(b: Builder, op: Any, x1: Any, x2: Any) -> Node:
     if w.ndim != 2 or rank < 3:
         raise NotLowered(f"a constant of shape {w.shape} times a tensor of rank {rank}")
     return contract(b, "...kn,mk->...mn", x2, w)
+
+
+def _of_two(b: Builder, x1: Node, x2: Node) -> Node:
+    """The product of two computed tensors, matrix by matrix."""
+    if len(x1.shape) != len(x2.shape) or len(x1.shape) < 3 or x1.shape[:-2] != x2.shape[:-2]:
+        raise NotLowered(f"it multiplies matrices of tensors of shapes {x1.shape} and {x2.shape}")
+    return b.emit("batch_matmul", x1, x2)
 
 
 @lowers_op("Dot")

@@ -13,8 +13,15 @@ from kquant.graph.ops import bias_of, compute, weight_of
 from kquant.grids.gradients import round_ste
 from kquant.targets.builtin import Builtin, Reference, Use
 from kquant.targets.kernel import Arithmetic, Kernel, Layout
+from kquant.targets.litert.arithmetic import (
+    multiply_double_rounding,
+    multiply_reduced,
+    quantize_multiplier,
+    saturate,
+)
 from kquant.targets.litert.emitter import PADDING, Emitter, Sink
 from kquant.targets.litert.fixed_point import Requantize, Tensor, double_rounding, in_float32, reduced, single_rounding
+from kquant.targets.litert.reader import Operator
 from kquant.targets.litert.reference import layout, linear, optimized
 from kquant.targets.litert.weights import weights
 from kquant.targets.operand import Call
@@ -46,6 +53,35 @@ def accumulate(rounding: Callable[[Call], Requantize]) -> Arithmetic:
         return rounding(call)(acc, x.scale, w.scale, out.scale)
 
     return arithmetic
+
+
+def _matrix_product(rounding: Requantize) -> Arithmetic:
+    """The exact sums of products of two tensors, brought to the output's grid."""
+
+    def arithmetic(call: Call) -> Tensor:
+        a, b = call.inputs
+        acc = compute(call.node, [tf.cast(x.centered, tf.float64) for x in (a, b)])
+        return rounding(acc if call.out.bits > 8 else tf.cast(acc, tf.float32), a.scale, b.scale, call.out.scale)
+
+    return arithmetic
+
+
+_OWN_MATRIX_PRODUCT = _matrix_product(double_rounding(True))
+
+
+def _matrix_product_8(call: Call) -> Tensor:
+    """XNNPACK takes a second operand whose zero point is 0; LiteRT's own kernel does the rest."""
+    in_xnnpack = _matrix_product(in_float32)(call)
+    return tf.where(call.inputs[1].zero_point == 0, in_xnnpack, _OWN_MATRIX_PRODUCT(call))
+
+
+def _batch_matmul(op: Operator, x: linear.Values) -> np.ndarray:
+    """BATCH_MATMUL of two tensors, as the reference kernels compute it."""
+    a, b = (np.asarray(v).astype(np.int64) - op.given(k).z for k, v in enumerate(x[:2]))
+    out = op.outputs[0]
+    by = quantize_multiplier(np.float64(op.given(0).s) * np.float64(op.given(1).s) / np.float64(out.s))
+    multiply = multiply_reduced if out.dtype == np.int16 else multiply_double_rounding
+    return saturate(multiply(a @ b, by) + out.z, out.dtype)
 
 
 def _products(node: Node, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -169,6 +205,10 @@ def _fully_connected_least(use: Use) -> int:
     return 12 if use.per_channel else 5 if use.fields["keepNumDims"] else 1
 
 
+def _write_batch_matmul(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
+    e.op("BATCH_MATMUL", x, [out.tensor], adjX=False, adjY=False, asymmetricQuantizeInputs=False)
+
+
 _CONVOLUTION_16 = accumulate(lambda call: reduced)
 _REFERENCE_CONVOLUTION = accumulate(lambda call: double_rounding(True))
 # operation -> what the reference kernels compute on int8 tensors, where that is something else
@@ -178,6 +218,7 @@ REFERENCE: Mapping[str, Arithmetic] = {
     "conv2d_transpose": _REFERENCE_CONVOLUTION,
     "affine": _REFERENCE_CONVOLUTION,
     "dense": accumulate(lambda call: single_rounding),
+    "batch_matmul": _OWN_MATRIX_PRODUCT,
 }
 
 KERNELS = (
@@ -253,6 +294,17 @@ KERNELS = (
         layout=Layout(lambda w: w.T, hybrid=True),
         weights={8: (2, 4), 16: (4,)},
         fuses=ALL,
+    ),
+    Kernel(
+        op="batch_matmul",
+        arithmetic={8: _matrix_product_8, 16: _matrix_product(reduced)},
+        write=_write_batch_matmul,
+        operators={
+            "BATCH_MATMUL": Builtin(
+                options="BatchMatMulOptions", versions=(1, 2, 3), reference=Reference(compute=_batch_matmul)
+            )
+        },
+        max_rank=5,
     ),
     Kernel(
         op="affine",  # written as a depthwise convolution
