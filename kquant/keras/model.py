@@ -108,13 +108,22 @@ class QuantizedModel(keras.Model):
         """How the model was quantized."""
         return self.record.quantization
 
-    def compute_loss(self, *args: Any, training: bool = True, **kwargs: Any) -> Any:
-        """The loss that `compile` was given; a training step whose loss is not finite fails and changes no weight."""
-        if training and self.quantized_layers and all(layer.frozen for layer in self.quantized_layers.values()):
+    def require_training(self) -> None:
+        """Refuse to train a model whose integers are decided.
+
+        Raises:
+            ModelError: no layer of it trains.
+        """
+        if self.quantized_layers and all(layer.frozen for layer in self.quantized_layers.values()):
             raise ModelError(
                 f"The integers of {self.name!r} are decided, and fit would not change them: train what "
                 "kquant.prepare_qat makes of it, or of the float model."
             )
+
+    def compute_loss(self, *args: Any, training: bool = True, **kwargs: Any) -> Any:
+        """The loss that `compile` was given; a training step whose loss is not finite fails and changes no weight."""
+        if training:
+            self.require_training()
         loss = super().compute_loss(*args, training=training, **kwargs)
         return checked_loss(loss, _NOT_FINITE) if training and loss is not None else loss
 

@@ -113,6 +113,8 @@ class Distiller(keras.Model):
             if y is None:
                 return self._divergence(self.teacher(x, training=False), y_pred)
             return super().compute_loss(x, y, y_pred, sample_weight, training=False)
+        if isinstance(self.student, QuantizedModel):
+            self.student.require_training()
         # Keras divides what it sums over replicas; `taught` are the terms that `call` added
         taught = tf.add_n([_float(loss) for loss in self.losses])
         taught /= float(tf.distribute.get_strategy().num_replicas_in_sync)

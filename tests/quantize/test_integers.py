@@ -97,6 +97,10 @@ def test_a_model_that_is_decided_does_not_train():
     qmodel.compile("sgd", "mse")
     with pytest.raises(kquant.ModelError, match="prepare_qat"):
         qmodel.fit(data, np.zeros((32, 4)), verbose=0)
+    distiller = kquant.Distiller(qmodel, model)
+    distiller.compile("sgd")
+    with pytest.raises(kquant.ModelError, match="prepare_qat"):
+        distiller.fit(data, verbose=0)
 
 
 def test_integers_take_a_byte_each_in_memory():
