@@ -75,6 +75,11 @@ class Runtime:
         open: a file -> what runs it as the device does. It raises ExportError where the runtime does not accept it.
         checks: kernels to compare every tensor with; the first that accept a file are taken. None where only the
             outputs can be read.
+        other: other kernels of the runtime, whose agreement with `open` is the floor for the simulation's; None where
+            there are none.
+        exact: the outputs of `open` equal those of the numpy reference, bit for bit.
+        samples: how many are run by default.
+        measure: a file -> what it takes on each device; None where nothing tells.
     """
 
     name: str
