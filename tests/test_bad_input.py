@@ -255,8 +255,8 @@ def test_verify_notices_a_file_of_another_model():
 def test_verify_notices_a_wrong_weight():
     qmodel = quantize(small())
     content = kquant.export_tflite(qmodel).content
-    kernel = qmodel.get_layer("fc").variables_by_name["kernel"]
-    kernel.assign(kernel.numpy()[:, ::-1])
+    integers = qmodel.get_layer("fc").integers
+    integers.assign(integers.numpy()[:, ::-1])
     assert not kquant.verify_tflite(qmodel, content, images()).ok
 
 

@@ -189,6 +189,6 @@ def test_products_with_constants_are_dense() -> None:
         assert "dense" in computed and "float" not in computed
 
 
-def test_product_of_two_tensors_stays_float() -> None:
+def test_product_of_two_tensors_is_a_batch_matmul() -> None:
     graph = traced(build(lambda x, y: keras.ops.matmul(x, y), (3, 4), (4, 5)))
-    assert ops(graph) == ["float"] and len(graph[graph.outputs[0]].inputs) == 2
+    assert ops(graph) == ["batch_matmul"] and len(graph[graph.outputs[0]].inputs) == 2
