@@ -85,6 +85,7 @@ class QuantizedLayer(keras.layers.Layer):
         frozen: all is decided: nothing of the layer trains.
         target: name of the target whose kernel computes it.
         switchable: its quantizers can be switched off (see `FakeQuant`); it computes in real numbers.
+        limits: the smallest and largest integer of the grid that it shares, where it puts a value of its own on it.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class QuantizedLayer(keras.layers.Layer):
         frozen: bool = False,
         target: str = "litert",
         switchable: bool = False,
+        limits: Sequence[int] | None = None,
         **kwargs: Any,
     ):
         super().__init__(**{"dtype": "float32", **kwargs}, autocast=False)
@@ -112,7 +114,7 @@ class QuantizedLayer(keras.layers.Layer):
         self.output_quantizer = quantizer(**output_grid, name="output_quantizer") if output_grid else None
         self.shares_grid, self.activation_bits = shares_grid, activation_bits
         self.rounds_in_training, self.training_dtype = rounds_in_training, training_dtype
-        self.frozen, self.switchable = frozen, switchable
+        self.frozen, self.switchable, self.limits = frozen, switchable, limits
         self.target = get_target(target)
         self.variables_by_name = {k: self._own(k, v) for k, v in self.node.weights.items()}
         key = weight_of(self.node).name if relative_weight else ""
@@ -215,12 +217,22 @@ class QuantizedLayer(keras.layers.Layer):
         op, scale = op_of(self.node), grids[0][0]
 
         def real() -> Tensor:
-            return compute(self.node, self._with_constants(values))
+            return compute(self._legal(grids[0]), self._with_constants(values))
 
         if self.switchable and (op.averages or op.inserts):
             # many of its values lie halfway between two steps, where the kernels' rule for ties shifts the mean
             return tf.cond(scale > 0, lambda: self._shared_grid(values, grids)[0], real)
         return round_ste(real() / scale) * scale if op.averages else real()
+
+    def _legal(self, grid: Sequence[Tensor]) -> Node:
+        """The operation; a value of its own that it puts on the grid of its input is the nearest on that grid."""
+        key = op_of(self.node).inserts
+        if key is None or self.limits is None or not self.node.attrs.get(key):
+            return self.node
+        scale, zero_point = grid[0], grid[1]
+        low, high = (limit - zero_point for limit in self.limits)
+        value = tf.clip_by_value(tf.round(self.node.attrs[key] / scale), low, high) * scale
+        return self.node.with_attrs(**{key: value})
 
     def _forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """The output in real numbers, before its quantizer."""
@@ -260,7 +272,7 @@ class QuantizedLayer(keras.layers.Layer):
             bits = self.target.weight_container(self.node.op, self.weight_quantizer.width, out.bits)
             weight = Operand(self._quantized_weight()[0], self.weight_scale(), 0.0, bits)
         call = Call(
-            node=without_clip(self.node),
+            node=without_clip(self._legal([out.scale, out.zero_point])),
             inputs=self._operands(values, grids),
             out=out,
             weight=weight,
@@ -371,6 +383,7 @@ class QuantizedLayer(keras.layers.Layer):
             "integers": None if self.integers is None else self.integers.dtype,
             "target": self.target.name,
             "switchable": self.switchable,
+            "limits": None if self.limits is None else list(self.limits),
             **{k: q and q.settings for k, q in quantizers.items()},
             "constants": {k: list(v.shape) for k, v in self.constants.items()},
             "constant_grids": {k: q.settings for k, q in self.constant_quantizers.items()},

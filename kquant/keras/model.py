@@ -243,6 +243,7 @@ def _layer(
         frozen=frozen,
         target=target.name,
         switchable=switchable,
+        limits=(output.qmin, output.qmax) if output is not None and shares and op_of(node).inserts else None,
     )
     if layer.integers is not None and integers is not None:
         layer.integers.assign(integers.reshape(layer.integers.shape))

@@ -15,10 +15,11 @@ import tensorflow as tf
 from tqdm.auto import tqdm
 
 from kquant.config.specs import QuantSpec
-from kquant.errors import CalibrationError
+from kquant.errors import CalibrationError, ConfigError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import bias_of, evaluate, op_of, weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
+from kquant.graph.transforms.padding import only_largest_count
 from kquant.grids.formats import weight_grid
 from kquant.grids.grid import Grid, fit_bias, grid_from_range
 from kquant.grids.observers import Histogram, MinMax, Rows
@@ -159,9 +160,10 @@ def _with_room(node: Node, weights: Grid, activations: Mapping[str, Grid | None]
 
 
 def _activation_grid(plan: Plan, leader: str, observers: Mapping[str, Any]) -> Grid:
-    """The grid of a group: the hull of the ranges of its sources."""
+    """The grid of a group: the hull of the ranges of its sources, and of what is put on it beside them."""
     spec = plan.activations[leader]
     ranges = [_source_range(plan, name, spec, observers) for name in plan.sources[leader]]
+    ranges += _inserted(plan, leader)
     return place(grid_from_range(min(r[0] for r in ranges), max(r[1] for r in ranges), spec))
 
 
@@ -180,6 +182,34 @@ def _source_range(plan: Plan, name: str, grid: QuantSpec, observers: Mapping[str
         )
     low, high = activation_range(own.method, observers[name], replace(grid, percentile=own.percentile))
     return float(low), float(high)
+
+
+def _inserted(plan: Plan, leader: str) -> list[tuple[float, float]]:
+    """The values that operations put on the grid of a group, such as those of a padding.
+
+    Those that are lower than all others need not be on it where only the largest values count: the lowest step does.
+
+    Raises:
+        ConfigError: one is outside a range that the config fixes.
+    """
+    graph, found = plan.graph, []
+    for node in graph:
+        value = node.attrs.get(op_of(node).inserts or "")
+        if not value or plan.groups.get(node.name) != leader:
+            continue
+        if only_largest_count(graph, node):
+            if value > 0:
+                found.append((0.0, float(value)))
+            continue
+        for name in plan.sources[leader]:
+            fixed = plan.activations[name].range
+            if fixed is not None and not fixed[0] <= value <= fixed[1]:
+                raise ConfigError(
+                    f"{node.origin or node.name!r} pads with {value:.4g}, which is outside the range {tuple(fixed)} "
+                    f"that the config fixes for {name!r}, on whose grid it is: widen that range."
+                )
+        found.append((min(0.0, float(value)), max(0.0, float(value))))
+    return found
 
 
 def place(q: Grid) -> Grid:

@@ -66,6 +66,10 @@ class Quantization:
         """Step -> whether it was taken."""
         return {step.name: step.taken for step in self.steps}
 
+    def __getitem__(self, key: str) -> Any:
+        """An entry of `to_dict`, or of the dict that version 0.1.0 had in its place ("float": what stays float)."""
+        return self.to_dict()[{"float": "skipped"}.get(key, key)]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers: `from_dict` gives the same record back."""
         return {

@@ -15,10 +15,11 @@ from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import activations, boundary, elementwise, layout, linear, reductions
 from kquant.graph.ops.activations import clip_array, clip_of, clip_tensor, with_clip, without_clip
 from kquant.graph.ops.blocks import Linear
-from kquant.graph.ops.layout import pads_zeros
+from kquant.graph.ops.layout import LOWEST, pads_zeros
 from kquant.graph.ops.record import Op, Tensor, Tie, Weight
 
 __all__ = [
+    "LOWEST",
     "OPS",
     "Linear",
     "Op",

@@ -24,10 +24,18 @@ from kquant.graph.ops.record import Op, Tensor, Tie, collect, same_moments
 from kquant.graph.ops.reductions import AVERAGE
 from kquant.graph.scaling import Channels, Scaling
 
+# Stands for minus infinity where only the largest value counts: below every value, and sums of it are finite.
+LOWEST = -3e26
+
 
 def pads_zeros(node: Node) -> bool:
     """Whether it puts zeros beside its input."""
     return node.op == "pad" and node.attrs["mode"] == "constant" and not node.attrs.get("value")
+
+
+def pads_lowest(node: Node) -> bool:
+    """Whether it puts `LOWEST` beside its input: values that no maximum takes."""
+    return node.op == "pad" and node.attrs["mode"] == "constant" and (node.attrs.get("value") or 0.0) <= LOWEST
 
 
 # reshape
@@ -90,7 +98,7 @@ def _pad(n: Node, xs: Sequence[Tensor], w: Mapping[str, Tensor]) -> Tensor:
 
 
 def _pad_carry(node: Node, index: Array) -> Array | None:
-    commutes = pads_zeros(node) or node.attrs["mode"] != "constant"
+    commutes = pads_zeros(node) or node.attrs["mode"] != "constant" or pads_lowest(node)
     return index if commutes and not any(node.attrs["paddings"][-1]) else None
 
 
@@ -103,6 +111,8 @@ def _pad_moments(node: Node, sources: Sequence[Node], xs: Sequence[Moments]) -> 
     if node.attrs["mode"] != "constant":
         return x.map(lambda v: np.pad(v, paddings[-1], mode=node.attrs["mode"]))
     value = float(node.attrs.get("value") or 0.0)
+    if pads_lowest(node):
+        return x
     within = np.prod([(s or 1) / (t or 1) for s, t in zip(source[1:-1], node.shape[1:-1], strict=True)])
     if within < 1:
         x = Moments.mixture([x, Moments.normal(np.full_like(x.mean, value), 0 * x.std)], [within, 1 - within])
@@ -176,9 +186,11 @@ RECORDS = collect(
         name="pad",
         compute=_pad,
         grid=Tie.OF_INPUT,
-        inserts=True,
+        inserts="value",
         channels=Channels(
-            carry=_pad_carry, offset=lambda node: node.attrs["mode"] != "constant", constant=_pad_constant
+            carry=_pad_carry,
+            offset=lambda node: node.attrs["mode"] != "constant" or pads_lowest(node),
+            constant=_pad_constant,
         ),
         moments=_pad_moments,
         unchanged=lambda node, source: not np.any(node.attrs["paddings"]),

@@ -58,7 +58,8 @@ class Op:
         fuses_clip: a clip behind it may be part of it (attribute `clip`).
         elementwise: the same function of every element.
         averages: on the grid of its input, with values between the steps of it.
-        inserts: on the grid of its input, with values of its own beside those of the input.
+        inserts: name of the attribute with the value that it puts, on the grid of its input, beside those of the input.
+        selects: each of its outputs is the largest of several inputs.
         channels: how it passes channels on; None where it does not keep them apart.
         moments: f(node, the nodes that it reads, the moments of their outputs as far as they are known) -> the moments
             of its output, without a fused activation; None where there is no rule.
@@ -78,7 +79,8 @@ class Op:
     fuses_clip: bool = False
     elementwise: bool = False
     averages: bool = False
-    inserts: bool = False
+    inserts: str | None = None
+    selects: bool = False
     channels: Channels | None = None
     moments: MomentRule | None = None
     unchanged: Callable[[Node, Shape], bool] = lambda node, source: False

@@ -98,6 +98,7 @@ RECORDS = collect(
         grid=Tie.OF_INPUT,
         channels=MAXIMUM,
         moments=_max_pool,
+        selects=True,
     ),
     Op(
         name="avg_pool2d",
@@ -120,5 +121,6 @@ RECORDS = collect(
         grid=Tie.OF_INPUT,
         channels=MAXIMUM,
         moments=_reduce_max,
+        selects=True,
     ),
 )

@@ -8,6 +8,7 @@ from kquant.graph.ir import Graph
 from kquant.graph.tracing.trace import trace_model
 from kquant.graph.transforms.fold_batch_norm import fold_batch_norm
 from kquant.graph.transforms.fuse_activations import fuse_activations
+from kquant.graph.transforms.padding import settle_padding
 from kquant.graph.transforms.simplify import absorb_padding, simplify
 
 
@@ -23,5 +24,5 @@ def prepare_graph(model: keras.Model) -> Graph:
     Raises:
         ModelError: see `trace_model`.
     """
-    graph = fold_batch_norm(simplify(trace_model(model)))
+    graph = fold_batch_norm(simplify(settle_padding(trace_model(model))))
     return fuse_activations(absorb_padding(simplify(graph)))
