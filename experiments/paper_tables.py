@@ -106,7 +106,7 @@ def quantized(
 ) -> kquant.QuantizedModel:
     """As `kquant.quantize_model`, from a graph that was transformed before."""
     settings = QuantConfig.load(config)
-    return insert(*quantize_after_training(graph, settings, data, seed=seed, progress=False))
+    return insert(*quantize_after_training(graph, settings, data, seed=seed, progress=False)[:2])
 
 
 def subset(name: str, seed: int) -> np.ndarray:

@@ -24,6 +24,7 @@ from kquant.errors import (  # noqa: E402
     KQuantError,
     MissingPackageError,
     ModelError,
+    QuantizationWarning,
 )
 from kquant.graph.tracing.registry import register_layer  # noqa: E402
 from kquant.interop import from_tfmot  # noqa: E402
@@ -58,6 +59,7 @@ __all__ = [
     "ParityReport",
     "QuantConfig",
     "QuantSpec",
+    "QuantizationWarning",
     "QuantizedModel",
     "Rule",
     "TFLiteModel",

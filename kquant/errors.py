@@ -25,6 +25,10 @@ class ExportError(KQuantError, ValueError):
     """The model cannot be written as, or read from, a TFLite file."""
 
 
+class QuantizationWarning(UserWarning):
+    """Quantization destroys what a tensor holds: which, why, and what to do."""
+
+
 class DiagnosisError(KQuantError, ValueError):
     """A text is not a saved diagnosis."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -14,6 +15,7 @@ from kquant.graph.backend import check_backend
 from kquant.graph.ir import Graph
 from kquant.graph.quantized import QuantizedGraph
 from kquant.graph.transforms import prepare_graph
+from kquant.keras.damage import find_damage, warn_of
 from kquant.keras.model import QuantizedModel, insert
 from kquant.quantize.data import CalibrationData
 from kquant.quantize.pipeline import quantize_after_training
@@ -34,7 +36,8 @@ def quantize_model(
     The model is traced into a graph, batch normalization folded and activations fused; then come the steps of
     figure 8 (`ptq.pipeline`), each where the config wants it, or where it helps: equalize channels across layers,
     absorb high biases, weight ranges, AdaRound or bias correction, activation ranges. At last the quantizers
-    are inserted. The model itself is not modified; what was done and why is in the `report` of the result.
+    are inserted. The model itself is not modified; what was done and why is in the `report` of the result, and what
+    quantization destroys: a tensor whose simulated values are lost in noise gives a `QuantizationWarning`.
 
     Args:
         model: a built Keras model: Sequential, Functional (nested, shared layers, several inputs
@@ -61,7 +64,18 @@ def quantize_model(
     """
     if isinstance(model, QuantizedModel):
         raise ModelError(f"{model.name!r} is already quantized: pass the float model that it was made from.")
-    return insert(*quantize_to_graph(model, calibration_data, QuantConfig.load(config), seed, progress, batch_size))
+    check_backend()
+    graph = prepare_graph(model)
+    data = _checked(graph, calibration_data, batch_size)
+    qgraph, quantization, reference = quantize_after_training(
+        graph, QuantConfig.load(config), data, seed=seed, progress=progress
+    )
+    qmodel = insert(qgraph, quantization)
+    if data is not None and data.sample is not None:
+        damage = find_damage(qmodel, qgraph, reference, data.sample)
+        qmodel.record = replace(qmodel.record, quantization=replace(quantization, damage=damage))
+        warn_of(damage, model.name)
+    return qmodel
 
 
 def quantize_to_graph(
@@ -70,11 +84,13 @@ def quantize_to_graph(
     """The quantized graph of a float model, and how it was quantized; see `quantize_model`."""
     check_backend()
     graph = prepare_graph(model)
-    data = None if calibration_data is None else _checked(graph, calibration_data, batch_size)
-    return quantize_after_training(graph, config, data, seed=seed, progress=progress)
+    data = _checked(graph, calibration_data, batch_size)
+    return quantize_after_training(graph, config, data, seed=seed, progress=progress)[:2]
 
 
-def _checked(graph: Graph, source: Any, batch_size: int) -> CalibrationData:
+def _checked(graph: Graph, source: Any, batch_size: int) -> CalibrationData | None:
+    if source is None:
+        return None
     names = zip(graph.inputs, graph.input_names, strict=True)
     specs = [(name, graph[node].shape, graph[node].dtype) for node, name in names]
     return CalibrationData(source, specs, batch_size=batch_size)

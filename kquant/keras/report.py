@@ -56,4 +56,7 @@ def format_report(quantization: Quantization, qgraph: QuantizedGraph) -> str:
     if quantization.skipped:
         text.append("\nstays float:")
         text.append(table(("node", "layer", "reason"), [(s.node, s.layer, s.reason) for s in quantization.skipped]))
+    if quantization.damage:
+        text.append("\ndestroyed by quantization:")
+        text += [f"  {damage}" for damage in quantization.damage]
     return "\n".join(text)

@@ -26,6 +26,8 @@ Array = np.ndarray[Any, Any]
 InputSpec = tuple[str, tuple[int | None, ...], str]  # name, shape with None for the batch, dtype
 Open = Callable[[], Iterator[Any]]  # starts a pass
 
+_SAMPLE = 4
+
 _REMEDY = "Pass an array, a dict of arrays by input name, a tf.data.Dataset, a PyDataset or an iterable of batches."
 
 
@@ -40,6 +42,8 @@ class CalibrationData:
 
     Attributes:
         num_batches: how many batches an iteration yields, None where that is not known.
+        sample: the first few samples, one array per input; None before they were seen.
+        byte_inputs: the inputs whose batches, as far as they were seen, are of unsigned bytes.
 
     Raises:
         CalibrationError: at construction or while iterating: data that is missing, empty, of the
@@ -56,6 +60,8 @@ class CalibrationData:
         self._specs = tuple(input_specs)
         self._limit = limit
         self._exhausted = False
+        self.byte_inputs: frozenset[str] = frozenset()
+        self.sample: list[Array] | None = None
         self.num_batches: int | None
         if _is_one_batch(source, len(self._specs)):
             arrays = _inputs_of(source, self._specs, "The calibration data")
@@ -85,7 +91,13 @@ class CalibrationData:
             if self._limit is not None:
                 count = min(count, self._limit - seen)
             if count:
-                yield [_convert(x[:count], spec, where) for x, spec in zip(inputs, self._specs, strict=True)]
+                self.byte_inputs = frozenset(
+                    name for x, (name, _, _) in zip(inputs, self._specs, strict=True) if x.dtype == np.uint8
+                )
+                converted = [_convert(x[:count], spec, where) for x, spec in zip(inputs, self._specs, strict=True)]
+                if self.sample is None:
+                    self.sample = [x[:_SAMPLE].copy() for x in converted]
+                yield converted
             seen += count
             if seen == self._limit:
                 return

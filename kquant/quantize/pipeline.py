@@ -30,6 +30,7 @@ from kquant.quantize.bias_correction import correct_biases
 from kquant.quantize.calibrate import make_grids, observe, smallest_outputs, weight_grids
 from kquant.quantize.data import CalibrationData
 from kquant.quantize.input_moments import estimate_inputs
+from kquant.quantize.inputs import declare_ranges
 from kquant.quantize.moments import propagate
 from kquant.quantize.plan import Plan, make_plan
 from kquant.quantize.record import Quantization, Step
@@ -39,7 +40,7 @@ _NAMED = 8  # at most so many tensors are listed in a message
 
 def quantize_after_training(
     graph: Graph, config: QuantConfig, data: CalibrationData | None, *, seed: int = 0, progress: bool = True
-) -> tuple[QuantizedGraph, Quantization]:
+) -> tuple[QuantizedGraph, Quantization, Graph]:
     """Quantize a float graph after training.
 
     Args:
@@ -50,7 +51,7 @@ def quantize_after_training(
         progress: show progress bars.
 
     Returns:
-        The quantized graph, and how it was quantized.
+        The quantized graph, how it was quantized, and the float graph of the same tensors, before weights were rounded.
 
     Raises:
         ConfigError: the config is impossible for its target, or asks without data for what needs data.
@@ -64,7 +65,7 @@ def quantize_after_training(
         graph, note = _absorb(graph, data, progress)
         log.note("absorb_bias", note)
     plan = make_plan(graph, config)
-    weights = weight_grids(plan)
+    reference, weights = plan.graph, weight_grids(plan)
     integers: dict[str, np.ndarray] = {}
     linear = {n: q for n, q in weights.items() if op_of(plan.graph[n]).matrix}
     if log.takes("adaround") and data is not None:
@@ -83,12 +84,16 @@ def quantize_after_training(
         plan = replace(plan, graph=graph)
         log.note("correct_bias", note)
     if data is None:
+        plan, said = declare_ranges(plan, {}, ())
         plan, statistics, notes = _without_data(plan)
     else:
         statistics, notes = (observe(plan, data, progress) if plan.observed else {}), _methods(plan)
+        plan, said = declare_ranges(plan, statistics, data.byte_inputs)
+    for note in said:
+        log.note("inputs", note)
     for note in notes:
         log.note("activation ranges", note)
-    return make_grids(plan, weights, statistics, integers), record_of(plan, config, seed, log.steps)
+    return make_grids(plan, weights, statistics, integers), record_of(plan, config, seed, log.steps), reference
 
 
 def _input_bits(plan: Plan, names: Iterable[str]) -> dict[str, int]:

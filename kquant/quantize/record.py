@@ -35,6 +35,28 @@ class Skip:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Damage:
+    """A tensor that quantization destroys.
+
+    Attributes:
+        tensor: the node.
+        layer: the user's.
+        sqnr: its signal-to-quantization-noise ratio in dB.
+        cause: why.
+        remedy: what to do.
+    """
+
+    tensor: str
+    layer: str
+    sqnr: float
+    cause: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.tensor!r} (layer {self.layer!r}, {self.sqnr:.1f} dB): {self.cause}. Remedy: {self.remedy}."
+
+
+@dataclass(frozen=True, kw_only=True)
 class Quantization:
     """How a network was quantized. Grids and integers are not part of it: they are the network's own.
 
@@ -45,6 +67,7 @@ class Quantization:
         skipped: the nodes that stay float.
         shared: node -> the first of the tensors that are on one grid with it, where that is another.
         fixed: nodes whose grid the target dictates.
+        damage: what it destroyed, as far as calibration data showed it; of a network in training, before that.
         training: how the grids learn; None for a network that is not prepared for training.
     """
 
@@ -54,6 +77,7 @@ class Quantization:
     skipped: tuple[Skip, ...] = ()
     shared: Mapping[str, str] = field(default_factory=dict)
     fixed: tuple[str, ...] = ()
+    damage: tuple[Damage, ...] = ()
     training: Training | None = None
 
     @property
@@ -79,6 +103,7 @@ class Quantization:
             "skipped": [asdict(skip) for skip in self.skipped],
             "shared": dict(self.shared),
             "fixed": list(self.fixed),
+            "damage": [asdict(damage) for damage in self.damage],
             "training": None if self.training is None else asdict(self.training),
         }
 
@@ -95,5 +120,6 @@ class Quantization:
             skipped=tuple(Skip(**skip) for skip in values.get("skipped", values.get("float", ()))),
             shared=values.get("shared", {k: v for k, v in rows.items() if v != dictated}),
             fixed=tuple(values.get("fixed", [k for k, v in rows.items() if v == dictated])),
+            damage=tuple(Damage(**damage) for damage in values.get("damage", ())),
             training=None if training is None else Training(**training),
         )

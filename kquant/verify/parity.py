@@ -69,7 +69,7 @@ class ParityReport:
         bytes: size of the file.
         runtime: what ran the file end to end.
         footprints: what it takes on the target's devices.
-        notes: what was not checked.
+        notes: what was not checked, and what quantization destroys in spite of parity.
     """
 
     structure: tuple[str, ...]
@@ -180,7 +180,7 @@ def verify_tflite(
         bytes=len(content),
         runtime=runtime.name,
         footprints=() if runtime.measure is None else runtime.measure(content),
-        notes=notes,
+        notes=notes + tuple(f"quantization destroys {d}" for d in model.quantization.damage),
     )
 
 

@@ -221,7 +221,7 @@ def test_the_data_free_pipeline_is_its_steps_one_after_the_other():
 
 def test_without_a_step_it_is_the_plain_quantization():
     settings = config("w8a8")
-    qgraph, quantization = quantize_after_training(toy_graph(), settings, calibration(toy_data()), progress=False)
+    qgraph, quantization, _ = quantize_after_training(toy_graph(), settings, calibration(toy_data()), progress=False)
     plain = quantize_graph(make_plan(toy_graph(), settings), calibration(toy_data()), progress=False)
     assert [s.name for s in quantization.steps if s.taken] == ["activation ranges"]
     assert_same_weights(plain.graph, qgraph.graph)
@@ -252,7 +252,7 @@ def test_the_automatic_choice_is_better_than_none(preset):
     want = evaluate(graph, [x], [logits])[0]
 
     def error(settings: Any) -> float:
-        q, _ = quantize_after_training(graph, config(**settings), calibration(images(128)), progress=False)
+        q, *_ = quantize_after_training(graph, config(**settings), calibration(images(128)), progress=False)
         # rounded weights, float activations: the part that the steps are about
         rounded = q.graph.rebuild(
             n if q.weights.get(n.name) is None else round_kernel(n, q.weights[n.name]) for n in q.graph

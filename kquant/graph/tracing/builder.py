@@ -193,6 +193,11 @@ class Builder:
         self.nodes[node.name] = node
         return node
 
+    def replace(self, node: Node) -> Node:
+        """Put a node in the place of the one of its name."""
+        self.nodes[node.name] = node
+        return node
+
     def const(self, value: Any) -> Node:
         """A constant operand."""
         array = as_array(value)

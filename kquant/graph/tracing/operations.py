@@ -86,6 +86,8 @@ def cast(b: Builder, op: Any, x: Node) -> Node:
     """Between float types only: everything is float32 here."""
     if "float" not in str(op.dtype):
         raise NotLowered(f"a cast to {op.dtype}")
+    if x.dtype != "float32":
+        raise NotLowered("a cast of integers")
     return x
 
 

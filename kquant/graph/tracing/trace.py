@@ -21,10 +21,10 @@ import numpy as np
 from kquant.errors import ModelError
 from kquant.graph.backend import check_backend
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import op_of
 from kquant.graph.tracing import activations, layers, linear, operations  # noqa: F401  they fill the tables
 from kquant.graph.tracing.builder import Builder, NotLowered, Scope, find_lowering, is_builtin, without_batch
 from kquant.graph.tracing.float_call import FloatCall, Slot
+from kquant.graph.tracing.inputs import RANGES, settle_inputs
 from kquant.graph.tracing.keras_graph import (
     fixed_batch,
     functional_form,
@@ -71,7 +71,7 @@ def trace_model(model: keras.Model) -> Graph:
         output_names=names_of(function._outputs_struct, function.outputs),
         name=model.name,
     )
-    return _settle_input_types(graph.rebuild(graph))
+    return settle_inputs(graph.rebuild(graph))
 
 
 class _Tracer:
@@ -89,7 +89,9 @@ class _Tracer:
             )
         name = tensor._keras_history.operation.name
         self.builder.scope = Scope(self.builder.unique(name), name, "InputLayer", ())
-        return self.builder.emit("input", shape=without_batch(tensor.shape), dtype=_dtype(tensor))
+        known = RANGES.get(str(tensor.dtype))
+        node = self.builder.emit("input", shape=without_batch(tensor.shape), dtype=_dtype(tensor))
+        return node if known is None else self.builder.replace(node.with_attrs(expects=known))
 
     def walk(self, function: Any, inputs: Sequence[Node], name: str, origin: str, generated: bool) -> list[Node]:
         """Lower every call of a function.
@@ -290,25 +292,6 @@ def _check_operation(operation: Any, scope: Scope) -> None:
                 f"{where}: its weight {weight.name!r} has NaN or infinite values, which no integer grid can hold. "
                 "Repair or retrain the layer."
             )
-
-
-def _settle_input_types(graph: Graph) -> Graph:
-    """Type each input by how it is read: ids are int32, numbers float32."""
-    nodes = dict(graph.nodes)
-    for name in graph.inputs:
-        readers = graph.consumers(name)
-        # a mask compares the ids with zero, in any type
-        ids = [n for n in readers if op_of(n).lookup or n.origin_type == "NotEqual"]
-        numbers = [n for n in readers if n not in ids and n.op != "float"]
-        if name in graph.outputs or not ids + numbers:
-            continue
-        if graph[name].dtype == "float32" and len(ids) == len(readers):
-            nodes[name] = graph[name].with_(dtype="int32")
-        elif graph[name].dtype == "int32" and numbers:
-            if len(numbers) != len(readers):
-                raise ModelError(f"Input {name!r} is read both as integers and as numbers: give the model two inputs")
-            nodes[name] = graph[name].with_(dtype="float32")
-    return graph.rebuild(nodes.values())
 
 
 def _dtype(tensor: Any) -> str:

@@ -113,16 +113,24 @@ class TFLiteModel:
 
 
 def as_stored(x: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:
-    """The values of an input as its tensor stores them: floats are quantized on its grid, if it has one."""
+    """The values of an input as its tensor stores them: what has another type is real values, quantized on its grid.
+
+    Raises:
+        ExportError: the tensor has no grid, and its type cannot hold the values.
+    """
     dtype, (scale, zero_point) = detail["dtype"], detail["quantization"]
     x = np.asarray(x)
     if x.dtype == dtype:
         return x
-    if scale and np.issubdtype(x.dtype, np.floating):
+    if scale:
         limits = np.iinfo(dtype)
         q = np.rint(x.astype(np.float32) / np.float32(scale)) + zero_point
         return np.clip(q, limits.min, limits.max).astype(dtype)
-    return x.astype(dtype)
+    with np.errstate(invalid="ignore"):
+        stored = x.astype(dtype)
+    if np.dtype(dtype).kind in "iub" and not np.array_equal(stored, x):
+        raise ExportError(f"input {detail['name']!r} of the file is {np.dtype(dtype)} and cannot hold these {x.dtype}.")
+    return stored
 
 
 def dequantized(y: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:

@@ -10,7 +10,7 @@ from kquant.graph.ir import Graph
 from kquant.graph.ops import evaluate
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import dequantize, quantize
-from kquant.targets.litert.runtime import KERNELS, TFLiteModel, dequantized
+from kquant.targets.litert.runtime import KERNELS, TFLiteModel, as_stored, dequantized
 from kquant.targets.litert.writer import write_tflite
 from tests.support.graphs import chain, dense, op, quantized, rng
 
@@ -109,3 +109,17 @@ def test_errors_say_what_was_found(content: bytes, tmp_path) -> None:  # type: i
 def test_a_wrong_number_of_inputs_is_refused(content: bytes) -> None:
     with pytest.raises(ValueError):
         TFLiteModel(content).run(feeds()[:1])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "int64", "float64"])
+def test_numbers_of_another_type_than_the_files_are_real_values(dtype: str) -> None:
+    detail = {"name": "x", "dtype": np.int8, "quantization": (2.0, -100)}
+    assert as_stored(np.array([0, 100, 255], dtype), detail).tolist() == [-100, -50, 28]
+
+
+def test_numbers_that_a_tensor_without_grid_cannot_hold_are_refused() -> None:
+    detail = {"name": "ids", "dtype": np.int32, "quantization": (0.0, 0)}
+    assert as_stored(np.array([3.0, 7.0]), detail).tolist() == [3, 7]
+    for wrong in (np.array([0.5]), np.array([2**40])):
+        with pytest.raises(ExportError, match="'ids'.*cannot hold"):
+            as_stored(wrong, detail)

@@ -1,0 +1,72 @@
+"""What a model says of its inputs: whether they are ids or numbers, and whether the numbers are bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from kquant.errors import ModelError
+from kquant.graph.ir import Graph, Node
+from kquant.graph.ops import op_of
+
+# type of an input -> what it can hold
+RANGES: Mapping[str, tuple[float, float]] = {"uint8": (0.0, 255.0), "int8": (-128.0, 127.0)}
+
+_BYTES = RANGES["uint8"]
+_COLOURS = (1, 3, 4)
+_MEANS, _DEVIATIONS = (16.0, 240.0), (16.0, 128.0)  # of the bytes of images
+
+
+def settle_inputs(graph: Graph) -> Graph:
+    """Type each input by how it is read: ids are int32, numbers float32; attribute `expects`: the range of the numbers.
+
+    That is known where the input has an integer type of 8 bits, or where its first layer turns bytes into numbers.
+
+    Raises:
+        ModelError: an input is read in both ways.
+    """
+    graph = _typed(graph)
+    nodes = dict(graph.nodes)
+    for name in graph.inputs:
+        readers = graph.consumers(name)
+        if nodes[name].dtype == "float32" and readers and all(_reads_bytes(r, nodes[name]) for r in readers):
+            nodes[name] = nodes[name].with_attrs(expects=_BYTES)
+    return graph.rebuild(nodes.values())
+
+
+def _reads_bytes(reader: Node, source: Node) -> bool:
+    """Whether a Rescaling maps 0..255 to 0..1 or -1..1, or a Normalization has the mean and deviation of bytes."""
+    if reader.op != "affine" or reader.origin_type not in ("Rescaling", "Normalization"):
+        return False
+    scale, offset = (np.asarray(reader.weights[k], np.float64) for k in ("scale", "offset"))
+    if reader.origin_type == "Rescaling":
+        ends = [offset, 255 * scale + offset]
+        return any(np.allclose(ends, [[low], [1.0]], atol=0.01) for low in (0.0, -1.0))
+    if len(source.shape) != 4 or source.shape[-1] not in _COLOURS or (scale <= 0).any():
+        return False
+    known = zip((-offset / scale, 1 / scale), (_MEANS, _DEVIATIONS), strict=True)
+    return all((low <= values).all() and (values <= high).all() for values, (low, high) in known)
+
+
+def _typed(graph: Graph) -> Graph:
+    """Type each input by how it is read: ids are int32, numbers float32."""
+    nodes = dict(graph.nodes)
+    for name in graph.inputs:
+        readers = graph.consumers(name)
+        # a mask compares the ids with zero, in any type
+        ids = [n for n in readers if op_of(n).lookup or n.origin_type == "NotEqual"]
+        casts = [n for n in readers if n.op == "float" and n.origin_type == "Cast" and n.dtype == "float32"]
+        numbers = [n for n in readers if n not in ids and n.op != "float"]
+        if len(casts) + len(numbers) == len(readers):
+            nodes |= {n.name: n.with_(op="reshape", attrs={}, call=None) for n in casts}
+            numbers = list(readers)
+        if name in graph.outputs or not ids + numbers:
+            continue
+        if graph[name].dtype == "float32" and len(ids) == len(readers):
+            nodes[name] = graph[name].with_(dtype="int32")
+        elif graph[name].dtype == "int32" and numbers:
+            if len(numbers) != len(readers):
+                raise ModelError(f"Input {name!r} is read both as integers and as numbers: give the model two inputs")
+            nodes[name] = graph[name].with_(dtype="float32")
+    return graph.rebuild(nodes.values())
