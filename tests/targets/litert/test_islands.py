@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 
+import kquant
 from kquant.errors import ExportError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.quantized import QuantizedGraph
@@ -125,3 +126,28 @@ def test_an_integer_operation_must_not_read_an_island() -> None:
     qgraph = QuantizedGraph(graph, {"x": None, "island": None, "leaky_relu": grid(-1, 1)}, {})
     with pytest.raises(ExportError, match="'leaky_relu' runs in integers but reads 'island'.*requantize"):
         write_tflite(qgraph)
+
+
+def test_what_the_converter_makes_another_function_of_is_refused_by_name() -> None:
+    """TensorFlow's converter takes a norm over two axes for one over the last."""
+
+    def normalized(x: Sequence[Any]) -> Any:
+        square = keras.ops.sum(keras.ops.square(x[0]), axis=(1, 2), keepdims=True)
+        return x[0] * keras.ops.rsqrt(keras.ops.maximum(square, 1e-12))
+
+    _, qgraph = between(island(normalized))
+    with pytest.raises(ExportError, match=r"'island' \(Custom\) stays float.*something else.*register_layer"):
+        write_tflite(qgraph)
+
+
+@pytest.mark.parametrize("layer", [keras.layers.LSTM, keras.layers.GRU, keras.layers.SimpleRNN])
+def test_both_directions_of_a_masked_sequence_are_those_of_keras(layer: type) -> None:
+    """Keras unrolls reversed layers with the mask in the wrong order."""
+    keras.utils.set_random_seed(2)
+    recurrent = keras.layers.Bidirectional(layer(3, return_sequences=True))
+    ids = keras.Input((5,), dtype="int32", name="ids")
+    model = keras.Model(ids, recurrent(keras.layers.Embedding(9, 4, mask_zero=True)(ids)))
+    data = np.array([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [8, 0, 0, 0, 0]], np.int32)
+    qmodel = kquant.quantize_model(model, data, progress=False)
+    file = kquant.TFLiteModel(kquant.export_tflite(qmodel).content)
+    np.testing.assert_allclose(file.predict(data)[0], qmodel.predict(data, verbose=0), atol=1e-5)
