@@ -132,7 +132,7 @@ def test_what_the_converter_makes_another_function_of_is_refused_by_name() -> No
     """TensorFlow's converter takes a norm over two axes for one over the last."""
 
     def normalized(x: Sequence[Any]) -> Any:
-        square = keras.ops.sum(keras.ops.square(x[0]), axis=(1, 2), keepdims=True)
+        square = keras.ops.sum(keras.ops.square(x[0]), axis=(-1, 1), keepdims=True)
         return x[0] * keras.ops.rsqrt(keras.ops.maximum(square, 1e-12))
 
     _, qgraph = between(island(normalized))
