@@ -14,6 +14,7 @@ import tensorflow as tf
 from kquant.config.quant_config import QuantConfig
 from kquant.config.text import suggest
 from kquant.errors import ConfigError, ModelError
+from kquant.graph.ir import sample_size
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid
 from kquant.keras.fake_quant import FakeQuant
@@ -166,7 +167,7 @@ class Switches:
             summarize: from tensors to the tensors wanted, which are yielded as numpy arrays in the same structure.
         """
         run = self._compiled(fetch, summarize)
-        largest = max(4 * int(np.prod([d or 1 for d in node.shape])) for node in self.qgraph.graph)
+        largest = max(4 * sample_size(node) for node in self.qgraph.graph)
         rows = max(1, (32 << 20) // largest)
         for batch in data:
             for k in range(0, len(batch[0]), rows):

@@ -7,11 +7,13 @@ TFLite writer are both built from it. Weights are float32 numpy arrays inside th
 transform never touches the user's model.
 
 A node has exactly one output tensor and the tensor carries the node's name. Layout is NHWC; every
-shape starts with the batch dimension, which is None.
+shape starts with the batch dimension, which is None. Where it counts parts of samples, such as frames or windows, the
+node's `batch` says how many a sample has.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -32,6 +34,7 @@ class Node:
         op: key of `graph.ops.OPS`.
         inputs: names of the nodes whose outputs are read, in order.
         shape: shape of the output, batch first and None (constants have no batch).
+        batch: entries of the first axis for every sample of the model's inputs.
         dtype: "float32", or "int32" for ids and other integers, which are never quantized.
         attrs: JSON-able settings of the operation.
         weights: float32 arrays, e.g. kernel and bias.
@@ -46,6 +49,7 @@ class Node:
     op: str
     inputs: tuple[str, ...] = ()
     shape: Shape = ()
+    batch: int = 1
     dtype: str = "float32"
     attrs: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -65,6 +69,11 @@ class Node:
     def with_weights(self, **changes: np.ndarray) -> Node:
         """A copy with some weights replaced or added."""
         return replace(self, weights={**self.weights, **changes})
+
+
+def sample_size(node: Node) -> int:
+    """Elements of a node's output for one sample."""
+    return node.batch * math.prod(d or 1 for d in node.shape)
 
 
 @dataclass(frozen=True, eq=False)

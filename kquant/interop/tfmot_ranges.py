@@ -83,6 +83,7 @@ def _requantize(name: str, source: Node) -> Node:
         op="requantize",
         inputs=(source.name,),
         shape=source.shape,
+        batch=source.batch,
         attrs={"input_bits": 8},
         origin=source.origin,
         origin_type=source.origin_type,

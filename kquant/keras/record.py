@@ -10,7 +10,7 @@ from kquant.config.text import plain
 from kquant.graph.ir import Node
 from kquant.quantize.record import Quantization
 
-_STRUCTURE = ("name", "op", "inputs", "shape", "dtype", "attrs", "origin", "origin_type")
+_STRUCTURE = ("name", "op", "inputs", "shape", "batch", "dtype", "attrs", "origin", "origin_type")
 Groups = tuple[tuple[str, ...], ...]
 
 

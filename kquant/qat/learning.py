@@ -9,7 +9,7 @@ import numpy as np
 
 from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import QuantSpec, Training
-from kquant.graph.ir import Graph, Node
+from kquant.graph.ir import Graph, Node, sample_size
 from kquant.graph.ops import op_of, weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid
@@ -41,7 +41,7 @@ def learning_of(qgraph: QuantizedGraph, config: QuantConfig, training: Training)
         node, q = graph[members[0]], qgraph.activations[members[0]]
         if q is not None and not any(_is_given(graph[name], qgraph.activations[name], target) for name in members):
             gradient = _asymmetric(training.gradient, node, q, specs[node.name].activations)
-            settings = _settings(gradient, training, int(np.prod([d or 1 for d in node.shape])), q)
+            settings = _settings(gradient, training, sample_size(node), q)
         grids.update(dict.fromkeys(members, settings))
     owners = [tuple(n for n in members if not _shares(graph[n], target)) for members in groups]
     return Learning(

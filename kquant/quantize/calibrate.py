@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from kquant.config.specs import QuantSpec
 from kquant.errors import CalibrationError, ConfigError
-from kquant.graph.ir import Graph, Node
+from kquant.graph.ir import Graph, Node, sample_size
 from kquant.graph.ops import bias_of, evaluate, op_of, weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.graph.transforms.padding import only_largest_count
@@ -110,7 +110,7 @@ def _over_data(
 
 def _rows_at_once(graph: Graph) -> int:
     """Samples whose largest activation takes about 32 MB: memory does not depend on the caller's batch size."""
-    largest = max(4 * int(np.prod([d or 1 for d in node.shape])) for node in graph)
+    largest = max(4 * sample_size(node) for node in graph)
     return max(1, (32 << 20) // largest)
 
 

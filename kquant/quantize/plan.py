@@ -206,6 +206,7 @@ def _requantize(source: Node, name: str, input_bits: int | None) -> Node:
         op="requantize",
         inputs=(source.name,),
         shape=source.shape,
+        batch=source.batch,
         origin=source.origin,
         origin_type=source.origin_type,
     )

@@ -22,7 +22,7 @@ import tensorflow as tf
 from tqdm.auto import tqdm
 
 from kquant.errors import CalibrationError
-from kquant.graph.ir import Graph, Node
+from kquant.graph.ir import Graph, Node, sample_size
 from kquant.graph.ops import compute
 
 Batches = Callable[[], Iterator[tuple[tf.Tensor, tf.Tensor]]]  # one pass; call again for another pass
@@ -30,6 +30,7 @@ Solve = Callable[[Node, Batches], Node]
 Data = Iterable[Sequence[Any]]  # re-iterable, of batches: one array per graph input
 Key = tuple[str, bool]  # tensor, whether that of the quantized network
 Block = tuple[tf.Tensor, ...]  # some samples of several tensors
+Parts = tuple[int, ...]  # how many entries of its first axis each of them has for a sample
 
 _SLICE = 32 << 20  # bytes of the largest activation computed at once,
 _ROWS = 1024  # from at most so many samples
@@ -76,7 +77,7 @@ def layer_by_layer(
     route = _Route.of(graph, visits)
     samples, total = _read(data, max(1, memory // route.bytes_of(route.inputs)))
     cuts = _best_cuts(route, memory, total)
-    blocks, cut = deque(_regroup(samples, cuts[0].slice)), cuts[0]
+    blocks, cut = deque(_regroup(samples, cuts[0].slice, route.parts(route.inputs))), cuts[0]
     del samples
     nodes = dict(graph.nodes)
     for index, name in enumerate(tqdm(visits, desc=title, unit="layer", disable=not progress, leave=False)):
@@ -142,15 +143,19 @@ class _Route:
         name, quantized = key
         return [(i, quantized and i in self.changed) for i in self.graph[name].inputs]
 
+    def parts(self, keys: Sequence[Key]) -> Parts:
+        """`Node.batch` of some tensors."""
+        return tuple(self.graph[name].batch for name, _ in keys)
+
     def bytes_of(self, keys: Sequence[Key]) -> int:
         """Bytes of one sample of some tensors."""
-        return sum(4 * _size(self.graph[name]) for name, _ in keys)
+        return sum(4 * sample_size(self.graph[name]) for name, _ in keys)
 
     def slice_rows(self, keys: Sequence[Key], start: int, stop: int) -> int:
         """Samples whose largest activation, of `keys` and of the nodes number start to stop - 1, takes about 32 MB."""
         nodes = [self.graph[name] for name, _ in keys]
         nodes += [n for n in list(self.graph)[start:stop] if n.name in self.needed]
-        return max(1, min(_ROWS, _SLICE // max(4 * _size(n) for n in nodes)))
+        return max(1, min(_ROWS, _SLICE // max(4 * sample_size(n) for n in nodes)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,15 +175,11 @@ class _Cut:
     slice: int
 
 
-def _size(node: Node) -> int:
-    return int(np.prod([d or 1 for d in node.shape]))
-
-
 def _work(node: Node) -> int:
     """Roughly the time of a node, in multiplications."""
     kernel = node.weights.get("kernel")
     products = 0 if kernel is None else kernel.size // (node.shape[-1] or 1)
-    return (_ELEMENT_WORK + products) * _size(node)
+    return (_ELEMENT_WORK + products) * sample_size(node)
 
 
 def _best_cuts(route: _Route, memory: int, total: int) -> dict[int, _Cut]:
@@ -287,8 +288,9 @@ def _advance(
 ) -> deque[Block]:
     """Compute the tensors of the next cut from those of the last, which are freed on the way; add samples."""
     last, cut = cuts
-    held = sum(len(b[0]) for b in blocks)
-    kept = deque(_window(blocks, 0, cut.rows))
+    parts, behind, given = route.parts(last.keys), route.parts(cut.keys), route.parts(route.inputs)
+    held = sum(_samples(b, parts) for b in blocks)
+    kept = deque(_window(blocks, 0, cut.rows, parts))
     blocks.clear()
 
     def moved() -> Iterator[Block]:
@@ -296,10 +298,10 @@ def _advance(
         yield from map(run, _drain(kept))
         if _adds_samples(held, cut.rows, total):
             run = _compiled(route, nodes, route.inputs, cut.keys)
-            fresh = _window(map(_tensors, data), held, cut.rows)
-            yield from map(run, _regroup(fresh, route.slice_rows(route.inputs, 0, cut.position)))
+            fresh = _window(map(_tensors, data), held, cut.rows, given)
+            yield from map(run, _regroup(fresh, route.slice_rows(route.inputs, 0, cut.position), given))
 
-    return deque(_regroup(moved(), cut.slice))
+    return deque(_regroup(moved(), cut.slice, behind))
 
 
 def _read(data: Data, room: int) -> tuple[list[Block], int]:
@@ -308,7 +310,7 @@ def _read(data: Data, room: int) -> tuple[list[Block], int]:
     total = 0
     for batch in data:
         if total < room:
-            held += _window([_tensors(batch)], 0, room - total)
+            held += _window([_tensors(batch)], 0, room - total, (1,) * len(batch))
         total += len(batch[0])
     if not total:
         raise CalibrationError("The calibration data holds no samples; pass a few hundred preprocessed ones.")
@@ -325,35 +327,44 @@ def _drain(blocks: deque[Block]) -> Iterator[Block]:
         yield blocks.popleft()
 
 
-def _window(blocks: Iterable[Block], start: int, stop: int) -> Iterator[Block]:
+def _samples(block: Block, parts: Parts) -> int:
+    return len(block[0]) // parts[0]
+
+
+def _cut_out(block: Block, start: int, stop: int, parts: Parts) -> Block:
+    """Samples number start to stop - 1 of a block."""
+    return tuple(t[p * start : p * stop] for t, p in zip(block, parts, strict=True))
+
+
+def _window(blocks: Iterable[Block], start: int, stop: int, parts: Parts) -> Iterator[Block]:
     """Samples number start to stop - 1."""
     seen = 0
     for block in blocks:
-        count = len(block[0])
+        count = _samples(block, parts)
         low, high = max(start - seen, 0), min(stop - seen, count)
         if low < high:
-            yield block if high - low == count else tuple(t[low:high] for t in block)
+            yield block if high - low == count else _cut_out(block, low, high, parts)
         seen += count
         if seen >= stop:
             return
 
 
-def _regroup(blocks: Iterable[Block], rows: int) -> Iterator[Block]:
+def _regroup(blocks: Iterable[Block], rows: int, parts: Parts) -> Iterator[Block]:
     """The same samples in blocks of `rows`; the last may be smaller."""
-    parts: list[Block] = []
+    pieces: list[Block] = []
     count = 0
     for block in blocks:
-        start, size = 0, len(block[0])
+        start, size = 0, _samples(block, parts)
         while start < size:
             taken = min(rows - count, size - start)
-            parts.append(block if taken == size else tuple(t[start : start + taken] for t in block))
+            pieces.append(block if taken == size else _cut_out(block, start, start + taken, parts))
             start, count = start + taken, count + taken
             if count == rows:
-                yield _joined(parts)
-                parts, count = [], 0
-    if parts:
-        yield _joined(parts)
+                yield _joined(pieces)
+                pieces, count = [], 0
+    if pieces:
+        yield _joined(pieces)
 
 
-def _joined(parts: list[Block]) -> Block:
-    return parts[0] if len(parts) == 1 else tuple(tf.concat(tensors, 0) for tensors in zip(*parts, strict=True))
+def _joined(pieces: list[Block]) -> Block:
+    return pieces[0] if len(pieces) == 1 else tuple(tf.concat(tensors, 0) for tensors in zip(*pieces, strict=True))

@@ -158,7 +158,7 @@ RECORDS = collect(
             offset=lambda node: True,
         ),
         moments=_reshape_moments,
-        unchanged=lambda node, source: node.shape == source,
+        unchanged=lambda node, source: node.shape == source,  # then a sample has as many entries, too
         merge=lambda first, node: node.with_(inputs=first.inputs),
     ),
     Op(

@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from kquant.errors import ModelError
-from kquant.graph.ir import Node, Shape
+from kquant.graph.ir import Node, Shape, sample_size
 from kquant.graph.ops import compute
 
 Lowering = Callable[..., Any]
@@ -144,6 +144,7 @@ class Builder:
         *inputs: Node,
         suffix: str = "",
         shape: Shape | None = None,
+        batch: int | None = None,
         dtype: str = "float32",
         weights: Mapping[str, np.ndarray] | None = None,
         stats: Mapping[str, np.ndarray] | None = None,
@@ -157,6 +158,7 @@ class Builder:
             inputs: the nodes that it reads.
             suffix: names a helper node; the first node without one carries the layer's name.
             shape: output shape; computed where it is not given.
+            batch: see `Node.batch`; that of the inputs where it is not given.
             dtype: output type.
             weights: weights, cast to float32.
             stats: see `Node.stats`.
@@ -181,6 +183,7 @@ class Builder:
             name=name if name not in self.nodes else self.unique(name),
             op=op,
             inputs=tuple(i.name for i in inputs),
+            batch=max((i.batch for i in inputs), default=1) if batch is None else batch,
             dtype=dtype,
             attrs=attrs,
             weights=arrays,
@@ -215,13 +218,16 @@ def infer_shape(node: Node, inputs: Sequence[Node]) -> Shape:
 def reshape(b: Builder, x: Node, shape: Sequence[int | None], suffix: str = "reshape") -> Node:
     """Reshape within each sample; nothing is emitted where the shape stays.
 
+    A sample may become several entries of the first axis (frames, windows), and they one again.
+
     Raises:
         NotLowered: elements would move between samples.
     """
     target = without_batch(shape)
-    if None in target[1:] or size_of(target) != size_of(x.shape) or not target:
+    batch, rest = divmod(sample_size(x), max(1, size_of(target)))
+    if None in target[1:] or not target or rest or not batch:
         raise NotLowered(f"reshaping {x.shape} to {tuple(shape)} changes the batch dimension")
-    return x if target == x.shape else b.emit("reshape", x, shape=target, suffix=suffix)
+    return x if target == x.shape else b.emit("reshape", x, shape=target, batch=batch, suffix=suffix)
 
 
 def transpose(b: Builder, x: Node, perm: Sequence[int], suffix: str = "transpose") -> Node:

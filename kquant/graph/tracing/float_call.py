@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
 
 from kquant.errors import ModelError
+
+_HALVES = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -54,18 +56,48 @@ class FloatCall:
         args, kwargs = self._filled(lambda s: inputs[s.index])
         return self.operation(*args, **kwargs)
 
-    def clone(self, name: str | None = None) -> FloatCall:
+    def parts(self, batches: Sequence[int]) -> int:
+        """`Node.batch` of the result: how many entries of its first axis one sample has.
+
+        Args:
+            batches: that of every slot's tensor.
+        """
+        expected = max(batches, default=1)
+        samples = 2
+        try:
+            args, kwargs = self._filled(
+                lambda s: keras.KerasTensor((samples * batches[s.index], *s.shape[1:]), dtype=s.dtype)
+            )
+            first = self.operation.compute_output_spec(*args, **kwargs).shape[0]
+        except Exception:  # it wants no such sizes
+            return expected
+        return first // samples if isinstance(first, int) and first % samples == 0 and first else expected
+
+    def in_float32(self) -> FloatCall:
+        """The same call in single precision, of a copy where the operation computes in half precision.
+
+        Raises:
+            ModelError: the operation cannot be serialized.
+        """
+        op = self.operation
+        layers = op._flatten_layers() if isinstance(op, keras.layers.Layer) else []
+        if all(layer.compute_dtype not in _HALVES for layer in layers):
+            return self
+        return self.clone(change=_in_float32)
+
+    def clone(self, name: str | None = None, change: Callable[[Any], Any] = lambda config: config) -> FloatCall:
         """The same call of a copy of the operation that shares nothing with the user's model.
 
         Args:
             name: name of the copy; the operation's own by default.
+            change: f(the operation's serialized form) -> that of the copy.
 
         Raises:
             ModelError: the operation cannot be serialized.
         """
         op = self.operation
         try:
-            config = keras.saving.serialize_keras_object(op)
+            config = change(keras.saving.serialize_keras_object(op))
             json.dumps(config)
             if name is not None:
                 config["config"]["name"] = name
@@ -92,3 +124,16 @@ class FloatCall:
             return tensor(value) if isinstance(value, Slot) else value
 
         return keras.tree.map_structure(fill, (self.args, self.kwargs))
+
+
+def _in_float32(config: Any) -> Any:
+    """A serialized layer with every dtype and policy of half precision in it, also of inner layers, float32."""
+    if isinstance(config, Mapping):
+        return {k: "float32" if k == "dtype" and _is_half(v) else _in_float32(v) for k, v in config.items()}
+    return [_in_float32(v) for v in config] if isinstance(config, list | tuple) else config
+
+
+def _is_half(dtype: Any) -> bool:
+    if isinstance(dtype, Mapping):
+        dtype = dtype.get("config", {}).get("name", "")
+    return any(half in str(dtype) for half in _HALVES)

@@ -25,6 +25,9 @@ from kquant.graph.tracing.operations import average_pool, concat, max_pool, resi
 
 L = keras.layers
 
+GLOBAL_MEANS = (L.GlobalAveragePooling1D, L.GlobalAveragePooling2D, L.GlobalAveragePooling3D)
+GLOBAL_MAXIMA = (L.GlobalMaxPooling1D, L.GlobalMaxPooling2D, L.GlobalMaxPooling3D)
+
 
 @lowers_layer(
     L.Dropout,
@@ -118,22 +121,22 @@ def pooling(b: Builder, layer: Any, x: Node) -> Node:
     return pool(b, x, layer.pool_size, layer.strides, layer.padding)
 
 
-@lowers_layer(L.GlobalAveragePooling1D, L.GlobalAveragePooling2D, L.GlobalMaxPooling1D, L.GlobalMaxPooling2D)
+@lowers_layer(*GLOBAL_MEANS, *GLOBAL_MAXIMA)
 def global_pooling(b: Builder, layer: Any, inputs: Node, mask: Any = None) -> Node:
     if mask is not None:
         raise NotLowered("pooling with a mask")
-    is_mean = isinstance(layer, (L.GlobalAveragePooling1D, L.GlobalAveragePooling2D))
+    is_mean = isinstance(layer, GLOBAL_MEANS)
     axes = tuple(range(1, len(inputs.shape) - 1))
     return b.emit("mean" if is_mean else "reduce_max", inputs, axes=axes, keepdims=bool(layer.keepdims))
 
 
-@lowers_layer(L.ZeroPadding1D, L.ZeroPadding2D)
+@lowers_layer(L.ZeroPadding1D, L.ZeroPadding2D, L.ZeroPadding3D)
 def zero_padding(b: Builder, layer: Any, x: Node) -> Node:
     pairs = [layer.padding] if len(x.shape) == 3 else list(layer.padding)
     return pad(b, x, [(0, 0), *pairs, (0, 0)])
 
 
-@lowers_layer(L.Cropping1D, L.Cropping2D)
+@lowers_layer(L.Cropping1D, L.Cropping2D, L.Cropping3D)
 def cropping(b: Builder, layer: Any, x: Node) -> Node:
     pairs = [layer.cropping] if len(x.shape) == 3 else list(layer.cropping)
     begin = (0, *(int(lo) for lo, _ in pairs), 0)

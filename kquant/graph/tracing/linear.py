@@ -59,7 +59,7 @@ def _conv(b: Builder, x: Node, kernel: np.ndarray, bias: np.ndarray, strides: An
     """Convolution of a sequence or an image with a Keras kernel [(h,) w, cin / groups, cout], as an image."""
     rank = kernel.ndim - 2
     if rank > 2:
-        raise NotLowered("three-dimensional convolutions have no integer kernel")
+        raise NotLowered("a three-dimensional convolution outside of a layer")
     if rank == 1:
         kernel = kernel[None]
     dilation = pair(dilation, rank)
@@ -102,7 +102,7 @@ def _depthwise(
     )
 
 
-@lowers_layer(L.Conv1D, L.Conv2D, L.Conv3D)
+@lowers_layer(L.Conv1D, L.Conv2D)
 def conv(b: Builder, layer: Any, x: Node) -> Node:
     y = _conv(
         b,
@@ -150,8 +150,6 @@ def _transposed(
     """
     rank = kernel.ndim - 2
     shape = without_batch(b.scope.shapes[0])
-    if rank > 2:
-        raise NotLowered("three-dimensional convolutions have no integer kernel")
     if rank == 1:
         kernel, shape = kernel[None], (None, 1, *shape[1:])
     strides = pair(strides, rank)
@@ -182,7 +180,7 @@ def dilate(kernel: np.ndarray, dilation: tuple[int, int]) -> np.ndarray:
     return spread
 
 
-@lowers_layer(L.Conv1DTranspose, L.Conv2DTranspose, L.Conv3DTranspose)
+@lowers_layer(L.Conv1DTranspose, L.Conv2DTranspose)
 def conv_transpose(b: Builder, layer: Any, x: Node) -> Node:
     bias = bias_of(layer, layer.filters)
     y = _transposed(b, x, as_array(layer.kernel), bias, layer.strides, layer.padding, layer.dilation_rate)

@@ -270,7 +270,7 @@ def average_pool(b: Builder, x: Node, pool_size: Any, strides: Any, padding: str
 def _pool(b: Builder, op: str, x: Node, pool_size: Any, strides: Any, padding: str) -> Node:
     rank = len(x.shape) - 2
     if rank not in (1, 2):
-        raise NotLowered("pooling of volumes has no integer kernel")
+        raise NotLowered("pooling of volumes outside of a layer")
     size = pair(pool_size, rank)
     steps = size if strides is None else pair(strides, rank)
     y = b.emit(op, to_2d(b, x), pool_size=size, strides=steps, padding=padding)

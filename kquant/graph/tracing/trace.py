@@ -21,7 +21,7 @@ import numpy as np
 from kquant.errors import ModelError
 from kquant.graph.backend import check_backend
 from kquant.graph.ir import Graph, Node
-from kquant.graph.tracing import activations, layers, linear, operations  # noqa: F401  they fill the tables
+from kquant.graph.tracing import activations, layers, linear, operations, volumes  # noqa: F401  they fill the tables
 from kquant.graph.tracing.builder import Builder, NotLowered, Scope, find_lowering, is_builtin, without_batch
 from kquant.graph.tracing.float_call import FloatCall, Slot
 from kquant.graph.tracing.inputs import RANGES, settle_inputs
@@ -35,6 +35,7 @@ from kquant.graph.tracing.keras_graph import (
     untouched,
 )
 from kquant.graph.tracing.registry import registered_lowering
+from kquant.graph.tracing.wrappers import channels_first
 
 # They read integers: ids, or pixels that they turn into numbers
 _READS_INTEGERS = {"Embedding", "Rescaling", "Normalization", "Cast"}
@@ -155,6 +156,8 @@ class _Tracer:
         tensors = [a for a in keras.tree.flatten((args, kwargs)) if isinstance(a, Node)]
         if any(t.dtype != "float32" for t in tensors) and type(operation).__name__ not in _READS_INTEGERS:
             raise NotLowered("it computes with integers")
+        if _channels_first(operation):
+            lowering = channels_first(lowering)
         return lowering(self.builder, operation, *args, **kwargs)
 
     def _trace_call(self, layer: Any, args: Any, kwargs: Any) -> list[Node]:
@@ -203,6 +206,11 @@ class _Tracer:
     def _float(self, operation: Any, args: Any, kwargs: Any, outputs: Sequence[Any], reason: str) -> Node:
         """One node that runs the user's own operation."""
         scope = self.builder.scope
+        if _channels_first(operation):
+            raise ModelError(
+                f"Layer {scope.origin!r} ({scope.origin_type}) stays in float with data_format='channels_first', which "
+                f"the targets do not have ({reason}): rebuild it with channels_last"
+            )
         if len(outputs) != 1:
             raise ModelError(
                 f"Layer {scope.origin!r} ({scope.origin_type}) has {len(outputs)} outputs and no integer form "
@@ -225,8 +233,9 @@ class _Tracer:
                 f"Layer {scope.origin!r} ({scope.origin_type}) returns shape {declared}: every tensor must start with "
                 f"the batch and have known dimensions behind it ({reason})"
             )
-        call = FloatCall(operation, args, kwargs)
-        return self.builder.emit("float", *inputs, shape=shape, dtype=_dtype(outputs[0]), call=call, reason=reason)
+        call, dtype = FloatCall(operation, args, kwargs).in_float32(), _dtype(outputs[0])
+        batch = call.parts([i.batch for i in inputs])
+        return self.builder.emit("float", *inputs, shape=shape, batch=batch, dtype=dtype, call=call, reason=reason)
 
 
 def _as_function(model: keras.Model) -> tuple[Any, bool]:
@@ -278,11 +287,6 @@ def _bind(operation: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict
 def _check_operation(operation: Any, scope: Scope) -> None:
     """Refuse what would be silently wrong, with the layer's name."""
     where = f"Layer {scope.origin!r} ({scope.origin_type})"
-    if getattr(operation, "data_format", None) == "channels_first":
-        raise ModelError(
-            f"{where} uses data_format='channels_first', which the targets do not have: rebuild the model with "
-            "channels_last"
-        )
     if getattr(operation, "quantization_mode", None) is not None:
         raise ModelError(f"{where} has been quantized by Keras already: start from the float model")
     for weight in [] if functional_form(operation) is not None else getattr(operation, "weights", []):
@@ -292,6 +296,10 @@ def _check_operation(operation: Any, scope: Scope) -> None:
                 f"{where}: its weight {weight.name!r} has NaN or infinite values, which no integer grid can hold. "
                 "Repair or retrain the layer."
             )
+
+
+def _channels_first(operation: Any) -> bool:
+    return getattr(operation, "data_format", None) == "channels_first"
 
 
 def _dtype(tensor: Any) -> str:

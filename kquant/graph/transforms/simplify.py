@@ -63,7 +63,7 @@ def _sink_reshape(graph: Graph, node: Node) -> Graph | None:
     source = graph[moved.inputs[0]]
     if node.op == "affine" and source.shape[-1] != moved.shape[-1]:
         return None
-    first = node.with_(inputs=(source.name,), shape=source.shape)
+    first = node.with_(inputs=(source.name,), shape=source.shape, batch=source.batch)
     then = moved.with_(inputs=(first.name,), stats={})
     nodes: list[Node] = []
     for n in graph:

@@ -83,17 +83,19 @@ class Emitter:
                 f"{node.name!r}: TFLite needs fixed sizes, found shape {shape}; "
                 "build the model with a fixed input shape."
             )
-        return (self.batch, *shape[1:]) if shape and shape[0] is None else shape
+        batch = None if self.batch is None else self.batch * node.batch
+        return (batch, *shape[1:]) if shape and shape[0] is None else shape
 
-    def new_tensor(self, name: str, shape: Shape, q: Grid | None, dtype: str = "FLOAT32") -> int:
-        """An activation tensor: integer where it has a grid, else of type `dtype`."""
+    def new_tensor(self, node: Node, name: str, shape: Shape, q: Grid | None, dtype: str = "FLOAT32") -> int:
+        """An activation tensor of a node: integer where it has a grid, else of type `dtype`."""
         if q is None:
-            return self.builder.tensor(name, shape, dtype)
-        return self.builder.tensor(name, shape, f"INT{q.container}", FileGrid(q.scale, q.zero_point))
+            return self.builder.tensor(name, shape, dtype, batch=node.batch)
+        return self.builder.tensor(name, shape, f"INT{q.container}", FileGrid(q.scale, q.zero_point), batch=node.batch)
 
     def helper(self, node: Node, suffix: str, shape: Shape | None = None, q: Grid | None = None) -> int:
         """An intermediate tensor of a node, "<node>/<suffix>"."""
-        return self.new_tensor(f"{node.name}/{suffix}", self.shape(node) if shape is None else shape, q, _dtype(node))
+        shape = self.shape(node) if shape is None else shape
+        return self.new_tensor(node, f"{node.name}/{suffix}", shape, q, _dtype(node))
 
     def constant(self, name: str, values: np.ndarray, dtype: str, grid: FileGrid | None = None) -> int:
         """A constant tensor, whose bytes are counted."""

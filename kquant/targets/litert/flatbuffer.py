@@ -100,22 +100,24 @@ class FlatbufferBuilder:
         dtype: str,
         grid: FileGrid | None = None,
         data: bytes | None = None,
+        batch: int = 1,
     ) -> int:
         """Add a tensor.
 
         Args:
             name: a number is appended where it is taken.
-            shape: None for a dimension that a user may resize: 1 in the file, -1 in its signature.
+            shape: None for a dimension that a user may resize: `batch` in the file, -1 in its signature.
             dtype: the schema's name, such as "INT8".
             grid: quantization parameters.
             data: content of a constant, as stored.
+            batch: see `shape`.
 
         Returns:
             Its index.
         """
         t = schema.TensorT()
         t.name, t.type = self._fresh(name), _TYPES[dtype]
-        t.shape = [1 if d is None else int(d) for d in shape]
+        t.shape = [batch if d is None else int(d) for d in shape]
         if None in shape:
             t.shapeSignature = [-1 if d is None else int(d) for d in shape]
         if grid is not None:

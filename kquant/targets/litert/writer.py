@@ -158,7 +158,7 @@ class _Writer:
         """The input's tensor, and behind it the change to the node's own grid. Returns what the user feeds."""
         e, q = self.emitter, self.emitter.grid(node.name)
         shape = e.shape(node)
-        out = e.new_tensor(node.name, shape, q, node.dtype.upper())
+        out = e.new_tensor(node, node.name, shape, q, node.dtype.upper())
         e.tensors[node.name] = out
         if q is None:
             _require_float(node, io_type, "input_type")
@@ -229,7 +229,7 @@ class _Writer:
         e, q = self.emitter, self.emitter.grid(node.name)
         inputs = [e.read(name, integer=q is not None) for name in node.inputs]
         clamp = self._clamp(node, q)
-        out = e.new_tensor(node.name, e.shape(node), q, node.dtype.upper())
+        out = e.new_tensor(node, node.name, e.shape(node), q, node.dtype.upper())
         e.tensors[node.name] = out
         bounded = (clamp.lower, clamp.upper) != (None, None)
         if node.op == "clip" and clamp.fused == "NONE" and (q is None or same_grid(self._source_grid(node), q)):
