@@ -226,7 +226,7 @@ class _Tracer:
                 return np.asarray(keras.ops.convert_to_numpy(value))
             return value
 
-        args, kwargs = keras.tree.map_structure(slot, (tuple(args), dict(kwargs)))
+        args, kwargs = keras.tree.map_structure(slot, _named(operation, args, kwargs))
         declared, shape = tuple(outputs[0].shape), scope.shapes[0]
         if not declared or None in shape[1:] or declared[0] not in (None, fixed_batch(operation)):
             raise ModelError(
@@ -282,6 +282,24 @@ def _bind(operation: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict
     if bound.arguments.get("mask", 0) is None:
         del bound.arguments["mask"]
     return bound.args, bound.kwargs
+
+
+def _named(operation: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call's arguments as Keras takes them: by position only tensors that come first, all others by name."""
+    bound = inspect.signature(operation.call).bind(*args, **kwargs)
+    first: list[Any] = []
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            first += value
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            named |= value
+        elif not named and any(isinstance(v, Node) for v in keras.tree.flatten(value)):
+            first.append(value)
+        else:
+            named[name] = value
+    return tuple(first), named
 
 
 def _check_operation(operation: Any, scope: Scope) -> None:
