@@ -78,6 +78,8 @@ class Graph:
         input_names: the names by which a user feeds the inputs.
         output_names: the names of the outputs in signatures.
         name: the model's name.
+        input_structure, output_structure: how the model nests them, see `graph.structure`.
+        loss_names: the names of the outputs by which Keras finds losses and metrics, where it has any.
     """
 
     nodes: Mapping[str, Node]
@@ -86,6 +88,9 @@ class Graph:
     input_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
     name: str = "model"
+    input_structure: Any = None
+    output_structure: Any = None
+    loss_names: tuple[str, ...] = ()
     _consumers: Mapping[str, tuple[Node, ...]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from kquant.errors import ModelError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import op_of
 from kquant.graph.quantized import QuantizedGraph
+from kquant.graph.structure import pack
 from kquant.graph.tracing.float_call import FloatCall
 from kquant.grids.gradients import checked_loss
 from kquant.grids.grid import Grid
@@ -74,11 +75,15 @@ class QuantizedModel(keras.Model):
         record = ModelRecord.from_dict(config.pop("quantization"))
         model = super().from_config(config, custom_objects=custom_objects)
         model.record = record
-        model.tie()
+        model.settle()
         return model
 
-    def tie(self) -> None:
-        """Make one variable of those that the training keeps equal; serialization makes them several."""
+    def settle(self) -> None:
+        """Name the outputs as the user's model does, and make one variable of those that the training keeps equal.
+
+        Serialization makes them several.
+        """
+        self.output_names = list(self.record.loss_names or self.record.output_names)
         layers = self.quantized_layers
         quantizers = {name: q for layer in layers.values() for name, q in layer.quantizers.items()}
         for first, *rest in self.record.tied_weights:
@@ -186,21 +191,28 @@ def insert(
             values[node.name], grids[node.name] = layer(arguments, read) if read else layer(arguments)
         else:
             values[node.name] = layer(arguments)
-    outputs = [values[o] for o in graph.outputs]
-    model = QuantizedModel(_alone(inputs), _alone(outputs), name=graph.name)
+    fed = {tensor.name: tensor for tensor in inputs}
+    model = QuantizedModel(
+        pack(graph.input_structure, [fed[name] for name in graph.input_names]),
+        pack(graph.output_structure, [values[o] for o in graph.outputs]),
+        name=graph.name,
+    )
     model.record = ModelRecord(
         quantization=quantization,
         inputs=graph.inputs,
         outputs=graph.outputs,
         input_names=graph.input_names,
         output_names=graph.output_names,
+        input_structure=graph.input_structure,
+        output_structure=graph.output_structure,
+        loss_names=graph.loss_names,
         order=tuple(graph.nodes),
         float_nodes=float_nodes,
         plain_inputs={i: node_to_dict(graph[i]) for i in graph.inputs if qgraph.activations.get(i) is None},
         tied_weights=learning.tied_weights if learning else (),
         tied_grids=learning.tied_grids if learning else (),
     )
-    model.tie()
+    model.settle()
     return model
 
 
@@ -208,11 +220,6 @@ def _keras_name(node: Node) -> str:
     """A legal layer name; the quantizer of an input must not take the input's own name."""
     name = node.name.replace("/", ".")
     return f"{name}.quantize" if node.op == "input" else name
-
-
-def _alone(tensors: list[Any]) -> Any:
-    """One tensor as itself, several as a list: the structure of the user's model."""
-    return tensors[0] if len(tensors) == 1 else tensors
 
 
 def _layer(
@@ -285,6 +292,9 @@ def extract(model: keras.Model) -> QuantizedGraph:
         outputs=record.outputs,
         input_names=record.input_names,
         output_names=record.output_names,
+        input_structure=record.input_structure,
+        output_structure=record.output_structure,
+        loss_names=record.loss_names,
         name=model.name,
     )
     return QuantizedGraph(graph, activations, weights, integers)

@@ -29,9 +29,9 @@ from kquant.graph.tracing.keras_graph import (
     fixed_batch,
     functional_form,
     match_inputs,
-    names_of,
     output_shapes,
     recorded_calls,
+    signature,
     untouched,
 )
 from kquant.graph.tracing.registry import registered_lowering
@@ -67,8 +67,7 @@ def trace_model(model: keras.Model) -> Graph:
         nodes=tracer.builder.nodes,
         inputs=tuple(i.name for i in inputs),
         outputs=tuple(o.name for o in outputs),
-        input_names=names_of(function._inputs_struct, function.inputs),
-        output_names=names_of(function._outputs_struct, function.outputs),
+        **signature(function),
         name=model.name,
     )
     return _settle_input_types(graph.rebuild(graph))
