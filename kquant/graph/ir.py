@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from kquant.graph.training import UserWeight
+
 Shape = tuple[int | None, ...]
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -39,7 +41,10 @@ class Node:
             pre-activation that a folded batch normalization leaves behind.
         origin: name of the user's layer (or operation) that this node came from.
         origin_type: its class name.
-        call: for op "float" only, how to run the user's own operation (see `trace.FloatCall`).
+        call: for op "float" and "train_only", how to run the user's own operation (see `trace.FloatCall`).
+        user: weight -> what it is in the user's layer; empty unless the graph was made for training.
+        learns: False for a node of a layer that the user froze.
+        between: "train_only" nodes that act between the operation and its fused activation.
     """
 
     name: str
@@ -53,6 +58,9 @@ class Node:
     origin: str = ""
     origin_type: str = ""
     call: Any = None
+    user: Mapping[str, UserWeight] = field(default_factory=dict)
+    learns: bool = True
+    between: tuple[Node, ...] = ()
 
     def with_(self, **changes: Any) -> Node:
         """A copy with some fields replaced."""

@@ -52,7 +52,7 @@ def prepare_qat(
     if not isinstance(model, QuantizedModel):
         settings = QuantConfig.load("w8a8" if config is None else config)
         _refuse_undeployable(settings)
-        qgraph, quantization = quantize_to_graph(model, calibration_data, settings, seed, progress, batch_size)
+        qgraph, quantization = quantize_to_graph(model, calibration_data, settings, seed, progress, batch_size, True)
     elif model.quantization.training is not None:
         raise ModelError(f"{model.name!r} is prepared for training already: compile and fit it as it is.")
     elif config is not None or calibration_data is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -22,6 +23,7 @@ from kquant.graph.tracing.builder import (
 )
 from kquant.graph.tracing.linear import from_2d, output_shape, pair, to_2d
 from kquant.graph.tracing.operations import average_pool, concat, max_pool, resize, two_inputs
+from kquant.graph.training import UserWeight
 
 L = keras.layers
 
@@ -62,7 +64,17 @@ def batch_normalization(b: Builder, layer: Any, inputs: Node, mask: Any = None) 
     beta = as_array(layer.beta) if layer.center else np.zeros_like(mean)
     scale = gamma.astype(np.float64) / np.sqrt(variance.astype(np.float64) + layer.epsilon)
     stats = {"mean": beta, "std": np.abs(gamma)}
-    return affine(b, inputs, scale, beta - mean * scale, axes[0], stats)
+    return affine(b, inputs, scale, beta - mean * scale, axes[0], stats, _of_norm(b, layer, gamma))
+
+
+def _of_norm(b: Builder, layer: Any, gamma: np.ndarray) -> dict[str, UserWeight]:
+    """The weights of a normalization that trains; one that is frozen stays at its running statistics, as in Keras."""
+    learns = b.scope.learns
+    scale = UserWeight.of(layer.gamma if layer.scale else None, gamma, learns)
+    offset = UserWeight.of(layer.beta if layer.center else None, gamma, learns)
+    momentum = float(layer.momentum) if learns else None
+    plain = {"regularizer": None, "constraint": None}
+    return {"scale": replace(scale, **plain, momentum=momentum), "offset": replace(offset, **plain)}
 
 
 @lowers_layer(L.Rescaling)

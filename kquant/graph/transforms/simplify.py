@@ -62,7 +62,7 @@ def _sink_reshape(graph: Graph, node: Node) -> Graph | None:
     if moved.op != "reshape" or graph.sole_consumer(moved.name) is None:
         return None
     source = graph[moved.inputs[0]]
-    if node.op == "affine" and source.shape[-1] != moved.shape[-1]:
+    if node.op in ("affine", "train_only") and source.shape[-1] != moved.shape[-1]:
         return None
     first = node.with_(inputs=(source.name,), shape=source.shape)
     then = moved.with_(inputs=(first.name,), stats={})
