@@ -186,7 +186,7 @@ class QuantizedLayer(keras.layers.Layer):
         if training or self.switchable:
             return self._in_real_numbers(values, grids)
         if any(layer.penalizes for layer in self.between):
-            self._between(self._forward(self._with_constants(values)), training=False)
+            self._between(self._compute(self._with_constants(values), self._real_weights()), training=False)
         if self.output_quantizer is None:
             return self._shared_grid(values, grids)
         if op_of(node).lookup:

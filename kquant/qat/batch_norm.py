@@ -195,7 +195,7 @@ def batch_norm_layers(qgraph: QuantizedGraph, training: Training) -> dict[str, C
     nodes = _normalized(qgraph.graph)
     if not nodes:
         raise ModelError(
-            f"batch_norm={training.batch_norm!r}, but nothing is known of batch normalizations in "
+            f"batch_norm={training.batch_norm!r}, but nothing is known of batch normalizations that train in "
             f'{qgraph.graph.name!r}: pass the float model with its BatchNormalization layers, or use batch_norm="fold".'
         )
     for node in nodes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -73,6 +74,12 @@ def _of_norm(b: Builder, layer: Any, gamma: np.ndarray) -> dict[str, UserWeight]
     scale = UserWeight.of(layer.gamma if layer.scale else None, gamma, learns)
     offset = UserWeight.of(layer.beta if layer.center else None, gamma, learns)
     momentum = float(layer.momentum) if learns else None
+    if b.training and (scale.asked or offset.asked):
+        warnings.warn(
+            f"Layer {b.scope.origin!r}: regularizers and constraints of gamma and beta are left out, since training "
+            "has these as parts of other weights.",
+            stacklevel=2,
+        )
     plain = {"regularizer": None, "constraint": None}
     return {"scale": replace(scale, **plain, momentum=momentum), "offset": replace(offset, **plain)}
 

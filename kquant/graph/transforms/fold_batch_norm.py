@@ -53,6 +53,8 @@ def _fold_one(graph: Graph, name: str) -> Graph:
     if name not in graph.nodes or "clip" in graph[name].attrs:
         return graph
     node = graph[name]
+    if any(weight.asked for weight in node.user.values()):  # a gain of the user's with a penalty of its own
+        return graph
     scale, offset = (node.weights[k].astype(np.float64) for k in ("scale", "offset"))
     s = Scaling(scale, offset, dict(node.stats))
     changes = _into_producer(graph, node.inputs[0], name, s)

@@ -65,10 +65,15 @@ def acts(layer: Any) -> bool:
     return bool(layer._call_has_training_arg)
 
 
-def _acting(node: Node, seed: int) -> Node:
+def _seed_of(number: int) -> int:
+    """Of the number of a node, so that no two draw the same."""
+    return number
+
+
+def _acting(node: Node, number: int) -> Node:
     layer = node.call.clone().operation
     for generator in _generators(layer):
-        generator.state.assign([seed, 0])
+        generator.state.assign([_seed_of(number), 0])
 
     def call(xs: Sequence[Tensor]) -> Tensor:
         return act(layer, node.attrs, xs[0], training=True) if acts(layer) else xs[0]
