@@ -30,7 +30,7 @@ from kquant.keras.fake_quant import FakeQuant
 from kquant.keras.record import node_from_dict, node_to_dict
 from kquant.keras.train_only import TrainOnly
 from kquant.keras.unit import weight_unit
-from kquant.keras.user_view import UserView
+from kquant.keras.user_view import UserView, views_of
 from kquant.targets.operand import Call, Operand
 from kquant.targets.target import get_target
 
@@ -142,15 +142,9 @@ class QuantizedLayer(keras.layers.Layer):
         return unit
 
     def _views(self) -> dict[str, UserView]:
-        """The variables as the user's layer has them, where it asks something of them."""
         named = self.variables_by_name | {f"constant_{i}": v for i, v in enumerate(self.constants.values())}
-        views = {}
-        for name, settings in self._user_settings.items():
-            if name in named and (settings["mask"] or {"regularizer", "constraint"} & settings.keys()):
-                has_unit = self.unit is not None and name == self._quantized_key()
-                unit = partial(getattr, self, "unit") if has_unit else lambda: 1.0
-                views[name] = UserView(self, name, named[name], settings, unit)
-        return views
+        units = {} if self.unit is None else {self._quantized_key(): partial(getattr, self, "unit")}
+        return views_of(self, named, self._user_settings, units)
 
     def tie_weights(self, other: QuantizedLayer) -> None:
         """Have the weights of `other` and their grid from now on: a layer of the user's that is called twice."""

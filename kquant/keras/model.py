@@ -194,6 +194,8 @@ def insert(
             arguments = [values[i] for i in sources]
         if node.op == "float":
             call = node.call.clone(name=_keras_name(node))
+            if not node.learns and isinstance(call.operation, keras.layers.Layer):
+                call.operation.trainable = False
             values[node.name] = call(arguments)
             float_nodes[node.name] = {**node_to_dict(graph[node.name]), "operation": call.operation.name}
             continue
@@ -209,7 +211,20 @@ def insert(
         pack(graph.output_structure, [values[o] for o in wired.outputs]),
         name=graph.name,
     )
-    model.record = ModelRecord(
+    model.record = _record(qgraph, graph, quantization, learning, float_nodes)
+    model.settle()
+    return model
+
+
+def _record(
+    qgraph: QuantizedGraph,
+    graph: Graph,
+    quantization: Quantization,
+    learning: Learning | None,
+    float_nodes: Mapping[str, Any],
+) -> ModelRecord:
+    """What is remembered of the model of a graph."""
+    return ModelRecord(
         quantization=quantization,
         inputs=graph.inputs,
         outputs=graph.outputs,
@@ -224,8 +239,6 @@ def insert(
         tied_weights=learning.tied_weights if learning else (),
         tied_grids=learning.tied_grids if learning else (),
     )
-    model.settle()
-    return model
 
 
 def _keras_name(node: Node) -> str:

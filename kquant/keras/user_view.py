@@ -101,3 +101,16 @@ class UserView:
         w = w if factor is None else w * factor
         w = (w + self.arrays["offset"] if "offset" in self.arrays else w) / self._unit()
         return w if factor is None else tf.where(tf.equal(factor, 0.0), before, w)
+
+
+def views_of(
+    layer: keras.layers.Layer,
+    variables: Mapping[str, keras.Variable],
+    settings: Mapping[str, Mapping[str, Any]],
+    units: Mapping[str, Callable[[], Any]],
+) -> dict[str, UserView]:
+    """The views of those variables of a layer of which the user's layer asks something."""
+    asked = {k: s for k, s in settings.items() if s["mask"] or {"regularizer", "constraint"} & s.keys()}
+    return {
+        k: UserView(layer, k, variables[k], s, units.get(k, lambda: 1.0)) for k, s in asked.items() if k in variables
+    }

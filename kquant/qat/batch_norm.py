@@ -216,7 +216,7 @@ def _normalized(graph: Graph) -> list[Node]:
 
 def _maker(node: Node, batch_norm: str) -> Callable[..., QuantizedLayer]:
     gamma = node.user.get("gamma")
-    facts = {} if gamma is None else {"gamma_trains": gamma.trainable, "running": gamma.momentum}
+    facts: dict[str, Any] = {} if gamma is None else {"gamma_trains": gamma.trainable, "running": gamma.momentum}
 
     def make(*args: Any, **kwargs: Any) -> QuantizedLayer:
         layer = BatchNormLayer(*args, batch_norm=batch_norm, **facts, **kwargs)

@@ -80,8 +80,10 @@ def _of_norm(b: Builder, layer: Any, gamma: np.ndarray) -> dict[str, UserWeight]
             "has these as parts of other weights.",
             stacklevel=2,
         )
-    plain = {"regularizer": None, "constraint": None}
-    return {"scale": replace(scale, **plain, momentum=momentum), "offset": replace(offset, **plain)}
+    return {
+        "scale": replace(scale, regularizer=None, constraint=None, momentum=momentum),
+        "offset": replace(offset, regularizer=None, constraint=None),
+    }
 
 
 @lowers_layer(L.Rescaling)

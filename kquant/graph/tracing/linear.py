@@ -22,6 +22,7 @@ from kquant.graph.tracing.builder import (
     transpose,
     without_batch,
 )
+from kquant.graph.tracing.training import constant_kernel, variables_of
 from kquant.graph.training import UserWeight
 
 L = keras.layers
@@ -55,16 +56,6 @@ def causal(b: Builder, x: Node, padding: str, kernel: int, dilation: int) -> tup
 def bias_of(layer: Any, channels: int) -> np.ndarray:
     """The layer's bias, zeros where it has none."""
     return as_array(layer.bias) if layer.use_bias else np.zeros(channels, np.float32)
-
-
-def variables_of(layer: Any) -> dict[str, Any]:
-    """The variables of a layer with a kernel and perhaps a bias."""
-    return {"kernel": layer.kernel, "bias": layer.bias if layer.use_bias else None}
-
-
-def _constant(kernel: Any) -> dict[str, Any]:
-    """`variables` of an operation without a bias whose kernel is a constant, perhaps a variable of the user's."""
-    return {"bias": None, **({"kernel": kernel} if isinstance(kernel, keras.Variable) else {})}
 
 
 def _conv(
@@ -243,7 +234,7 @@ def conv_op(b: Builder, op: Any, inputs: Node, kernel: Any) -> Node:
     array = as_array(kernel)
     emit = _depthwise if type(op).__name__ == "DepthwiseConv" else _conv
     channels = array.shape[-2] * array.shape[-1] if emit is _depthwise else array.shape[-1]
-    zeros, variables = np.zeros(channels, np.float32), _constant(kernel)
+    zeros, variables = np.zeros(channels, np.float32), constant_kernel(kernel)
     y = emit(b, inputs, array, zeros, op.strides, op.padding, op.dilation_rate, variables=variables)
     return from_2d(b, y, len(inputs.shape))
 
@@ -254,7 +245,7 @@ def separable_conv_op(b: Builder, op: Any, inputs: Node, depthwise_kernel: Any, 
         raise NotLowered("its kernels are not constants")
     kernels = as_array(depthwise_kernel), as_array(pointwise_kernel)
     bias = np.zeros(kernels[1].shape[-1], np.float32)
-    variables = _constant(depthwise_kernel), _constant(pointwise_kernel)
+    variables = constant_kernel(depthwise_kernel), constant_kernel(pointwise_kernel)
     y = _separable(b, inputs, kernels, bias, op.strides, op.padding, op.dilation_rate, variables)
     return from_2d(b, y, len(inputs.shape))
 
@@ -359,12 +350,12 @@ def matmul(b: Builder, op: Any, x1: Any, x2: Any) -> Node:
         w = as_array(x2)
         if w.ndim == 2:
             weights = {"kernel": w, "bias": np.zeros(w.shape[1], np.float32)}
-            return b.emit("dense", x1, weights=weights, variables=_constant(x2))
+            return b.emit("dense", x1, weights=weights, variables=constant_kernel(x2))
         raise NotLowered(f"its constant has shape {w.shape}")
     w, rank = as_array(x1), len(x2.shape)
     if w.ndim != 2 or rank < 3:
         raise NotLowered(f"a constant of shape {w.shape} times a tensor of rank {rank}")
-    return contract(b, "...kn,mk->...mn", x2, w, variables=_constant(x1))
+    return contract(b, "...kn,mk->...mn", x2, w, variables=constant_kernel(x1))
 
 
 def _of_two(b: Builder, x1: Node, x2: Node) -> Node:
@@ -384,11 +375,11 @@ def einsum(b: Builder, op: Any, *operands: Any) -> Node:
     if len(operands) != 2 or isinstance(operands[0], Node) == isinstance(operands[1], Node):
         raise NotLowered("it is not a product with one constant")
     if isinstance(operands[0], Node):
-        return contract(b, op.subscripts, operands[0], as_array(operands[1]), variables=_constant(operands[1]))
+        return contract(b, op.subscripts, operands[0], as_array(operands[1]), variables=constant_kernel(operands[1]))
     left, _, out = op.subscripts.partition("->")
     first, second = left.split(",")
     equation, w = f"{second},{first}->{out}", as_array(operands[0])
-    return contract(b, equation, operands[1], w, variables=_constant(operands[0]))
+    return contract(b, equation, operands[1], w, variables=constant_kernel(operands[0]))
 
 
 @lowers_layer(L.Embedding)

@@ -16,6 +16,16 @@ _L = keras.layers
 _DROP = (_L.Dropout, _L.SpatialDropout1D, _L.SpatialDropout2D, _L.SpatialDropout3D)
 
 
+def variables_of(layer: Any) -> dict[str, Any]:
+    """The variables of a layer with a kernel and perhaps a bias."""
+    return {"kernel": layer.kernel, "bias": layer.bias if layer.use_bias else None}
+
+
+def constant_kernel(kernel: Any) -> dict[str, Any]:
+    """`variables` of an operation without a bias whose kernel is a constant, perhaps a variable of the user's."""
+    return {"bias": None, **({"kernel": kernel} if isinstance(kernel, keras.Variable) else {})}
+
+
 def of_call(operation: Any, args: Any, kwargs: Any, around: Scope) -> tuple[bool, bool]:
     """Whether a call learns (nothing around it is frozen), and whether it has a weight that trains.
 
@@ -55,8 +65,8 @@ def acting(
 
 
 def _train_only(b: Builder, call: FloatCall, x: Node) -> Node:
-    facts = {"user_shape": x.shape, "scale": None, "offset": None, "drops": isinstance(call.operation, _DROP)}
-    return b.emit("train_only", x, shape=x.shape, call=call, **facts)
+    drops = isinstance(call.operation, _DROP)
+    return b.emit("train_only", x, shape=x.shape, call=call, user_shape=x.shape, scale=None, offset=None, drops=drops)
 
 
 def _slot(value: Any) -> Any:
@@ -64,5 +74,5 @@ def _slot(value: Any) -> Any:
 
 
 def _penalty(regularizer: Any, node: Node) -> FloatCall:
-    layer = keras.layers.Activation("linear", activity_regularizer=regularizer)
+    layer = keras.layers.Activation("linear", activity_regularizer=regularizer, dtype="float32")
     return FloatCall(layer, (_slot(node),), {})

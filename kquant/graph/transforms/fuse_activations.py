@@ -22,7 +22,8 @@ def fuse_activations(graph: Graph) -> Graph:
     for node in list(graph):
         if node.op != "clip":
             continue
-        producer, between = graph[graph[node.name].inputs[0]], []
+        producer = graph[graph[node.name].inputs[0]]
+        between: list[Node] = []
         while producer.op == "train_only" and graph.sole_consumer(producer.name):
             between.insert(0, producer)
             producer = graph[producer.inputs[0]]
