@@ -35,8 +35,15 @@ def prepare_qat(
     learn with the weights. The result is an ordinary Keras model for compile, fit, evaluate, save and load, and
     `export_tflite` writes it as it stands at any time. Neither argument is modified.
 
+    It trains as the float model would, quantizers apart. A frozen layer learns nothing, its grids included; penalties and
+    constraints are asked of the weights of the user's layers (`graph.training`); Dropout, noise, augmentation and custom
+    layers that are the identity at inference act in training. Ranges are those of the calibration data as it passes in
+    training, since values reach further behind a Dropout. What acts in front of a batch normalization that is folded or
+    kept acts behind it, on the same values at the running statistics.
+
     Args:
-        model: a float model, or a result of `quantize_model`, which goes on from there.
+        model: a float model, or a result of `quantize_model`, which goes on from there; that one knows nothing of
+            frozen layers, penalties and Dropout.
         calibration_data: as for `quantize_model`.
         config: as for `quantize_model`, "w8a8" by default; not for a model that is quantized, which has one.
         training: how grids learn, and what becomes of batch normalizations.
