@@ -35,11 +35,11 @@ def prepare_qat(
     learn with the weights. The result is an ordinary Keras model for compile, fit, evaluate, save and load, and
     `export_tflite` writes it as it stands at any time. Neither argument is modified.
 
-    It trains as the float model would, quantizers apart. A frozen layer learns nothing, its grids included; penalties and
-    constraints are asked of the weights of the user's layers (`graph.training`); Dropout, noise, augmentation and custom
-    layers that are the identity at inference act in training. Ranges are those of the calibration data as it passes in
-    training, since values reach further behind a Dropout. What acts in front of a batch normalization that is folded or
-    kept acts behind it, on the same values at the running statistics.
+    It trains as the float model would, quantizers apart. A frozen layer learns nothing, its grids included; penalties
+    and constraints are asked of the weights of the user's layers (`graph.training`); Dropout, noise, augmentation and
+    custom layers that are the identity at inference act in training. Ranges are those of the calibration data as it
+    passes in training, since values reach further behind a Dropout. What acts in front of a batch normalization acts
+    behind it, on values that are the user's at the running statistics with which training begins.
 
     Args:
         model: a float model, or a result of `quantize_model`, which goes on from there; that one knows nothing of

@@ -61,6 +61,7 @@ RECORDS = collect(
             behind=lambda node, source, s: s,
             in_front=lambda node, sources, s: (s,) if s.scale.all() else None,
             equivariant=True,
+            offset=lambda node: True,
             constant=lambda node, x: np.full_like(x, np.nan),
         ),
         moments=same_moments,

@@ -11,6 +11,7 @@ from keras import layers
 
 from kquant.graph.ops import evaluate
 from kquant.graph.transforms import prepare_graph
+from kquant.graph.transforms.absorb_bias import absorb_bias
 from kquant.graph.transforms.equalize import equalize
 from kquant.graph.transforms.training import in_training, without_train_only
 from tests.support import zoo
@@ -82,3 +83,16 @@ def test_dropout_goes_behind_a_relu_and_noise_does_not() -> None:
     graph = prepare_graph(keras.Model(x, y), for_training=True)
     assert [len(graph[name].between) for name in ("dropped", "noisy", "capped")] == [0, 1, 1]
     assert [n.op for n in graph] == ["input", "dense", "train_only", "dense", "dense"]
+
+
+def test_it_sees_the_users_values_where_a_bias_was_absorbed() -> None:
+    keras.utils.set_random_seed(0)
+    x = inputs = keras.Input((6,))
+    x = layers.ReLU()(layers.BatchNormalization(name="norm", trainable=False)(layers.Dense(5, name="first")(x)))
+    model = keras.Model(inputs, layers.Dense(3)(Shifted(0.5, 1.0)(layers.Reshape((5,))(x))))
+    model.get_layer("norm").beta.assign(np.linspace(5.0, 9.0, 5))
+    graph, report = absorb_bias(prepare_graph(model, for_training=True))
+    assert report.absorbed["first"].any()
+    data = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
+    for found, training in ((in_training(graph), True), (graph, False)):
+        np.testing.assert_allclose(evaluate(found, [data])[0], model(data, training=training), rtol=1e-4, atol=1e-4)
