@@ -60,6 +60,8 @@ class QuantConfig:
             settings, an `AdaRound`.
         correct_bias: take the shift of means that rounding causes out of the biases (section 3.3); empirical with data,
             analytic without.
+        keep_zeros: weights that are exactly zero, as pruning leaves them, stay zero: in AdaRound and in training.
+            Rounding to nearest keeps them anyway.
         logits: range method of the tensor in front of a final softmax, where no rule sets its `method` or
             `range`; None treats it as all others. "cross_entropy" is section 3.1 of the white paper.
         rules: changes for some layers; where several match, later ones win.
@@ -76,6 +78,7 @@ class QuantConfig:
     absorb_bias: bool | None = None
     adaround: AdaRound | bool | None = None
     correct_bias: bool | None = None
+    keep_zeros: bool = False
     logits: str | None = "cross_entropy"
     rules: tuple[Rule, ...] = ()
 
@@ -86,6 +89,8 @@ class QuantConfig:
         for name in ("equalize", "absorb_bias", "correct_bias"):
             if not isinstance(getattr(self, name), bool | None):
                 raise ConfigError(f"{name} must be true, false or None, found {getattr(self, name)!r}.")
+        if not isinstance(self.keep_zeros, bool):
+            raise ConfigError(f"keep_zeros must be true or false, found {self.keep_zeros!r}.")
         if isinstance(self.adaround, Mapping):
             known_keys(self.adaround, AdaRound, "adaround")
             object.__setattr__(self, "adaround", AdaRound(**self.adaround))
@@ -260,7 +265,8 @@ class QuantConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers: `from_dict` gives the same configuration back."""
         specs = {k: v and asdict(v) for k in ("weights", "activations", "inputs") for v in [getattr(self, k)]}
-        switches = {k: getattr(self, k) for k in ("target", "equalize", "absorb_bias", "correct_bias", "logits")}
+        names = ("target", "equalize", "absorb_bias", "correct_bias", "keep_zeros", "logits")
+        switches = {k: getattr(self, k) for k in names}
         switches["adaround"] = asdict(self.adaround) if isinstance(self.adaround, AdaRound) else self.adaround
         rules = [rule.to_dict() for rule in self.rules]
         return {name: plain(value) for name, value in {**specs, **switches, "rules": rules}.items()}

@@ -302,7 +302,7 @@ class Training:
             training; "keep" trains with them and folds them into the scales of the weights; "double_forward" and
             "batch_statistics" fold in every step, with running or with the batch's statistics.
         relative_weights: weights train in units of their size, so that an optimizer moves all layers alike, whatever
-            folding and the range of the input made of them (`quantizers.weight_unit`). False trains them as they are:
+            folding and the range of the input made of them (`keras.unit`). False trains them as they are:
             a network without batch normalization then trains step by step like its float model.
 
     Raises:

@@ -25,7 +25,7 @@ import tensorflow as tf
 
 from kquant.errors import CalibrationError, ConfigError, ModelError
 from kquant.graph.ir import Graph
-from kquant.keras.model import QuantizedModel
+from kquant.graph.structure import pack
 from kquant.quantize.data import CalibrationData, InputSpec
 from kquant.targets.litert.runtime import TFLiteModel
 from kquant.verify.end_to_end import same_decision
@@ -121,17 +121,15 @@ def predict(model: Any, samples: Samples) -> list[Array]:
     """
     if isinstance(model, TFLiteModel):
         return model.predict_batches(samples)
-    results = [model.predict_on_batch(_as_fed(model, batch, samples.names)) for batch in samples]
+    results = [model.predict_on_batch(_as_fed(model, batch)) for batch in samples]
     columns = zip(*(keras.tree.flatten(y) for y in results), strict=True)
     return [np.concatenate([np.asarray(part, np.float32) for part in column]) for column in columns]
 
 
-def _as_fed(model: Any, batch: list[Array], names: Sequence[str]) -> Any:
+def _as_fed(model: Any, batch: list[Array]) -> Any:
     """A batch in the structure that the model was made with."""
-    by_name = isinstance(getattr(model, "_inputs_struct", None), dict)
-    if by_name and not isinstance(model, QuantizedModel):
-        return dict(zip(names, batch, strict=True))
-    return batch[0] if len(batch) == 1 else batch
+    structure = getattr(model, "_inputs_struct", None)
+    return pack(None, batch) if structure is None else keras.tree.pack_sequence_as(structure, batch)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

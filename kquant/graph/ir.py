@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from kquant.graph.training import UserWeight
+
 Shape = tuple[int | None, ...]
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -42,7 +44,10 @@ class Node:
             pre-activation that a folded batch normalization leaves behind.
         origin: name of the user's layer (or operation) that this node came from.
         origin_type: its class name.
-        call: for op "float" only, how to run the user's own operation (see `trace.FloatCall`).
+        call: for op "float" and "train_only", how to run the user's own operation (see `trace.FloatCall`).
+        user: weight -> what it is in the user's layer; empty unless the graph was made for training.
+        learns: False for a node of a layer that the user froze.
+        between: "train_only" nodes that act between the operation and its fused activation.
     """
 
     name: str
@@ -57,6 +62,9 @@ class Node:
     origin: str = ""
     origin_type: str = ""
     call: Any = None
+    user: Mapping[str, UserWeight] = field(default_factory=dict)
+    learns: bool = True
+    between: tuple[Node, ...] = ()
 
     def with_(self, **changes: Any) -> Node:
         """A copy with some fields replaced."""
@@ -87,6 +95,8 @@ class Graph:
         input_names: the names by which a user feeds the inputs.
         output_names: the names of the outputs in signatures.
         name: the model's name.
+        input_structure, output_structure: how the model nests them, see `graph.structure`.
+        loss_names: the names of the outputs by which Keras finds losses and metrics, where it has any.
     """
 
     nodes: Mapping[str, Node]
@@ -95,6 +105,9 @@ class Graph:
     input_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
     name: str = "model"
+    input_structure: Any = None
+    output_structure: Any = None
+    loss_names: tuple[str, ...] = ()
     _consumers: Mapping[str, tuple[Node, ...]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

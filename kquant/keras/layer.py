@@ -13,9 +13,9 @@ gradients reach the scale from both sides.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import keras
@@ -23,38 +23,18 @@ import numpy as np
 import tensorflow as tf
 
 from kquant.graph.ir import Node
-from kquant.graph.ops import OPS, clip_of, compute, op_of, weight_of, weight_view, without_clip
+from kquant.graph.ops import clip_of, clip_tensor, compute, op_of, weight_of, weight_view, with_insertion, without_clip
 from kquant.grids.gradients import round_ste
 from kquant.grids.grid import Grid
 from kquant.keras.fake_quant import FakeQuant
 from kquant.keras.record import node_from_dict, node_to_dict
+from kquant.keras.train_only import TrainOnly
+from kquant.keras.unit import weight_unit
+from kquant.keras.user_view import UserView, views_of
 from kquant.targets.operand import Call, Operand
 from kquant.targets.target import get_target
 
 Tensor = Any
-
-
-def weight_unit(op: str, weight: np.ndarray) -> np.ndarray:
-    """Powers of two that divide a weight to the deviation of a fresh one, sqrt(2 / fan in), in each output channel.
-
-    Folding a batch normalization leaves each channel in a size of its own, and the input's range the first layer (small
-    for images of 0 to 255), while an optimizer such as Adam moves all values by one amount.
-
-    Args:
-        op: one whose weights add up (`Op.matrix`).
-        weight: of that operation, in its own shape.
-
-    Returns:
-        float32, broadcastable to `weight`; a channel of (nearly) zeros has 2^-6 of the largest unit.
-    """
-    facts = OPS[op].weight
-    axes = () if facts is None else facts.fan_in
-    size = np.sqrt(np.mean(np.square(weight, dtype=np.float64), axes, keepdims=True))
-    if not (largest := size.max(initial=0.0)) > 0:
-        return np.ones(size.shape, np.float32)
-    fan_in = math.prod(weight.shape[axis] for axis in axes)
-    fresh = math.sqrt(2 / fan_in)
-    return np.exp2(np.rint(np.log2(np.maximum(size, largest * 2.0**-6) / fresh))).astype(np.float32)
 
 
 @keras.saving.register_keras_serializable("kquant")
@@ -86,6 +66,8 @@ class QuantizedLayer(keras.layers.Layer):
         target: name of the target whose kernel computes it.
         switchable: its quantizers can be switched off (see `FakeQuant`); it computes in real numbers.
         limits: the smallest and largest integer of the grid that it shares, where it puts a value of its own on it.
+        user: weight or constant -> what the user's layer asks of it in training (`user_view.settings_of`).
+        between: layers that act in training between the operation and its fused activation.
     """
 
     def __init__(
@@ -105,6 +87,8 @@ class QuantizedLayer(keras.layers.Layer):
         target: str = "litert",
         switchable: bool = False,
         limits: Sequence[int] | None = None,
+        user: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+        between: Sequence[TrainOnly] = (),
         **kwargs: Any,
     ):
         super().__init__(**{"dtype": "float32", **kwargs}, autocast=False)
@@ -115,7 +99,8 @@ class QuantizedLayer(keras.layers.Layer):
         self.shares_grid, self.activation_bits = shares_grid, activation_bits
         self.rounds_in_training, self.training_dtype = rounds_in_training, training_dtype
         self.frozen, self.switchable, self.limits = frozen, switchable, limits
-        self.target = get_target(target)
+        self.target, self.between = get_target(target), list(between)
+        self._user_settings = dict(user)
         self.variables_by_name = {k: self._own(k, v) for k, v in self.node.weights.items()}
         key = weight_of(self.node).name if relative_weight else ""
         self.unit = self._own_unit(key, self.node.weights[key]) if relative_weight else None
@@ -123,6 +108,7 @@ class QuantizedLayer(keras.layers.Layer):
         self.constant_quantizers = {
             k: quantizer(**v, name=f"constant_quantizer_{i}") for i, (k, v) in enumerate((constant_grids or {}).items())
         }
+        self.user_views = self._views()
         self.integers = self._own_integers(integers) if integers is not None else None
         self.node = self.node.with_(weights={k: tuple(v.shape) for k, v in self.variables_by_name.items()}, stats={})
         self.built = True
@@ -131,7 +117,8 @@ class QuantizedLayer(keras.layers.Layer):
         """A variable of the shape of `value`, an array or a shape."""
         known = isinstance(value, np.ndarray)
         shape = value.shape if known else tuple(value)
-        variable = self.add_weight(shape=shape, initializer="zeros", trainable=not self.frozen, name=name)
+        trainable = not self.frozen and self._user_settings.get(name, {}).get("trainable", True)
+        variable = self.add_weight(shape=shape, initializer="zeros", trainable=trainable, name=name)
         if known:
             variable.assign(value)
         return variable
@@ -156,12 +143,21 @@ class QuantizedLayer(keras.layers.Layer):
             self.variables_by_name[key].assign(weight / value)
         return unit
 
+    def _views(self) -> dict[str, UserView]:
+        named = self.variables_by_name | {f"constant_{i}": v for i, v in enumerate(self.constants.values())}
+        units = {} if self.unit is None else {self._quantized_key(): partial(getattr, self, "unit")}
+        return views_of(self, named, self._user_settings, units)
+
     def tie_weights(self, other: QuantizedLayer) -> None:
         """Have the weights of `other` and their grid from now on: a layer of the user's that is called twice."""
         for name, variable in self.variables_by_name.items():
             self._untrack_variable(variable)
             setattr(self, f"tied_{name}", other.variables_by_name[name])
         self.variables_by_name = dict(other.variables_by_name)
+        for view in self.user_views.values():
+            for variable in view.arrays.values():
+                self._untrack_variable(variable)
+        self.user_views = other.user_views
         if self.unit is not None:
             self._untrack_variable(self.unit)
             self.unit = other.unit
@@ -182,9 +178,11 @@ class QuantizedLayer(keras.layers.Layer):
     def call(self, values: Sequence[Tensor], grids: Sequence[Tensor] = (), training: bool | None = False) -> Any:
         node, values, grids = self.node, list(values), list(grids)
         if not self.runs_in_integers:
-            return compute(node, self._with_constants(values), self._real_weights())
+            return self._in_float(self._with_constants(values), training)
         if training or self.switchable:
             return self._in_real_numbers(values, grids)
+        if any(layer.penalizes for layer in self.between):
+            self._between(self._compute(self._with_constants(values), self._real_weights()), training=False)
         if self.output_quantizer is None:
             return self._shared_grid(values, grids)
         if op_of(node).lookup:
@@ -200,6 +198,13 @@ class QuantizedLayer(keras.layers.Layer):
             centered = tf.minimum(centered, tf.round(tf.constant(hi, tf.float32) / out.scale))
         return self.output_quantizer.clamp(centered) * out.scale, self.output_quantizer.grid
 
+    def _in_float(self, inputs: list[Tensor], training: bool | None) -> Tensor:
+        """An operation that stays float."""
+        if not self.between:
+            return compute(self.node, inputs, self._real_weights())
+        y = self._between(compute(without_clip(self.node), inputs, self._real_weights()), bool(training))
+        return clip_tensor(y, *clip_of(self.node))
+
     def _in_real_numbers(self, values: list[Tensor], grids: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The real-valued function of what is quantized already, quantized."""
         node = self.node
@@ -207,7 +212,7 @@ class QuantizedLayer(keras.layers.Layer):
             return self._moved(values, grids), grids[0]
         if node.op in ("input", "requantize"):
             return self.output_quantizer.fake_quantize(values[0])
-        y = self._forward(self._with_constants(values))
+        y = self._between(self._forward(self._with_constants(values)), training=not self.switchable)
         if not self.rounds_in_training:
             return y, self.output_quantizer.grid
         return self.output_quantizer.fake_quantize(y, node.attrs.get("clip", (None, None)))
@@ -217,22 +222,19 @@ class QuantizedLayer(keras.layers.Layer):
         op, scale = op_of(self.node), grids[0][0]
 
         def real() -> Tensor:
-            return compute(self._legal(grids[0]), self._with_constants(values))
+            node = self.node if self.switchable else with_insertion(self.node, grids[0], self.limits)
+            return compute(node, self._with_constants(values))
 
         if self.switchable and (op.averages or op.inserts):
             # many of its values lie halfway between two steps, where the kernels' rule for ties shifts the mean
             return tf.cond(scale > 0, lambda: self._shared_grid(values, grids)[0], real)
         return round_ste(real() / scale) * scale if op.averages else real()
 
-    def _legal(self, grid: Sequence[Tensor]) -> Node:
-        """The operation; a value of its own that it puts on the grid of its input is the nearest on that grid."""
-        key = op_of(self.node).inserts
-        if key is None or self.limits is None or not self.node.attrs.get(key):
-            return self.node
-        scale, zero_point = grid[0], grid[1]
-        low, high = (limit - zero_point for limit in self.limits)
-        value = tf.clip_by_value(tf.round(self.node.attrs[key] / scale), low, high) * scale
-        return self.node.with_attrs(**{key: value})
+    def _between(self, y: Tensor, training: bool) -> Tensor:
+        """What acts between the operation and its fused activation."""
+        for layer in self.between:
+            y = layer(y, training=training)
+        return y
 
     def _forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """The output in real numbers, before its quantizer."""
@@ -272,7 +274,7 @@ class QuantizedLayer(keras.layers.Layer):
             bits = self.target.weight_container(self.node.op, self.weight_quantizer.width, out.bits)
             weight = Operand(self._quantized_weight()[0], self.weight_scale(), 0.0, bits)
         call = Call(
-            node=without_clip(self._legal([out.scale, out.zero_point])),
+            node=without_clip(with_insertion(self.node, (out.scale, out.zero_point), self.limits)),
             inputs=self._operands(values, grids),
             out=out,
             weight=weight,
@@ -308,7 +310,7 @@ class QuantizedLayer(keras.layers.Layer):
         weights = {k: tf.convert_to_tensor(v) for k, v in self.variables_by_name.items()}
         if self.unit is not None:
             weights[self._quantized_key()] *= self.unit
-        return weights
+        return {k: self.user_views[k].masked(w) if k in self.user_views else w for k, w in weights.items()}
 
     def weight_scale(self) -> Tensor:
         """The scale of the quantized weight as it is deployed."""
@@ -384,7 +386,14 @@ class QuantizedLayer(keras.layers.Layer):
             "target": self.target.name,
             "switchable": self.switchable,
             "limits": None if self.limits is None else list(self.limits),
+            "user": {k: dict(v) for k, v in self._user_settings.items()},
+            "between": [keras.saving.serialize_keras_object(layer) for layer in self.between],
             **{k: q and q.settings for k, q in quantizers.items()},
             "constants": {k: list(v.shape) for k, v in self.constants.items()},
             "constant_grids": {k: q.settings for k, q in self.constant_quantizers.items()},
         }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> QuantizedLayer:
+        between = [keras.saving.deserialize_keras_object(layer) for layer in config.get("between", ())]
+        return cls(**{**config, "between": between})

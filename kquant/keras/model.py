@@ -17,13 +17,18 @@ from kquant.errors import ModelError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import op_of
 from kquant.graph.quantized import QuantizedGraph
+from kquant.graph.structure import pack
 from kquant.graph.tracing.float_call import FloatCall
+from kquant.graph.training import UserWeight
+from kquant.graph.transforms.training import without_train_only
 from kquant.grids.gradients import checked_loss
 from kquant.grids.grid import Grid
 from kquant.keras.fake_quant import grid_settings
 from kquant.keras.layer import QuantizedLayer
 from kquant.keras.record import ModelRecord, node_from_dict, node_to_dict
 from kquant.keras.report import format_report
+from kquant.keras.train_only import TrainOnly
+from kquant.keras.user_view import settings_of
 from kquant.quantize.plan import is_final
 from kquant.quantize.record import Quantization
 from kquant.targets.target import Target, get_target
@@ -44,7 +49,8 @@ class Learning:
         tied_weights: groups of nodes that have one weight: calls of one layer.
         tied_grids: groups of nodes (and constants) that have one grid.
         layer: node -> what makes its layer, where it is not a plain `QuantizedLayer`.
-        relative_weights: weights are trained in units of their size (`quantizers.weight_unit`).
+        relative_weights: weights are trained in units of their size (`keras.unit`).
+        keep_zeros: weights that are exactly zero stay zero.
     """
 
     weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -53,6 +59,7 @@ class Learning:
     tied_grids: tuple[tuple[str, ...], ...] = ()
     layer: Mapping[str, Callable[..., QuantizedLayer]] = field(default_factory=dict)
     relative_weights: bool = False
+    keep_zeros: bool = False
 
 
 @keras.saving.register_keras_serializable("kquant")
@@ -74,11 +81,15 @@ class QuantizedModel(keras.Model):
         record = ModelRecord.from_dict(config.pop("quantization"))
         model = super().from_config(config, custom_objects=custom_objects)
         model.record = record
-        model.tie()
+        model.settle()
         return model
 
-    def tie(self) -> None:
-        """Make one variable of those that the training keeps equal; serialization makes them several."""
+    def settle(self) -> None:
+        """Name the outputs as the user's model does, and make one variable of those that the training keeps equal.
+
+        Serialization makes them several.
+        """
+        self.output_names = list(self.record.loss_names or self.record.output_names)
         layers = self.quantized_layers
         quantizers = {name: q for layer in layers.values() for name, q in layer.quantizers.items()}
         for first, *rest in self.record.tied_weights:
@@ -156,12 +167,18 @@ def insert(
         switchable: every quantizer can be switched off; all are on at first. The model then computes in real numbers:
             sums are taken in float32, and biases are not rounded. Not for a model that learns.
     """
-    graph, target = qgraph.graph, get_target(quantization.target)
+    wired, target = qgraph.graph, get_target(quantization.target)
+    graph = without_train_only(wired)
     values: dict[str, Any] = {}
     grids: dict[str, Any] = {}
     inputs, float_nodes = [], {}
-    for node in graph:
+    for node in wired:
         if node.op == "const":
+            continue
+        if node.op == "train_only":
+            source = node.inputs[0]
+            values[node.name] = TrainOnly.of(node, _keras_name(node))(values[source])
+            grids |= {node.name: grids[source]} if source in grids else {}
             continue
         if node.op == "input":
             name = graph.input_names[graph.inputs.index(node.name)]
@@ -173,35 +190,55 @@ def insert(
                 values[node.name] = tensor
                 continue
         else:
-            sources = tuple(i for i in node.inputs if graph[i].op != "const")
+            sources = tuple(i for i in node.inputs if wired[i].op != "const")
             arguments = [values[i] for i in sources]
         if node.op == "float":
             call = node.call.clone(name=_keras_name(node))
+            if not node.learns and isinstance(call.operation, keras.layers.Layer):
+                call.operation.trainable = False
             values[node.name] = call(arguments)
-            float_nodes[node.name] = {**node_to_dict(node), "operation": call.operation.name}
+            float_nodes[node.name] = {**node_to_dict(graph[node.name]), "operation": call.operation.name}
             continue
-        layer = _layer(qgraph, node, target, learning, training_dtype, switchable)
+        layer = _layer(graph, qgraph, graph[node.name], target, learning, training_dtype, switchable)
         if layer.runs_in_integers:
             read = [grids[i] for i in sources if i in grids]
             values[node.name], grids[node.name] = layer(arguments, read) if read else layer(arguments)
         else:
             values[node.name] = layer(arguments)
-    outputs = [values[o] for o in graph.outputs]
-    model = QuantizedModel(_alone(inputs), _alone(outputs), name=graph.name)
-    model.record = ModelRecord(
+    fed = {tensor.name: tensor for tensor in inputs}
+    model = QuantizedModel(
+        pack(graph.input_structure, [fed[name] for name in graph.input_names]),
+        pack(graph.output_structure, [values[o] for o in wired.outputs]),
+        name=graph.name,
+    )
+    model.record = _record(qgraph, graph, quantization, learning, float_nodes)
+    model.settle()
+    return model
+
+
+def _record(
+    qgraph: QuantizedGraph,
+    graph: Graph,
+    quantization: Quantization,
+    learning: Learning | None,
+    float_nodes: Mapping[str, Any],
+) -> ModelRecord:
+    """What is remembered of the model of a graph."""
+    return ModelRecord(
         quantization=quantization,
         inputs=graph.inputs,
         outputs=graph.outputs,
         input_names=graph.input_names,
         output_names=graph.output_names,
+        input_structure=graph.input_structure,
+        output_structure=graph.output_structure,
+        loss_names=graph.loss_names,
         order=tuple(graph.nodes),
         float_nodes=float_nodes,
         plain_inputs={i: node_to_dict(graph[i]) for i in graph.inputs if qgraph.activations.get(i) is None},
         tied_weights=learning.tied_weights if learning else (),
         tied_grids=learning.tied_grids if learning else (),
     )
-    model.tie()
-    return model
 
 
 def _keras_name(node: Node) -> str:
@@ -210,21 +247,22 @@ def _keras_name(node: Node) -> str:
     return f"{name}.quantize" if node.op == "input" else name
 
 
-def _alone(tensors: list[Any]) -> Any:
-    """One tensor as itself, several as a list: the structure of the user's model."""
-    return tensors[0] if len(tensors) == 1 else tensors
-
-
 def _layer(
-    qgraph: QuantizedGraph, node: Node, target: Target, learning: Learning | None, dtype: str, switchable: bool
+    graph: Graph,
+    qgraph: QuantizedGraph,
+    node: Node,
+    target: Target,
+    learning: Learning | None,
+    dtype: str,
+    switchable: bool,
 ) -> QuantizedLayer:
-    """The layer of one node, with its variables set."""
-    graph = qgraph.graph
+    """The layer of one node of `graph` (that of `qgraph` without "train_only" nodes), with its variables set."""
     output, weight = qgraph.activations.get(node.name), qgraph.weights.get(node.name)
     constants = {i: graph[i].weights["value"] for i in node.inputs if graph[i].op == "const"}
     shares = output is not None and node.op in target.same_scale | target.inputs_share_output
     integers = qgraph.integers.get(node.name) if learning is None else None
     frozen, learning = learning is None, learning or Learning()
+    user = {} if frozen else _user(graph, node, learning.keep_zeros)
     grids = learning.grids
     constant_grids = {i: grid_settings(qgraph.activations[i], grids.get(i)) for i in constants if output is not None}
     layer = learning.layer.get(node.name, QuantizedLayer)(
@@ -244,7 +282,11 @@ def _layer(
         target=target.name,
         switchable=switchable,
         limits=(output.qmin, output.qmax) if output is not None and shares and op_of(node).inserts else None,
+        user={k: settings_of(w, keep) for k, (w, keep) in user.items()},
+        between=[TrainOnly.of(n, _keras_name(n)) for n in node.between] if not frozen else (),
     )
+    for name, view in layer.user_views.items():
+        view.assign(*user[name])
     if layer.integers is not None and integers is not None:
         layer.integers.assign(integers.reshape(layer.integers.shape))
     constant_pairs = ((q, qgraph.activations[name]) for name, q in layer.constant_quantizers.items())
@@ -252,6 +294,19 @@ def _layer(
         if quantizer is not None and q is not None:
             quantizer.assign(q)
     return layer
+
+
+def _user(graph: Graph, node: Node, keep_zeros: bool) -> dict[str, tuple[UserWeight, bool]]:
+    """Variable of the node's layer -> the weight of the user's, and whether its zeros stay."""
+    weight = op_of(node).weight
+    key = "" if weight is None else weight.name
+    constants = [graph[i] for i in node.inputs if graph[i].op == "const"]
+    found = {f"constant_{k}": (c.user["value"], False) for k, c in enumerate(constants) if c.user}
+    found |= {name: (node.user[name], keep_zeros and name == key) for name in node.weights if name in node.user}
+    if keep_zeros and key and key not in node.user:  # of a model that was quantized already
+        zeros = node.weights[key] == 0
+        found[key] = (UserWeight(shape=zeros.shape, zeros=zeros if zeros.any() else None), True)
+    return found
 
 
 def extract(model: keras.Model) -> QuantizedGraph:
@@ -286,6 +341,9 @@ def extract(model: keras.Model) -> QuantizedGraph:
         outputs=record.outputs,
         input_names=record.input_names,
         output_names=record.output_names,
+        input_structure=record.input_structure,
+        output_structure=record.output_structure,
+        loss_names=record.loss_names,
         name=model.name,
     )
     return QuantizedGraph(graph, activations, weights, integers)

@@ -79,11 +79,17 @@ def quantize_model(
 
 
 def quantize_to_graph(
-    model: keras.Model, calibration_data: Any, config: QuantConfig, seed: int, progress: bool, batch_size: int
+    model: keras.Model,
+    calibration_data: Any,
+    config: QuantConfig,
+    seed: int,
+    progress: bool,
+    batch_size: int,
+    for_training: bool = False,
 ) -> tuple[QuantizedGraph, Quantization]:
-    """The quantized graph of a float model, and how it was quantized; see `quantize_model`."""
+    """The quantized graph of a float model, and how it was quantized; see `quantize_model` and `trace_model`."""
     check_backend()
-    graph = prepare_graph(model)
+    graph = prepare_graph(model, for_training)
     data = _checked(graph, calibration_data, batch_size)
     return quantize_after_training(graph, config, data, seed=seed, progress=progress)[:2]
 

@@ -26,6 +26,7 @@ class ModelRecord:
         plain_inputs: inputs that are not quantized -> the node.
         tied_weights: groups of nodes that have one weight: calls of one layer.
         tied_grids: groups of nodes (and constants) that have one grid while they learn.
+        input_structure, output_structure, loss_names: see `graph.ir.Graph`.
     """
 
     quantization: Quantization
@@ -38,6 +39,9 @@ class ModelRecord:
     plain_inputs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tied_weights: Groups = ()
     tied_grids: Groups = ()
+    input_structure: Any = None
+    output_structure: Any = None
+    loss_names: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers: `from_dict` gives the same record back."""
@@ -51,8 +55,8 @@ class ModelRecord:
         tied = values.get("tied", {})  # version 0.1.0
         for kind in ("weights", "grids"):
             structure[f"tied_{kind}"] = tuple(map(tuple, structure.get(f"tied_{kind}", tied.get(kind, ()))))
-        for name in ("inputs", "outputs", "input_names", "output_names", "order"):
-            structure[name] = tuple(structure[name])
+        for name in ("inputs", "outputs", "input_names", "output_names", "order", "loss_names"):
+            structure[name] = tuple(structure.get(name, ()))
         return cls(quantization=Quantization.from_dict(values), **structure)
 
 

@@ -45,20 +45,27 @@ class BatchNormLayer(QuantizedLayer):
 
     Args:
         batch_norm: "keep", "double_forward" or "batch_statistics".
+        gamma_trains: whether the user's gamma does, if there is one.
+        running: momentum of the running statistics.
         kwargs: those of `QuantizedLayer`.
     """
 
-    def __init__(self, *args: Any, batch_norm: str, **kwargs: Any):
+    def __init__(
+        self, *args: Any, batch_norm: str, gamma_trains: bool = True, running: float = _MOMENTUM, **kwargs: Any
+    ):
         super().__init__(*args, **kwargs)
-        self.batch_norm = batch_norm
+        self.batch_norm, self.gamma_trains, self.running = batch_norm, gamma_trains, running
+        bias = bias_of(self.node)  # it is beta from now on, and not what the user's layer has penalties for
+        self.user_views.pop(bias, None)
+        self.variables_by_name[bias].regularizer = self.variables_by_name[bias].constraint = None
         channels = (self.node.shape[-1],)
-        self.gamma = self.add_weight(shape=channels, initializer="ones", name="gamma")
+        self.gamma = self.add_weight(shape=channels, initializer="ones", trainable=gamma_trains, name="gamma")
         self.moving_mean = self.add_weight(shape=channels, initializer="zeros", trainable=False, name="moving_mean")
         self.moving_variance = self.add_weight(
             shape=channels, initializer="ones", trainable=False, name="moving_variance"
         )
         self.momentum = self.add_weight(
-            shape=(), initializer=keras.initializers.Constant(_MOMENTUM), trainable=False, name="momentum"
+            shape=(), initializer=keras.initializers.Constant(running), trainable=False, name="momentum"
         )
 
     def start(self, mean: np.ndarray, std: np.ndarray) -> None:
@@ -140,7 +147,8 @@ class BatchNormLayer(QuantizedLayer):
         return tf.reshape(v, [-1 if k == axis else 1 for k in range(view.shape.rank)])
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "batch_norm": self.batch_norm}
+        own = {"batch_norm": self.batch_norm, "gamma_trains": self.gamma_trains, "running": self.running}
+        return {**super().get_config(), **own}
 
 
 def _keep(layer: BatchNormLayer, weight: Tensor, beta: Tensor, output: Callable[[Tensor], Tensor]) -> Tensor:
@@ -187,7 +195,7 @@ def batch_norm_layers(qgraph: QuantizedGraph, training: Training) -> dict[str, C
     nodes = _normalized(qgraph.graph)
     if not nodes:
         raise ModelError(
-            f"batch_norm={training.batch_norm!r}, but nothing is known of batch normalizations in "
+            f"batch_norm={training.batch_norm!r}, but nothing is known of batch normalizations that train in "
             f'{qgraph.graph.name!r}: pass the float model with its BatchNormalization layers, or use batch_norm="fold".'
         )
     for node in nodes:
@@ -201,12 +209,17 @@ def batch_norm_layers(qgraph: QuantizedGraph, training: Training) -> dict[str, C
 
 
 def _normalized(graph: Graph) -> list[Node]:
-    return [n for n in graph if op_of(n).matrix and {"mean", "std"} <= n.stats.keys()]
+    """The operations that have one; one that the user froze stays folded, at its running statistics."""
+    found = [n for n in graph if op_of(n).matrix and {"mean", "std"} <= n.stats.keys()]
+    return [n for n in found if not n.user or "gamma" in n.user]
 
 
 def _maker(node: Node, batch_norm: str) -> Callable[..., QuantizedLayer]:
+    gamma = node.user.get("gamma")
+    facts: dict[str, Any] = {} if gamma is None else {"gamma_trains": gamma.trainable, "running": gamma.momentum}
+
     def make(*args: Any, **kwargs: Any) -> QuantizedLayer:
-        layer = BatchNormLayer(*args, batch_norm=batch_norm, **kwargs)
+        layer = BatchNormLayer(*args, batch_norm=batch_norm, **facts, **kwargs)
         layer.start(node.stats["mean"], node.stats["std"])
         return layer
 
@@ -237,4 +250,4 @@ def reestimate_batch_norm(model: QuantizedModel, data: Any, progress: bool = Tru
             forward(batch[0] if isinstance(batch, tuple) else batch)
     finally:
         for layer in layers:
-            layer.momentum.assign(_MOMENTUM)
+            layer.momentum.assign(layer.running)

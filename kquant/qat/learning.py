@@ -31,7 +31,7 @@ def learning_of(qgraph: QuantizedGraph, config: QuantConfig, training: Training)
     specs = resolve(graph, config)
     weights = {}
     for name, q in qgraph.weights.items():
-        if q is not None and not op_of(graph[name]).lookup:
+        if q is not None and not op_of(graph[name]).lookup and graph[name].learns:
             elements = np.size(graph[name].weights[weight_of(graph[name]).name]) // np.size(q.scale)
             weights[name] = _settings(_symmetric(training.gradient, specs[name].weights), training, elements, q)
     groups = _groups(qgraph, target)
@@ -39,7 +39,12 @@ def learning_of(qgraph: QuantizedGraph, config: QuantConfig, training: Training)
     for members in groups:
         settings: Mapping[str, Any] = {}
         node, q = graph[members[0]], qgraph.activations[members[0]]
-        if q is not None and not any(_is_given(graph[name], qgraph.activations[name], target) for name in members):
+        frozen = all(not graph[name].learns for name in members if not _shares(graph[name], target))
+        if (
+            q is not None
+            and not frozen
+            and not any(_is_given(graph[name], qgraph.activations[name], target) for name in members)
+        ):
             gradient = _asymmetric(training.gradient, node, q, specs[node.name].activations)
             settings = _settings(gradient, training, sample_size(node), q)
         grids.update(dict.fromkeys(members, settings))
@@ -51,6 +56,7 @@ def learning_of(qgraph: QuantizedGraph, config: QuantConfig, training: Training)
         layer=batch_norm_layers(qgraph, training),
         tied_grids=tuple(names for names in owners if len(names) > 1),
         relative_weights=training.relative_weights,
+        keep_zeros=config.keep_zeros,
     )
 
 

@@ -35,8 +35,15 @@ def prepare_qat(
     learn with the weights. The result is an ordinary Keras model for compile, fit, evaluate, save and load, and
     `export_tflite` writes it as it stands at any time. Neither argument is modified.
 
+    It trains as the float model would, quantizers apart. A frozen layer learns nothing, its grids included; penalties
+    and constraints are asked of the weights of the user's layers (`graph.training`); Dropout, noise, augmentation and
+    custom layers that are the identity at inference act in training. Ranges are those of the calibration data as it
+    passes in training, since values reach further behind a Dropout. What acts in front of a batch normalization acts
+    behind it, on values that are the user's at the running statistics with which training begins.
+
     Args:
-        model: a float model, or a result of `quantize_model`, which goes on from there.
+        model: a float model, or a result of `quantize_model`, which goes on from there; that one knows nothing of
+            frozen layers, penalties and Dropout.
         calibration_data: as for `quantize_model`.
         config: as for `quantize_model`, "w8a8" by default; not for a model that is quantized, which has one.
         training: how grids learn, and what becomes of batch normalizations.
@@ -52,7 +59,7 @@ def prepare_qat(
     if not isinstance(model, QuantizedModel):
         settings = QuantConfig.load("w8a8" if config is None else config)
         _refuse_undeployable(settings)
-        qgraph, quantization = quantize_to_graph(model, calibration_data, settings, seed, progress, batch_size)
+        qgraph, quantization = quantize_to_graph(model, calibration_data, settings, seed, progress, batch_size, True)
     elif model.quantization.training is not None:
         raise ModelError(f"{model.name!r} is prepared for training already: compile and fit it as it is.")
     elif config is not None or calibration_data is not None:

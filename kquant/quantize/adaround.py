@@ -119,6 +119,7 @@ def adaround(
     progress: bool = True,
     memory: int = 3 << 28,
     input_bits: Mapping[str, int] = MappingProxyType({}),
+    keep_zeros: bool = False,
 ) -> tuple[Graph, list[LayerRounding]]:
     """Round the weights of linear operations with the output in view.
 
@@ -133,6 +134,7 @@ def adaround(
         memory: bytes for activations, see `walk.layer_by_layer`.
         input_bits: node -> bits of the grid that its input will have, so that the bias fits 32 bits beside the integers
             that are decided here (`fit_bias`); without an entry it is not looked at.
+        keep_zeros: weights that are exactly zero stay zero.
 
     Returns:
         The graph with kernels on the grids that the report names and biases that fit them, and a report per layer in
@@ -146,7 +148,8 @@ def adaround(
 
     def solve(node: Node, batches: Batches) -> Node:
         inputs = batches if settings.asymmetric else lambda: ((x, x) for x, _ in batches())
-        node, row = round_layer(node, inputs, weights[node.name], settings, seed, input_bits.get(node.name))
+        bits = input_bits.get(node.name)
+        node, row = round_layer(node, inputs, weights[node.name], settings, seed, bits, keep_zeros)
         report.append(row)
         return node
 
@@ -155,7 +158,13 @@ def adaround(
 
 
 def round_layer(
-    node: Node, batches: Batches, grid: Grid, settings: AdaRound, seed: int = 0, input_bits: int | None = None
+    node: Node,
+    batches: Batches,
+    grid: Grid,
+    settings: AdaRound,
+    seed: int = 0,
+    input_bits: int | None = None,
+    keep_zeros: bool = False,
 ) -> tuple[Node, LayerRounding]:
     """One layer of `adaround`, from passes over its inputs (x, x^)."""
     if grid.table is not None and settings.solver != "descent":
@@ -171,6 +180,7 @@ def round_layer(
     grid = grid if input_bits is None else _with_room(node, grid, m, input_bits)
     best = _rescaled(node, grid, target, metric, settings.scales)
     problem, scale = _problem(node, best, target, metric)
+    problem = replace(problem, free=(w != 0).astype(np.float32)) if keep_zeros else problem
     u = SOLVERS[settings.solver](_Layer(node, batches, m, problem, scale), settings, seed)
     rounded = (u * scale).astype(np.float32)
     nearest = to_matrices(node, fake_quantize(view, grid).reshape(kernel.shape))

@@ -20,6 +20,7 @@ from kquant.graph.ir import Graph, Node, sample_size
 from kquant.graph.ops import bias_of, evaluate, op_of, weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.graph.transforms.padding import only_largest_count
+from kquant.graph.transforms.training import in_training
 from kquant.grids.formats import weight_grid
 from kquant.grids.grid import Grid, fit_bias, grid_from_range
 from kquant.grids.observers import Histogram, MinMax, Rows
@@ -48,9 +49,10 @@ def observe(plan: Plan, data: CalibrationData, progress: bool = True) -> Observe
     """Statistics of the tensors whose values set a grid, from one pass over the data.
 
     Extremes are reduced inside the compiled graph; only tensors whose range method looks at more
-    leave it, into streaming histograms or samples of rows.
+    leave it, into streaming histograms or samples of rows. A graph that is made for training is observed as it trains:
+    behind a Dropout, say, values reach further than at inference.
     """
-    graph = plan.graph
+    graph = in_training(plan.graph)
     names = [n for members in plan.observed.values() for n in members if op_of(graph[n]).values is None]
     kinds = {n: _OBSERVERS[m] for n in names if (m := plan.activations[n].method) in _OBSERVERS}
     observers: Observers = {n: kind(n) for n, kind in kinds.items()}

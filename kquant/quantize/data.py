@@ -8,8 +8,8 @@ Understood are:
 * a function without arguments that returns an iterable of batches.
 
 A batch is x, (x, y), (x, y, sample_weight) or a dict by input name, where x is an array or, for
-several inputs, a list or tuple of arrays. Labels and sample weights are ignored. Nothing is held
-in memory beyond the current batch; a generator can be read once only.
+several inputs, a list or tuple of arrays, or a dict nested as the model's inputs are. Labels and sample
+weights are ignored. Nothing is held in memory beyond the current batch; a generator can be read once only.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 
 from kquant.errors import CalibrationError
@@ -168,6 +169,8 @@ def _inputs_of(batch: Any, specs: tuple[InputSpec, ...], where: str) -> list[Arr
     if isinstance(x, list | tuple) and 1 <= len(x) <= 3 and (len(specs) == 1 or not _is_array(x[0])):
         x = x[0]  # of (x, y) or (x, y, sample_weight)
     names = [name for name, _, _ in specs]
+    if isinstance(x, Mapping) and any(isinstance(part, Mapping | list | tuple) for part in x.values()):
+        x = keras.tree.flatten(x)  # nested as the model's inputs are
     if isinstance(x, Mapping):
         unknown, missing = [k for k in x if k not in names], [n for n in names if n not in x]
         if unknown or missing:

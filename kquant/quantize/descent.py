@@ -32,6 +32,8 @@ class Quadratic:
         high: largest integer.
         levels: the integers that are allowed, in rising order [levels, groups, k, m]; None where all from `low` to
             `high` are.
+        free: 1 where the integer is to be found, 0 where it is 0 in any case, of the shape of `target`; None where all
+            are.
     """
 
     metric: Array
@@ -39,10 +41,15 @@ class Quadratic:
     low: Array
     high: Array
     levels: Array | None = None
+    free: Array | None = None
 
     def nearest(self) -> Array:
         """Every coordinate rounded on its own."""
-        return rounded(self.target, self.low, self.high, self.levels)
+        return self.held(rounded(self.target, self.low, self.high, self.levels))
+
+    def held(self, u: Array) -> Array:
+        """The integers with 0 where they are not free."""
+        return u if self.free is None else u * self.free
 
     def cost(self, u: Array) -> Array:
         """(u - t)^T A (u - t) of every column [groups, 1, m], float64."""
@@ -84,6 +91,7 @@ def sequential(problem: Quadratic) -> Array:
     factor = tf.linalg.cholesky(metric).numpy()
     factor = (factor / np.diagonal(factor, axis1=1, axis2=2)[:, None, :]).astype(np.float32)
     levels = None if problem.levels is None else np.take_along_axis(problem.levels, order[None, :, :, None], 2)
+    free = None if problem.free is None else np.take_along_axis(problem.free, order[:, :, None], 1)
     u, error, low, high = np.empty_like(t), np.zeros_like(t), problem.low[:, 0], problem.high[:, 0]
     for end in range(t.shape[1], 0, -_BLOCK):
         block = slice(max(0, end - _BLOCK), end)
@@ -92,6 +100,8 @@ def sequential(problem: Quadratic) -> Array:
         for k in reversed(range(now.shape[1])):
             allowed = None if levels is None else levels[:, :, block.start + k]
             now[:, k] = rounded(centre[:, k], low, high, allowed)
+            if free is not None:
+                now[:, k] *= free[:, block.start + k]
             step = now[:, k] - t[:, block][:, k]
             centre[:, :k] -= inner[:, k, :k, None] * step[:, None]
         error[:, block] = now - t[:, block]
@@ -115,11 +125,12 @@ def descend(problem: Quadratic, start: Array, sweeps: int = 50) -> Array:
     t = np.tile(problem.target.astype(np.float32), starts)
     low, high = (_per_column(e, problem.target, starts) for e in (problem.low, problem.high))
     levels = None if problem.levels is None else np.tile(problem.levels.astype(np.float32), starts)
+    free = None if problem.free is None else np.tile(problem.free, starts)
     axis = 2 if len(out) == 1 else 0  # a lone group drops columns, others drop whole groups
     u, active = out.copy(), np.arange(out.shape[axis])
     for _ in range(sweeps):
         before = u.copy()
-        _sweep(metric, u, t, low, high, levels)
+        _sweep(metric, u, t, low, high, levels, free)
         keep = np.flatnonzero((u != before).any(axis=(0, 1) if axis == 2 else (1, 2)))
         out[(slice(None),) * axis + (active,)] = u
         if not keep.size:
@@ -127,6 +138,7 @@ def descend(problem: Quadratic, start: Array, sweeps: int = 50) -> Array:
         active = active[keep]
         u, t, low, high = (np.take(a, keep, axis) for a in (u, t, low, high))
         levels = None if levels is None else np.take(levels, keep, axis + 1)
+        free = None if free is None else np.take(free, keep, axis)
         metric = metric if axis == 2 else metric[keep]
     return out
 
@@ -136,7 +148,9 @@ def _per_column(edge: Array, target: Array, starts: int) -> Array:
     return np.tile(np.broadcast_to(edge, (len(target), 1, target.shape[2])).astype(np.float32), starts)
 
 
-def _sweep(metric: Array, u: Array, t: Array, low: Array, high: Array, levels: Array | None) -> None:
+def _sweep(
+    metric: Array, u: Array, t: Array, low: Array, high: Array, levels: Array | None, free: Array | None
+) -> None:
     """Visit every coordinate once; u is updated in place."""
     inverse, error = 1 / np.diagonal(metric, axis1=1, axis2=2)[:, :, None], u - t
     for begin in range(0, u.shape[1], _BLOCK):
@@ -146,6 +160,7 @@ def _sweep(metric: Array, u: Array, t: Array, low: Array, high: Array, levels: A
         for k in range(now.shape[1]):
             allowed = None if levels is None else levels[:, :, begin + k]
             new = rounded(now[:, k] - residual[:, k] * inverse[:, begin + k], low[:, 0], high[:, 0], allowed)
+            new = new if free is None else new * free[:, begin + k]
             residual[:, k + 1 :] += inner[:, k + 1 :, k, None] * (new - now[:, k])[:, None]
             now[:, k] = new
         error[:, block] = now - t[:, block]

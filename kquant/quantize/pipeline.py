@@ -19,11 +19,11 @@ from kquant.config.specs import AdaRound
 from kquant.errors import CalibrationError, ConfigError
 from kquant.graph.ir import Graph
 from kquant.graph.moments import Moments
-from kquant.graph.ops import op_of
+from kquant.graph.ops import op_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.graph.transforms.absorb_bias import absorb_bias
 from kquant.graph.transforms.equalize import equalize
-from kquant.grids.grid import Grid
+from kquant.grids.grid import Grid, fake_quantize
 from kquant.quantize.adaround import adaround
 from kquant.quantize.analytic_correction import correct_biases_analytically
 from kquant.quantize.bias_correction import correct_biases
@@ -66,12 +66,21 @@ def quantize_after_training(
         log.note("absorb_bias", note)
     plan = make_plan(graph, config)
     reference, weights = plan.graph, weight_grids(plan)
+    if config.keep_zeros:
+        _refuse_lost_zeros(plan.graph, weights)
     integers: dict[str, np.ndarray] = {}
     linear = {n: q for n, q in weights.items() if op_of(plan.graph[n]).matrix}
     if log.takes("adaround") and data is not None:
         settings = config.adaround if isinstance(config.adaround, AdaRound) else AdaRound()
         graph, rows = adaround(
-            plan.graph, linear, data, settings, seed=seed, progress=progress, input_bits=_input_bits(plan, linear)
+            plan.graph,
+            linear,
+            data,
+            settings,
+            seed=seed,
+            progress=progress,
+            input_bits=_input_bits(plan, linear),
+            keep_zeros=config.keep_zeros,
         )
         plan, weights = replace(plan, graph=graph), weights | {r.node: r.grid for r in rows}
         integers = {r.node: r.integers for r in rows}
@@ -94,6 +103,17 @@ def quantize_after_training(
     for note in notes:
         log.note("activation ranges", note)
     return make_grids(plan, weights, statistics, integers), record_of(plan, config, seed, log.steps), reference
+
+
+def _refuse_lost_zeros(graph: Graph, weights: Mapping[str, Grid]) -> None:
+    """Refuse grids without a zero for weights that have some."""
+    for name, grid in weights.items():
+        view = weight_view(graph[name])
+        if fake_quantize(view, grid)[view == 0].any():
+            raise ConfigError(
+                f"keep_zeros: the clustered weights of {graph[name].origin or name!r} have no zero in some channel. "
+                'Use format="uniform" there.'
+            )
 
 
 def _input_bits(plan: Plan, names: Iterable[str]) -> dict[str, int]:

@@ -21,6 +21,8 @@ from kquant.grids.grid import Grid
 from kquant.quantize.record import Skip
 from kquant.targets.target import Target, get_target
 
+_PASSES = ("reshape", "train_only")  # a final softmax, and its logits, are looked for through them
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -103,7 +105,9 @@ def make_plan(graph: Graph, config: QuantConfig) -> Plan:
         fixed=fixed,
         sources=sources,
         skipped=tuple(
-            Skip(node=n, layer=graph[n].origin or n, reason=r) for n, r in reasons.items() if graph[n].op != "const"
+            Skip(node=n, layer=graph[n].origin or n, reason=r)
+            for n, r in reasons.items()
+            if graph[n].op not in ("const", "train_only")
         ),
         target=target,
     )
@@ -261,7 +265,7 @@ def _logits(graph: Graph) -> set[str]:
         if node.op != "softmax" or not is_final(graph, node):
             continue
         name = node.inputs[0]
-        while graph[name].op == "reshape" and graph[graph[name].inputs[0]].shape[-1] == node.shape[-1]:
+        while graph[name].op in _PASSES and graph[graph[name].inputs[0]].shape[-1] == node.shape[-1]:
             name = graph[name].inputs[0]
         reader = graph.sole_consumer(name)
         while reader is not None and reader is not node:
@@ -275,7 +279,7 @@ def is_final(graph: Graph, node: Node) -> bool:
     """Whether `node` is a model output, directly or through reshapes."""
     if node.name in graph.outputs:
         return True
-    return any(reader.op == "reshape" and is_final(graph, reader) for reader in graph.consumers(node.name))
+    return any(reader.op in _PASSES and is_final(graph, reader) for reader in graph.consumers(node.name))
 
 
 def _logits_spec(spec: QuantSpec, layer: LayerSpec, config: QuantConfig) -> QuantSpec:

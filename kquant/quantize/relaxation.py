@@ -102,7 +102,7 @@ def relax_gram(problem: Quadratic, iterations: int) -> Array:
     factor = _per_nearest(problem.cost(nearest), lower.shape[1])
     tensors = [tf.constant(t, tf.float32) for t in (problem.metric, lower - problem.target, factor, part)]
     up = _anneal_gram(*tensors, tf.constant(iterations)).numpy() >= 0.5
-    return problem.better(nearest, lower + up).astype(np.float32)
+    return problem.better(nearest, problem.held(lower + up)).astype(np.float32)
 
 
 def _clipped(y: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
@@ -172,4 +172,5 @@ def relax_rows(
     base = (steps, *(tf.constant(t, tf.float32) for t in (lower, factor)))
     counts = (tf.constant(t, tf.int32) for t in (iterations, batch, seed))
     up = _anneal_rows(x, y, (lo, hi), base, tf.constant(part, tf.float32), *counts).numpy() >= 0.5
-    return np.where(loss(lower + up) <= nearest_loss, lower + up, nearest).astype(np.float32)
+    found = problem.held(lower + up)
+    return np.where(loss(found) <= nearest_loss, found, nearest).astype(np.float32)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from kquant.config.quant_config import QuantConfig
     from kquant.config.specs import QuantSpec
 
+_NOT_COMPUTED = ("input", "const", "train_only")  # operations that no file has
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
@@ -77,7 +79,7 @@ class Target:
         return frozenset(op for op, kernel in self.kernels.items() if kernel.output)
 
     def _tied(self, tie: Tie) -> frozenset[str]:
-        return frozenset(op for op in self.kernels if OPS[op].grid is tie)
+        return frozenset(op for op in (*self.kernels, *_NOT_COMPUTED) if OPS[op].grid is tie)
 
     @property
     def operators(self) -> dict[str, Builtin]:
@@ -108,7 +110,7 @@ class Target:
 
     def float_only(self, op: str, container: int) -> bool:
         """Whether `op` has no integer kernel for activations in this container."""
-        if op in ("input", "const"):
+        if op in _NOT_COMPUTED:
             return False
         return op not in self.kernels or container not in self.kernels[op].arithmetic
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kquant.graph.quantized import QuantizedGraph
+from kquant.graph.structure import pack, unpack
 from kquant.keras.model import QuantizedModel
 from kquant.targets.litert.reference.interpreter import IntegerReference
 from kquant.targets.litert.runtime import as_stored, dequantized
@@ -65,10 +66,11 @@ def end_to_end(
     found = runtime.open(content).predict_batches(batches)
     other = found if runtime.other is None else runtime.other(content).predict_batches(batches)
     exact = _reference_outputs(runtime, content, batches)
-    simulated = [model.predict_on_batch(batch[0] if len(batch) == 1 else list(batch)) for batch in batches]
-    columns = [s if isinstance(s, (list, tuple)) else [s] for s in simulated]
+    graph = qgraph.graph
+    simulated = [model.predict_on_batch(pack(graph.input_structure, list(batch))) for batch in batches]
+    columns = [unpack(graph.output_structure, graph.output_names, s) for s in simulated]
     rows = []
-    for k, name in enumerate(qgraph.graph.outputs):
+    for k, name in enumerate(graph.outputs):
         ours, q = np.concatenate([np.asarray(c[k]) for c in columns]), qgraph.activations.get(name)
         lsb = float(q.scale) if q is not None else 1e-5 * max(1e-12, float(np.max(np.abs(ours))))
         off, off_kernels = np.abs(ours - found[k]) / lsb, np.abs(other[k] - found[k]) / lsb

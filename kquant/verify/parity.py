@@ -274,7 +274,7 @@ def _float_error(qgraph: QuantizedGraph, target: Target, inputs: Sequence[np.nda
     """Largest difference between the float32 file and the float graph, relative to the output's size."""
     content, _ = write_tflite(qgraph, target=target, mode="float32")
     # one thread: LiteRT's float convolution computes garbage for few channels when several threads share it
-    found = TFLiteModel(content, "builtin", threads=1).predict(list(inputs))
+    found = TFLiteModel(content, "builtin", threads=1).predict_batches([list(inputs)])
     errors = []
     for y, expected in zip(found, evaluate(qgraph.graph, inputs), strict=True):
         expected = np.asarray(expected)

@@ -230,3 +230,47 @@ def test_a_switchable_model_is_a_quantized_model(tmp_path):
     np.testing.assert_array_equal(loaded(x), model(x))
     np.testing.assert_array_equal(switched(loaded, True)(x), switched(model, True)(x))
     assert_same(qgraph, extract(loaded))
+
+
+# --- structure and names of the outputs -------------------------------------------------------------------------------
+
+
+def nested_outputs() -> keras.Model:
+    keras.utils.set_random_seed(5)
+    x = inputs = keras.Input((6,), name="x")
+    hidden = layers.Dense(8, activation="relu", name="hidden")(x)
+    label = layers.Dense(3, activation="softmax", name="label_head")(hidden)
+    box = layers.Dense(4, name="box_head")(hidden)
+    return keras.Model(inputs, {"label": label, "box": box, "extra": [hidden, (box, inputs)]}, name="nested")
+
+
+def test_outputs_keep_their_structure_and_names_through_saving_and_extraction(tmp_path):
+    model, x = nested_outputs(), np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
+    quantized = kquant.quantize_model(model, x, progress=False)
+    quantized.save(tmp_path / "q.keras")
+    loaded = keras.saving.load_model(tmp_path / "q.keras")
+    again = insert(extract(loaded), loaded.quantization)
+    expected, real = quantized.predict(x, verbose=0), model.predict(x, verbose=0)
+    keras.tree.assert_same_structure(expected, real)
+    for found in (loaded, again):
+        assert found.output_names == model.output_names
+        outputs = keras.tree.flatten(found.predict(x, verbose=0))
+        for a, b in zip(outputs, keras.tree.flatten(expected), strict=True):
+            np.testing.assert_array_equal(a, b)
+    for a, b in zip(keras.tree.flatten(expected), keras.tree.flatten(real), strict=True):
+        assert np.mean(np.square(a - b)) < 1e-2 * np.mean(np.square(b))
+
+
+def test_a_tensor_twice_an_inner_one_and_the_input_among_the_outputs():
+    keras.utils.set_random_seed(6)
+    inputs = keras.Input((6,), name="x")
+    hidden = layers.Dense(5, activation="relu", name="hidden")(inputs)
+    y = layers.Softmax(name="scores")(layers.Dense(3, name="logits")(hidden))
+    model = keras.Model(inputs, [y, hidden, y, inputs])
+    x = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
+    quantized = kquant.quantize_model(model, x, progress=False)
+    assert quantized.output_names == model.output_names == ["scores", "hidden", "scores", "x"]
+    file = kquant.export_tflite(quantized).content
+    assert kquant.verify_tflite(quantized, file, x).ok
+    for a, b in zip(kquant.TFLiteModel(file).predict(x), quantized.predict(x, verbose=0), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -73,6 +73,7 @@ def test_in_training_the_statistics_are_those_of_the_batch(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_running_statistics_follow_the_batch(kind):
+    """With the momentum of the user's layer."""
     model = prepared(kind)
     first = normalized(model)[0]
     before, variance, x = first.moving_mean.numpy(), first.moving_variance.numpy(), images(16, 7)
@@ -80,14 +81,10 @@ def test_running_statistics_follow_the_batch(kind):
     kernel = first.trained_weights()["kernel"]
     weight = first.fake_quantized(kernel) if kind == "keep" else kernel
     u = tf.nn.conv2d(model.layers[1]([x])[0], weight, 1, "SAME").numpy()
-    np.testing.assert_allclose(
-        first.moving_mean.numpy(), 0.99 * before + 0.01 * u.mean((0, 1, 2)), rtol=1e-4, atol=1e-6
-    )
-    np.testing.assert_allclose(first.moving_variance.numpy(), 0.99 * variance + 0.01 * u.var((0, 1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(first.moving_mean.numpy(), 0.5 * before + 0.5 * u.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(first.moving_variance.numpy(), 0.5 * variance + 0.5 * u.var((0, 1, 2)), rtol=1e-4)
     model(x, training=False)
-    np.testing.assert_allclose(
-        first.moving_mean.numpy(), 0.99 * before + 0.01 * u.mean((0, 1, 2)), rtol=1e-4, atol=1e-6
-    )
+    np.testing.assert_allclose(first.moving_mean.numpy(), 0.5 * before + 0.5 * u.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,7 +139,7 @@ def test_reestimation_averages_over_the_data_and_changes_nothing_else():
     kernel = first.trained_weights()["kernel"]
     means = [tf.nn.conv2d(model.layers[1]([x])[0], kernel, 1, "SAME").numpy().mean((0, 1, 2)) for x, _ in batches]
     np.testing.assert_allclose(first.moving_mean.numpy(), np.mean(means, 0), rtol=1e-4, atol=1e-6)
-    assert float(first.momentum) == pytest.approx(0.99)
+    assert float(first.momentum) == pytest.approx(0.5)
     for before, after in zip(trained, model.trainable_variables, strict=True):
         np.testing.assert_array_equal(before, after.numpy())
 

@@ -16,8 +16,8 @@ from kquant.graph.ir import Graph, Node
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid
 from kquant.keras.fake_quant import FakeQuant
-from kquant.keras.layer import weight_unit
 from kquant.keras.model import QuantizedModel, extract
+from kquant.keras.unit import weight_unit
 from kquant.qat.learning import learning_of, zero_ranges
 from kquant.qat.prepare import prepare_qat
 from tests.support.quantizers import TQT, layer_table, outputs, weights

@@ -66,6 +66,7 @@ EXAMPLES: dict[str, Example] = {
     **LINEAR,
     "const": (Node(name="n", op="const", shape=(4,), weights={"value": normal(4)}), []),
     "requantize": example("requantize", IMAGE),
+    "train_only": example("train_only", IMAGE, user_shape=(None, *IMAGE), scale=None, offset=None, drops=True),
     "embedding": (
         Node(name="n", op="embedding", inputs=("ids",), shape=(None, 3, 5), weights={"table": normal(7, 5)}),
         [np.asarray([[0, 6, 2], [1, 1, 5]], np.int32)],

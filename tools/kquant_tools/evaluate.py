@@ -82,10 +82,10 @@ def class_indices(y: Any) -> np.ndarray:
 
 def keras_predict(model: Any) -> Predict:
     """The first output of a Keras model."""
+    import keras
 
     def predict(x: Any) -> np.ndarray:
-        outputs = model.predict_on_batch(x)
-        return np.asarray(outputs[0] if isinstance(outputs, list | tuple) else outputs)
+        return np.asarray(keras.tree.flatten(model.predict_on_batch(x))[0])
 
     return predict
 
@@ -98,7 +98,7 @@ def tflite_predict(path: str, kernels: str, names: list[str]) -> Predict:
 
     def predict(x: Any) -> np.ndarray:
         inputs = [x[name] for name in names] if isinstance(x, Mapping) else x
-        return model.predict([inputs] if isinstance(inputs, np.ndarray) else inputs, batch_size=2**31)[0]
+        return model.predict_batches([[inputs] if isinstance(inputs, np.ndarray) else inputs])[0]
 
     return predict
 

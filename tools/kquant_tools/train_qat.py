@@ -226,7 +226,7 @@ def tflite_predict(content: bytes, names: list[str]) -> Any:
 
     def predict(x: Any) -> Any:
         inputs = [x[name] for name in names] if isinstance(x, Mapping) else x
-        return interpreter.predict(inputs, batch_size=2**31)[0]
+        return interpreter.predict_batches([inputs if isinstance(inputs, list | tuple) else [inputs]])[0]
 
     return predict
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import tensorflow as tf
+
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import activations, boundary, elementwise, layout, linear, reductions
 from kquant.graph.ops.activations import clip_array, clip_of, clip_tensor, with_clip, without_clip
@@ -36,6 +38,7 @@ __all__ = [
     "weight_of",
     "weight_view",
     "with_clip",
+    "with_insertion",
     "without_clip",
 ]
 
@@ -97,6 +100,22 @@ def compute(node: Node, inputs: Sequence[Tensor], weights: Mapping[str, Tensor] 
     y = OPS[node.op].compute(node, inputs, node.weights if weights is None else weights)
     lo, hi = node.attrs.get("clip", (None, None))
     return clip_tensor(y, lo, hi)
+
+
+def with_insertion(node: Node, grid: Sequence[Tensor], limits: Sequence[int] | None) -> Node:
+    """The node; a value of its own that it puts beside those of its input is the nearest on their grid.
+
+    Args:
+        node: any node.
+        grid: scale and zero point of its input.
+        limits: smallest and largest integer of that grid; None leaves the node as it is.
+    """
+    key = op_of(node).inserts
+    if key is None or limits is None or not node.attrs.get(key):
+        return node
+    low, high = (limit - grid[1] for limit in limits)
+    value = tf.clip_by_value(tf.round(node.attrs[key] / grid[0]), low, high) * grid[0]
+    return node.with_attrs(**{key: value})
 
 
 def evaluate(graph: Graph, feeds: Sequence[Tensor], fetch: Sequence[str] | None = None) -> list[Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 from kquant.graph.ir import Node, Shape
 from kquant.graph.moments import Moments
 from kquant.graph.ops.blocks import Linear
-from kquant.graph.scaling import Channels
+from kquant.graph.scaling import Channels, Scaling
 
 Tensor = Any
 Compute = Callable[[Node, Sequence[Tensor], Mapping[str, Tensor]], Tensor]
@@ -66,6 +66,7 @@ class Op:
         unchanged: f(node, shape of the input) -> whether it returns its input as it is.
         merge: f(first, node) -> one node that does what `node` behind `first`, both of this operation, does.
         simpler: f(node, shape of the input) -> a simpler node that computes the same; None if there is none.
+        reframed: f(node, s) -> the node where what was x, its input and output, is x * s.scale + s.offset now.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Op:
     unchanged: Callable[[Node, Shape], bool] = lambda node, source: False
     merge: Callable[[Node, Node], Node] | None = None
     simpler: Callable[[Node, Shape], Node | None] = lambda node, source: None
+    reframed: Callable[[Node, Scaling], Node] = lambda node, s: node
 
     @property
     def lookup(self) -> bool:

@@ -131,7 +131,7 @@ def softmax_layer(b: Builder, layer: Any, inputs: Node, mask: Any = None) -> Nod
 
 @lowers_layer(L.PReLU)
 def prelu(b: Builder, layer: Any, x: Node) -> Node:
-    return b.emit("prelu", x, weights={"alpha": as_array(layer.alpha)})
+    return b.emit("prelu", x, weights={"alpha": as_array(layer.alpha)}, variables={"alpha": layer.alpha})
 
 
 def _without_settings(function: Callable[[Builder, Node], Node]) -> Callable[[Builder, Any, Node], Node]:

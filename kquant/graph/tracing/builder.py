@@ -22,6 +22,7 @@ import tensorflow as tf
 from kquant.errors import ModelError
 from kquant.graph.ir import Node, Shape, sample_size
 from kquant.graph.ops import compute
+from kquant.graph.training import UserWeight
 
 Lowering = Callable[..., Any]
 LAYERS: dict[type, Lowering] = {}
@@ -105,12 +106,16 @@ class Scope:
         origin: name of the user's layer or operation.
         origin_type: its class name.
         shapes: shapes of the call's outputs, as Keras declares them.
+        learns: neither it nor a model around it is frozen.
+        trainable: it has a weight that trains.
     """
 
     name: str
     origin: str
     origin_type: str
     shapes: tuple[Shape, ...]
+    learns: bool = True
+    trainable: bool = False
 
 
 class Builder:
@@ -122,9 +127,11 @@ class Builder:
 
     Args:
         trace_function: `f(builder, fn, nodes)` traces a Python function of tensors into the builder.
+        training: the graph is to train: nodes remember what their weights are in the user's layers.
     """
 
-    def __init__(self, trace_function: Callable[..., list[Node]]) -> None:
+    def __init__(self, trace_function: Callable[..., list[Node]], training: bool = False) -> None:
+        self.training = training
         self.nodes: dict[str, Node] = {}
         self.scope = Scope("", "", "", ())
         self.trace_function = trace_function
@@ -149,6 +156,7 @@ class Builder:
         weights: Mapping[str, np.ndarray] | None = None,
         stats: Mapping[str, np.ndarray] | None = None,
         call: Any = None,
+        variables: Mapping[str, Any] | None = None,
         **attrs: Any,
     ) -> Node:
         """Append a node and return it.
@@ -163,6 +171,8 @@ class Builder:
             weights: weights, cast to float32.
             stats: see `Node.stats`.
             call: see `Node.call`.
+            variables: weight -> the user's variable that it was made of, None for one that the user's layer does not
+                have, or its `UserWeight`. Without an entry it trains if the layer has any weight that trains.
             attrs: the operation's attributes.
 
         Raises:
@@ -191,6 +201,8 @@ class Builder:
             origin=scope.origin,
             origin_type=scope.origin_type,
             call=call,
+            user=self._user(arrays, variables or {}),
+            learns=scope.learns,
         )
         node = node.with_(shape=infer_shape(node, inputs) if shape is None else tuple(shape))
         self.nodes[node.name] = node
@@ -201,10 +213,21 @@ class Builder:
         self.nodes[node.name] = node
         return node
 
-    def const(self, value: Any) -> Node:
-        """A constant operand."""
+    def _user(self, weights: Mapping[str, np.ndarray], variables: Mapping[str, Any]) -> dict[str, UserWeight]:
+        """What the weights of a node are in the user's layer, where the graph is to train."""
+        if not self.training:
+            return {}
+        learns, found = self.scope.learns, {}
+        for key, array in weights.items():
+            given = variables.get(key, UserWeight(trainable=learns and self.scope.trainable))
+            found[key] = given if isinstance(given, UserWeight) else UserWeight.of(given, array, learns)
+        return found
+
+    def const(self, value: Any, variable: Any = None) -> Node:
+        """A constant operand, made of a variable of the user's or not."""
         array = as_array(value)
-        return self.emit("const", suffix="const", shape=array.shape, weights={"value": array})
+        variables = {} if variable is None else {"value": variable}
+        return self.emit("const", suffix="const", shape=array.shape, weights={"value": array}, variables=variables)
 
 
 def infer_shape(node: Node, inputs: Sequence[Node]) -> Shape:
@@ -271,15 +294,23 @@ def scale_offset(b: Builder, x: Node, scale: Any, offset: Any, suffix: str = "")
     Scalars and vectors along the last axis become an "affine", which folds into its neighbours;
     anything else becomes a "mul" and an "add" with constants.
     """
+    sources = {"scale": _variable(scale), "offset": _variable(offset)}
     scale, offset = sample_constant(x, scale), sample_constant(x, offset)
     if len(x.shape) >= 2 and max(_vector_rank(scale), _vector_rank(offset)) <= 1:
         channels = int(x.shape[-1] or 0)
         if all(a.size in (1, channels) for a in (scale, offset)):
             weights = {"scale": _per_channel(scale, channels), "offset": _per_channel(offset, channels)}
-            return b.emit("affine", x, weights=weights, suffix=suffix)
-    if np.any(scale != 1):
-        x = b.emit("mul", x, b.const(scale), suffix=suffix)
-    return b.emit("add", x, b.const(offset), suffix=suffix) if np.any(offset != 0) else x
+            known = {k: v for k, v in sources.items() if v is not ...}
+            return b.emit("affine", x, weights=weights, suffix=suffix, variables=known)
+    factor, shift = (None if v is ... else v for v in sources.values())
+    if np.any(scale != 1) or factor is not None:
+        x = b.emit("mul", x, b.const(scale, factor), suffix=suffix)
+    return b.emit("add", x, b.const(offset, shift), suffix=suffix) if np.any(offset != 0) or shift is not None else x
+
+
+def _variable(value: Any) -> Any:
+    """The variable that an operand is, None for a number, or ... for what may be computed from variables."""
+    return value if isinstance(value, keras.Variable) else None if isinstance(value, int | float) else ...
 
 
 def sample_constant(x: Node, value: Any) -> np.ndarray:
@@ -305,9 +336,17 @@ def _per_channel(a: np.ndarray, channels: int) -> np.ndarray:
     return np.broadcast_to(a.reshape(-1), (channels,)).astype(np.float32)
 
 
-def affine(b: Builder, x: Node, scale: Any, offset: Any, axis: int, stats: Mapping[str, np.ndarray]) -> Node:
+def affine(
+    b: Builder,
+    x: Node,
+    scale: Any,
+    offset: Any,
+    axis: int,
+    stats: Mapping[str, np.ndarray],
+    variables: Mapping[str, Any] | None = None,
+) -> Node:
     """A per-channel affine along any axis, with transposes around it where that is not the last one."""
     there, back = axis_last(len(x.shape), axis)
     moved = transpose(b, x, there, "channels_last")
-    y = b.emit("affine", moved, weights={"scale": scale, "offset": offset}, stats=stats)
+    y = b.emit("affine", moved, weights={"scale": scale, "offset": offset}, stats=stats, variables=variables)
     return transpose(b, y, back, "channels_back")

@@ -117,6 +117,8 @@ class FloatCall:
             copy(*args, **kwargs)  # creates the variables
             copy._inbound_nodes.clear()
             copy.set_weights(op.get_weights())
+            for ours, theirs in zip(copy.weights, op.weights, strict=True):
+                ours.trainable = theirs.trainable
         return replace(self, operation=copy)
 
     def _filled(self, tensor: Any) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ import keras
 from keras.src.models import Functional, Sequential
 
 from kquant.graph.ir import Node, Shape
+from kquant.graph.structure import paths
 from kquant.graph.tracing.builder import without_batch
 
 
@@ -63,6 +64,21 @@ def match_inputs(function: Any, value: Any) -> list[Node]:
     if isinstance(value, dict) and not isinstance(function._inputs_struct, dict):
         return [value[t.name] for t in function.inputs]
     return keras.tree.flatten(value)
+
+
+def signature(function: Any) -> dict[str, Any]:
+    """The fields of a `Graph` that name and nest the inputs and outputs of a function."""
+    inputs, outputs = (
+        keras.tree.pack_sequence_as(nest, list(range(len(tensors))))
+        for nest, tensors in ((function._inputs_struct, function.inputs), (function._outputs_struct, function.outputs))
+    )
+    return {
+        "input_names": names_of(function._inputs_struct, function.inputs),
+        "output_names": tuple(paths(outputs, names_of(function._outputs_struct, function.outputs))),
+        "input_structure": inputs,
+        "output_structure": outputs,
+        "loss_names": tuple(getattr(function, "output_names", None) or ()),
+    }
 
 
 def names_of(structure: Any, tensors: Sequence[Any]) -> tuple[str, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -22,6 +24,7 @@ from kquant.graph.tracing.builder import (
 )
 from kquant.graph.tracing.linear import from_2d, output_shape, pair, to_2d
 from kquant.graph.tracing.operations import average_pool, concat, max_pool, resize, two_inputs
+from kquant.graph.training import UserWeight
 
 L = keras.layers
 
@@ -65,7 +68,25 @@ def batch_normalization(b: Builder, layer: Any, inputs: Node, mask: Any = None) 
     beta = as_array(layer.beta) if layer.center else np.zeros_like(mean)
     scale = gamma.astype(np.float64) / np.sqrt(variance.astype(np.float64) + layer.epsilon)
     stats = {"mean": beta, "std": np.abs(gamma)}
-    return affine(b, inputs, scale, beta - mean * scale, axes[0], stats)
+    return affine(b, inputs, scale, beta - mean * scale, axes[0], stats, _of_norm(b, layer, gamma))
+
+
+def _of_norm(b: Builder, layer: Any, gamma: np.ndarray) -> dict[str, UserWeight]:
+    """The weights of a normalization that trains; one that is frozen stays at its running statistics, as in Keras."""
+    learns = b.scope.learns
+    scale = UserWeight.of(layer.gamma if layer.scale else None, gamma, learns)
+    offset = UserWeight.of(layer.beta if layer.center else None, gamma, learns)
+    momentum = float(layer.momentum) if learns else None
+    if b.training and (scale.asked or offset.asked):
+        warnings.warn(
+            f"Layer {b.scope.origin!r}: regularizers and constraints of gamma and beta are left out, since training "
+            "has these as parts of other weights.",
+            stacklevel=2,
+        )
+    return {
+        "scale": replace(scale, regularizer=None, constraint=None, momentum=momentum),
+        "offset": replace(offset, regularizer=None, constraint=None),
+    }
 
 
 @lowers_layer(L.Rescaling)

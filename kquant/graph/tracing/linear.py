@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -21,6 +22,8 @@ from kquant.graph.tracing.builder import (
     transpose,
     without_batch,
 )
+from kquant.graph.tracing.training import constant_kernel, variables_of
+from kquant.graph.training import UserWeight
 
 L = keras.layers
 
@@ -55,7 +58,16 @@ def bias_of(layer: Any, channels: int) -> np.ndarray:
     return as_array(layer.bias) if layer.use_bias else np.zeros(channels, np.float32)
 
 
-def _conv(b: Builder, x: Node, kernel: np.ndarray, bias: np.ndarray, strides: Any, padding: str, dilation: Any) -> Node:
+def _conv(
+    b: Builder,
+    x: Node,
+    kernel: np.ndarray,
+    bias: np.ndarray,
+    strides: Any,
+    padding: str,
+    dilation: Any,
+    variables: Mapping[str, Any] | None = None,
+) -> Node:
     """Convolution of a sequence or an image with a Keras kernel [(h,) w, cin / groups, cout], as an image."""
     rank = kernel.ndim - 2
     if rank > 2:
@@ -72,6 +84,7 @@ def _conv(b: Builder, x: Node, kernel: np.ndarray, bias: np.ndarray, strides: An
         padding=padding,
         dilation=dilation,
         groups=x.shape[-1] // kernel.shape[2],
+        variables=variables,
     )
 
 
@@ -84,6 +97,7 @@ def _depthwise(
     padding: str,
     dilation: Any,
     suffix: str = "",
+    variables: Mapping[str, Any] | None = None,
 ) -> Node:
     """Depthwise convolution with a Keras kernel [(h,) w, c, multiplier], as an image."""
     rank = kernel.ndim - 2
@@ -99,6 +113,7 @@ def _depthwise(
         strides=pair(strides, rank),
         padding=padding,
         dilation=dilation,
+        variables=variables,
     )
 
 
@@ -112,6 +127,7 @@ def conv(b: Builder, layer: Any, x: Node) -> Node:
         layer.strides,
         layer.padding,
         layer.dilation_rate,
+        variables_of(layer),
     )
     return from_2d(b, activate(b, layer.activation, y), len(x.shape))
 
@@ -120,28 +136,47 @@ def conv(b: Builder, layer: Any, x: Node) -> Node:
 def depthwise_conv(b: Builder, layer: Any, x: Node) -> Node:
     kernel = as_array(layer.kernel)
     bias = bias_of(layer, kernel.shape[-2] * kernel.shape[-1])
-    y = _depthwise(b, x, kernel, bias, layer.strides, layer.padding, layer.dilation_rate)
+    variables = variables_of(layer)
+    y = _depthwise(b, x, kernel, bias, layer.strides, layer.padding, layer.dilation_rate, variables=variables)
     return from_2d(b, activate(b, layer.activation, y), len(x.shape))
 
 
 def _separable(
-    b: Builder, x: Node, kernels: tuple[np.ndarray, np.ndarray], bias: np.ndarray, strides: Any, pad: str, dil: Any
+    b: Builder,
+    x: Node,
+    kernels: tuple[np.ndarray, np.ndarray],
+    bias: np.ndarray,
+    strides: Any,
+    pad: str,
+    dil: Any,
+    variables: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {}),
 ) -> Node:
     depthwise, pointwise = kernels
     zeros = np.zeros(depthwise.shape[-2] * depthwise.shape[-1], np.float32)
-    y = _depthwise(b, x, depthwise, zeros, strides, pad, dil, suffix="depthwise")
-    return _conv(b, y, pointwise.reshape(1, 1, *pointwise.shape[-2:]), bias, 1, "valid", 1)
+    y = _depthwise(b, x, depthwise, zeros, strides, pad, dil, suffix="depthwise", variables=variables[0])
+    return _conv(b, y, pointwise.reshape(1, 1, *pointwise.shape[-2:]), bias, 1, "valid", 1, variables[1])
 
 
 @lowers_layer(L.SeparableConv1D, L.SeparableConv2D)
 def separable_conv(b: Builder, layer: Any, x: Node) -> Node:
     kernels = as_array(layer.depthwise_kernel), as_array(layer.pointwise_kernel)
-    y = _separable(b, x, kernels, bias_of(layer, layer.filters), layer.strides, layer.padding, layer.dilation_rate)
+    bias = layer.bias if layer.use_bias else None
+    variables = ({"kernel": layer.depthwise_kernel, "bias": None}, {"kernel": layer.pointwise_kernel, "bias": bias})
+    y = _separable(
+        b,
+        x,
+        kernels,
+        bias_of(layer, layer.filters),
+        layer.strides,
+        layer.padding,
+        layer.dilation_rate,
+        variables,
+    )
     return from_2d(b, activate(b, layer.activation, y), len(x.shape))
 
 
 def _transposed(
-    b: Builder, x: Node, kernel: np.ndarray, bias: np.ndarray, strides: Any, padding: str, dilation: Any
+    b: Builder, x: Node, layer: Any, kernel: np.ndarray, bias: np.ndarray, strides: Any, padding: str, dilation: Any
 ) -> Node:
     """Transposed convolution with a Keras kernel [(h,) w, cout, cin], as an image.
 
@@ -153,7 +188,8 @@ def _transposed(
     if rank == 1:
         kernel, shape = kernel[None], (None, 1, *shape[1:])
     strides = pair(strides, rank)
-    kernel = dilate(kernel, pair(dilation, rank))
+    kernel, gaps = dilate(kernel, pair(dilation, rank)), dilate(np.zeros_like(kernel), pair(dilation, rank), 1.0) > 0
+    own = UserWeight.of(layer.kernel, kernel, b.scope.learns, **({"shape": kernel.shape} if gaps.any() else {}))
     x = to_2d(b, x)
     for axis in (1, 2):
         size, out, k, s = x.shape[axis], int(shape[axis] or 0), kernel.shape[axis - 1], strides[axis - 1]
@@ -167,15 +203,16 @@ def _transposed(
         weights={"kernel": kernel, "bias": bias},
         strides=strides,
         padding=padding,
+        variables={**variables_of(layer), "kernel": replace(own, gaps=gaps if gaps.any() else None)},
     )
 
 
-def dilate(kernel: np.ndarray, dilation: tuple[int, int]) -> np.ndarray:
-    """A kernel [h, w, ...] with dilation - 1 zeros between its taps."""
+def dilate(kernel: np.ndarray, dilation: tuple[int, int], hole: float = 0.0) -> np.ndarray:
+    """A kernel [h, w, ...] with dilation - 1 zeros, or other holes, between its taps."""
     (h, w), (dh, dw) = kernel.shape[:2], dilation
     if (dh, dw) == (1, 1):
         return kernel
-    spread = np.zeros(((h - 1) * dh + 1, (w - 1) * dw + 1, *kernel.shape[2:]), np.float32)
+    spread = np.full(((h - 1) * dh + 1, (w - 1) * dw + 1, *kernel.shape[2:]), hole, np.float32)
     spread[::dh, ::dw] = kernel
     return spread
 
@@ -183,7 +220,7 @@ def dilate(kernel: np.ndarray, dilation: tuple[int, int]) -> np.ndarray:
 @lowers_layer(L.Conv1DTranspose, L.Conv2DTranspose)
 def conv_transpose(b: Builder, layer: Any, x: Node) -> Node:
     bias = bias_of(layer, layer.filters)
-    y = _transposed(b, x, as_array(layer.kernel), bias, layer.strides, layer.padding, layer.dilation_rate)
+    y = _transposed(b, x, layer, as_array(layer.kernel), bias, layer.strides, layer.padding, layer.dilation_rate)
     return from_2d(b, activate(b, layer.activation, y), len(x.shape))
 
 
@@ -195,7 +232,8 @@ def conv_op(b: Builder, op: Any, inputs: Node, kernel: Any) -> Node:
     array = as_array(kernel)
     emit = _depthwise if type(op).__name__ == "DepthwiseConv" else _conv
     channels = array.shape[-2] * array.shape[-1] if emit is _depthwise else array.shape[-1]
-    y = emit(b, inputs, array, np.zeros(channels, np.float32), op.strides, op.padding, op.dilation_rate)
+    zeros, variables = np.zeros(channels, np.float32), constant_kernel(kernel)
+    y = emit(b, inputs, array, zeros, op.strides, op.padding, op.dilation_rate, variables=variables)
     return from_2d(b, y, len(inputs.shape))
 
 
@@ -205,24 +243,33 @@ def separable_conv_op(b: Builder, op: Any, inputs: Node, depthwise_kernel: Any, 
         raise NotLowered("its kernels are not constants")
     kernels = as_array(depthwise_kernel), as_array(pointwise_kernel)
     bias = np.zeros(kernels[1].shape[-1], np.float32)
-    y = _separable(b, inputs, kernels, bias, op.strides, op.padding, op.dilation_rate)
+    variables = constant_kernel(depthwise_kernel), constant_kernel(pointwise_kernel)
+    y = _separable(b, inputs, kernels, bias, op.strides, op.padding, op.dilation_rate, variables)
     return from_2d(b, y, len(inputs.shape))
 
 
 @lowers_layer(L.Dense)
 def dense(b: Builder, layer: Any, x: Node) -> Node:
-    y = b.emit("dense", x, weights={"kernel": as_array(layer.kernel), "bias": bias_of(layer, layer.units)})
+    weights = {"kernel": as_array(layer.kernel), "bias": bias_of(layer, layer.units)}
+    y = b.emit("dense", x, weights=weights, variables=variables_of(layer))
     return activate(b, layer.activation, y)
 
 
 @lowers_layer(L.EinsumDense)
 def einsum_dense(b: Builder, layer: Any, x: Node) -> Node:
     bias = as_array(layer.bias) if layer.bias is not None else None
-    y = contract(b, layer.equation, x, as_array(layer.kernel), bias)
+    y = contract(b, layer.equation, x, as_array(layer.kernel), bias, {"kernel": layer.kernel, "bias": layer.bias})
     return activate(b, layer.activation, y)
 
 
-def contract(b: Builder, equation: str, x: Node, w: np.ndarray, bias: np.ndarray | None = None) -> Node:
+def contract(
+    b: Builder,
+    equation: str,
+    x: Node,
+    w: np.ndarray,
+    bias: np.ndarray | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> Node:
     """einsum(equation, x, w) + bias with a constant second operand, as a dense operation.
 
     Every label is either free in x, free in w, or summed over in both; x is permuted and reshaped to
@@ -234,6 +281,7 @@ def contract(b: Builder, equation: str, x: Node, w: np.ndarray, bias: np.ndarray
         x: the tensor.
         w: the constant.
         bias: constant that broadcasts against the output.
+        variables: the user's "kernel" and "bias", where w and bias are those.
 
     Raises:
         NotLowered: a label is shared by x, w and the output, or the equation has another form.
@@ -246,13 +294,18 @@ def contract(b: Builder, equation: str, x: Node, w: np.ndarray, bias: np.ndarray
     sizes = {**dict(zip(ws, w.shape, strict=True)), **dict(zip(xs, x.shape, strict=True))}
     x = transpose(b, x, [xs.index(c) for c in free_x + summed])
     x = reshape(b, x, (*(sizes[c] for c in free_x), int(np.prod([sizes[c] for c in summed]))))
-    kernel = w.transpose([ws.index(c) for c in summed + free_w]).reshape(int(x.shape[-1] or 0), -1)
+    order_w = [ws.index(c) for c in summed + free_w]
+    kernel = w.transpose(order_w).reshape(int(x.shape[-1] or 0), -1)
     order = [(free_x + free_w).index(c) for c in out]
     fused, rest = _split_bias(bias, out, free_w, sizes)
-    y = b.emit("dense", x, weights={"kernel": kernel, "bias": fused})
+    own = dict(variables or {"bias": None})
+    if "kernel" in own:
+        own["kernel"] = UserWeight.of(own["kernel"], kernel, b.scope.learns, order=tuple(order_w))
+    shift, own["bias"] = own["bias"], own["bias"] if rest is None else None
+    y = b.emit("dense", x, weights={"kernel": kernel, "bias": fused}, variables=own)
     y = reshape(b, y, [sizes[c] for c in free_x + free_w], "split")
     y = transpose(b, y, order, "order")
-    return y if rest is None else b.emit("add", y, b.const(rest), suffix="bias")
+    return y if rest is None else b.emit("add", y, b.const(rest, shift), suffix="bias")
 
 
 def _labels(equation: str, rank: int) -> tuple[str, str, str]:
@@ -294,12 +347,13 @@ def matmul(b: Builder, op: Any, x1: Any, x2: Any) -> Node:
     if isinstance(x1, Node):
         w = as_array(x2)
         if w.ndim == 2:
-            return b.emit("dense", x1, weights={"kernel": w, "bias": np.zeros(w.shape[1], np.float32)})
+            weights = {"kernel": w, "bias": np.zeros(w.shape[1], np.float32)}
+            return b.emit("dense", x1, weights=weights, variables=constant_kernel(x2))
         raise NotLowered(f"its constant has shape {w.shape}")
     w, rank = as_array(x1), len(x2.shape)
     if w.ndim != 2 or rank < 3:
         raise NotLowered(f"a constant of shape {w.shape} times a tensor of rank {rank}")
-    return contract(b, "...kn,mk->...mn", x2, w)
+    return contract(b, "...kn,mk->...mn", x2, w, variables=constant_kernel(x1))
 
 
 def _of_two(b: Builder, x1: Node, x2: Node) -> Node:
@@ -319,15 +373,17 @@ def einsum(b: Builder, op: Any, *operands: Any) -> Node:
     if len(operands) != 2 or isinstance(operands[0], Node) == isinstance(operands[1], Node):
         raise NotLowered("it is not a product with one constant")
     if isinstance(operands[0], Node):
-        return contract(b, op.subscripts, operands[0], as_array(operands[1]))
+        return contract(b, op.subscripts, operands[0], as_array(operands[1]), variables=constant_kernel(operands[1]))
     left, _, out = op.subscripts.partition("->")
     first, second = left.split(",")
-    return contract(b, f"{second},{first}->{out}", operands[1], as_array(operands[0]))
+    equation, w = f"{second},{first}->{out}", as_array(operands[0])
+    return contract(b, equation, operands[1], w, variables=constant_kernel(operands[0]))
 
 
 @lowers_layer(L.Embedding)
 def embedding(b: Builder, layer: Any, ids: Node) -> Node:
-    return b.emit("embedding", ids, weights={"table": as_array(layer.embeddings)})
+    weights = {"table": as_array(layer.embeddings)}
+    return b.emit("embedding", ids, weights=weights, variables={"table": layer.embeddings})
 
 
 def output_shape(b: Builder) -> Shape:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import keras
 import numpy as np
 
 from kquant.graph.ir import Node
@@ -42,7 +43,7 @@ def two_inputs(b: Builder, op: str, x: Any, y: Any, suffix: str = "") -> Node:
         bound = float(value.reshape(()))
         lo, hi = (bound, None) if op == "maximum" else (None, bound)
         return b.emit("clip", x, lo=lo, hi=hi, suffix=suffix)
-    return b.emit(op, x, b.const(value), suffix=suffix)
+    return b.emit(op, x, b.const(value, y if isinstance(y, keras.Variable) else None), suffix=suffix)
 
 
 def _binary(op: str) -> Any:

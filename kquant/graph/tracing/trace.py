@@ -21,7 +21,14 @@ import numpy as np
 from kquant.errors import ModelError
 from kquant.graph.backend import check_backend
 from kquant.graph.ir import Graph, Node
-from kquant.graph.tracing import activations, layers, linear, operations, volumes  # noqa: F401  they fill the tables
+from kquant.graph.tracing import (  # noqa: F401  they fill the tables
+    activations,
+    layers,
+    linear,
+    operations,
+    training,
+    volumes,
+)
 from kquant.graph.tracing.builder import Builder, NotLowered, Scope, find_lowering, is_builtin, without_batch
 from kquant.graph.tracing.float_call import FloatCall, Slot
 from kquant.graph.tracing.inputs import RANGES, settle_inputs
@@ -29,9 +36,9 @@ from kquant.graph.tracing.keras_graph import (
     fixed_batch,
     functional_form,
     match_inputs,
-    names_of,
     output_shapes,
     recorded_calls,
+    signature,
     untouched,
 )
 from kquant.graph.tracing.registry import registered_lowering
@@ -41,11 +48,13 @@ from kquant.graph.tracing.wrappers import channels_first
 _READS_INTEGERS = {"Embedding", "Rescaling", "Normalization", "Cast"}
 
 
-def trace_model(model: keras.Model) -> Graph:
+def trace_model(model: keras.Model, for_training: bool = False) -> Graph:
     """The float graph of a Keras model in inference mode.
 
     Args:
         model: Functional, Sequential, or subclassed (built) Keras model; it is not modified.
+        for_training: keep what matters in training only: layers such as Dropout as "train_only" nodes, and in every
+            node what its weights are in the user's layer (`Node.user`).
 
     Returns:
         A graph with `evaluate(graph, inputs) == model(inputs)`. An integer input that is only read as
@@ -61,15 +70,15 @@ def trace_model(model: keras.Model) -> Graph:
     if not isinstance(model, keras.Model):
         raise ModelError(f"expected a keras.Model, got {type(model).__name__}")
     function, generated = _as_function(model)
-    tracer = _Tracer()
+    tracer = _Tracer(for_training)
+    tracer.builder.scope.learns = bool(model.trainable)
     inputs = [tracer.input(t) for t in function.inputs]
     outputs = tracer.walk(function, inputs, "", "", generated)
     graph = Graph(
         nodes=tracer.builder.nodes,
         inputs=tuple(i.name for i in inputs),
         outputs=tuple(o.name for o in outputs),
-        input_names=names_of(function._inputs_struct, function.inputs),
-        output_names=names_of(function._outputs_struct, function.outputs),
+        **signature(function),
         name=model.name,
     )
     return settle_inputs(graph.rebuild(graph))
@@ -78,8 +87,8 @@ def trace_model(model: keras.Model) -> Graph:
 class _Tracer:
     """Walks functions and lowers their calls into one builder."""
 
-    def __init__(self) -> None:
-        self.builder = Builder(self.trace_function)
+    def __init__(self, for_training: bool = False) -> None:
+        self.builder = Builder(self.trace_function, for_training)
 
     def input(self, tensor: Any) -> Node:
         """The "input" node of a model input."""
@@ -89,7 +98,8 @@ class _Tracer:
                 "model with a fixed input shape (keras.models.clone_model with input_tensors, then set_weights)."
             )
         name = tensor._keras_history.operation.name
-        self.builder.scope = Scope(self.builder.unique(name), name, "InputLayer", ())
+        learns = self.builder.scope.learns
+        self.builder.scope = Scope(self.builder.unique(name), name, "InputLayer", (), learns)
         known = RANGES.get(str(tensor.dtype))
         node = self.builder.emit("input", shape=without_batch(tensor.shape), dtype=_dtype(tensor))
         return node if known is None else self.builder.replace(node.with_attrs(expects=known))
@@ -105,6 +115,7 @@ class _Tracer:
             generated: the function was made here, so its operations have meaningless automatic names.
         """
         values = {id(t): node for t, node in zip(function.inputs, inputs, strict=True)}
+        around = self.builder.scope
         for operation, args, kwargs, outputs in recorded_calls(function):
             if all(id(t) in values for t in outputs):
                 continue
@@ -115,7 +126,8 @@ class _Tracer:
             own = operation.name if is_layer or not generated else _snake(type(operation).__name__)
             unique = self.builder.unique(name + own)
             shapes = output_shapes(operation, args, kwargs, outputs)
-            self.builder.scope = Scope(unique, origin + own, type(operation).__name__, shapes)
+            trains = training.of_call(operation, args, kwargs, around)
+            self.builder.scope = Scope(unique, origin + own, type(operation).__name__, shapes, *trains)
             nodes = self._call(operation, args, kwargs, outputs)
             values.update(zip(map(id, outputs), nodes, strict=True))
         return [values[id(t)] for t in function.outputs]
@@ -136,7 +148,8 @@ class _Tracer:
         for node, tensor in zip(result, outputs, strict=True):
             if node.shape[1:] != tuple(tensor.shape[1:]) and None not in tensor.shape[1:]:
                 raise AssertionError(f"{scope.origin!r} was lowered to shape {node.shape}, not {tensor.shape}")
-        return result
+        self.builder.scope = scope
+        return training.acting(self.builder, operation, args, kwargs, result)
 
     def _lower(self, operation: Any, args: Any, kwargs: Any) -> Any:
         scope = self.builder.scope

@@ -108,5 +108,8 @@ def _move(nodes: dict[str, Node], region: Region, c: np.ndarray) -> None:
     if hi is not None:
         source = with_clip(source, lo, (np.asarray(hi) - c).astype(np.float32).tolist())
     nodes[region.name] = source
+    for name, index in region.index.items():
+        if name != region.name:
+            nodes[name] = op_of(nodes[name]).reframed(nodes[name], Scaling(np.ones(len(index)), -c[index], {}))
     for name, index in region.sinks.items():
         nodes[name] = scale_input(nodes[name], Scaling(np.ones(len(index)), c[index], {}))

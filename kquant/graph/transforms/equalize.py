@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import bias_of, clip_of, with_clip
+from kquant.graph.ops import bias_of, clip_of, op_of, with_clip
 from kquant.graph.scaling import Scaling
 from kquant.graph.transforms.dead_channels import DeadChannels, constant_outputs, resolve_dead_channels
 from kquant.graph.transforms.magnitudes import input_ranges, magnitudes, output_ranges, scale_magnitudes
@@ -182,6 +182,8 @@ def _apply(nodes: dict[str, Node], region: Region, scale: np.ndarray) -> None:
     for name, index in region.index.items():
         if name in region.sources:
             nodes[name] = scale_output(nodes[name], Scaling.factors(1 / scale[index]))
+        else:
+            nodes[name] = op_of(nodes[name]).reframed(nodes[name], Scaling.factors(1 / scale[index]))
         nodes[name] = _scale_cap(nodes[name], scale[index])
     for name, index in region.sinks.items():
         nodes[name] = scale_input(nodes[name], Scaling.factors(scale[index]))

@@ -21,8 +21,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from kquant.graph.ir import Graph, Node, Shape
-from kquant.graph.ops import op_of
+from kquant.graph.ops import bias_of, op_of
 from kquant.graph.scaling import Scaling
+from kquant.graph.training import with_affine
 from kquant.graph.transforms.rescale import scale_input, scale_output, sees_offset
 
 Changes = dict[str, Node]
@@ -52,15 +53,27 @@ def _fold_one(graph: Graph, name: str) -> Graph:
     if name not in graph.nodes or "clip" in graph[name].attrs:
         return graph
     node = graph[name]
+    if any(weight.asked for weight in node.user.values()):  # a gain of the user's with a penalty of its own
+        return graph
     scale, offset = (node.weights[k].astype(np.float64) for k in ("scale", "offset"))
     s = Scaling(scale, offset, dict(node.stats))
     changes = _into_producer(graph, node.inputs[0], name, s)
+    behind = changes is None
     if changes is None and name not in graph.outputs:
         changes = _into_readers(graph, node, s)
     if changes is None:
         return graph
+    changes = {k: _took_up(n, node, behind) for k, n in changes.items()}
     nodes = [changes.get(n.name, n) for n in graph if n.name != name]
     return graph.rebuild(nodes, {name: node.inputs[0]})
+
+
+def _took_up(node: Node, affine: Node, behind: bool) -> Node:
+    """A changed node that trains what the affine trained, as far as its bias can."""
+    if not (node.user and affine.user and op_of(node).linear):
+        return node
+    user = with_affine(node.user, bias_of(node), affine.user)
+    return node.with_(user={k: w for k, w in user.items() if k != "gamma" or k in node.user} if behind else user)
 
 
 def _into_producer(graph: Graph, name: str, reader: str, s: Scaling) -> Changes | None:
@@ -81,7 +94,8 @@ def _into_producer(graph: Graph, name: str, reader: str, s: Scaling) -> Changes 
     moved = record.channels.in_front(node, [graph[i].shape for i in node.inputs], s)
     if moved is None:
         return None
-    return _all(_into_producer(graph, i, name, p) for i, p in zip(node.inputs, moved, strict=True))
+    own: Changes = {name: reframed} if (reframed := record.reframed(node, s)) is not node else {}
+    return _all([own, *(_into_producer(graph, i, name, p) for i, p in zip(node.inputs, moved, strict=True))])
 
 
 def _into_readers(graph: Graph, node: Node, s: Scaling) -> Changes | None:
@@ -99,7 +113,11 @@ def _into_reader(graph: Graph, reader: Node, source: Shape, s: Scaling) -> Chang
     if len(reader.inputs) != 1 or "clip" in reader.attrs or record.channels is None:
         return None
     moved = record.channels.behind(reader, source, s)
-    return None if moved is None else _into_readers(graph, reader, moved)
+    if moved is None:
+        return None
+    inverse = Scaling(1 / np.where(s.scale == 0, 1.0, s.scale), -s.offset / np.where(s.scale == 0, 1.0, s.scale), {})
+    own: Changes = {reader.name: reframed} if (reframed := record.reframed(reader, inverse)) is not reader else {}
+    return _all([own, _into_readers(graph, reader, moved)])
 
 
 def _all(parts: Iterable[Changes | None]) -> Changes | None:

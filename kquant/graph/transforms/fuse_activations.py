@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kquant.graph.ir import Graph
+from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import clip_of, op_of
 
 
@@ -23,8 +23,26 @@ def fuse_activations(graph: Graph) -> Graph:
         if node.op != "clip":
             continue
         producer = graph[graph[node.name].inputs[0]]
+        between: list[Node] = []
+        while producer.op == "train_only" and graph.sole_consumer(producer.name):
+            between.insert(0, producer)
+            producer = graph[producer.inputs[0]]
         if op_of(producer).fuses_clip and "clip" not in producer.attrs and graph.sole_consumer(producer.name):
-            fused = producer.with_attrs(clip=clip_of(node))
-            nodes = [fused if n.name == producer.name else n for n in graph if n.name != node.name]
-            graph = graph.rebuild(nodes, {node.name: producer.name})
+            graph = _fused(graph, node, producer, between)
     return graph
+
+
+def _fused(graph: Graph, clip: Node, producer: Node, between: list[Node]) -> Graph:
+    """The clip as an attribute of the producer, with what acts in between in training.
+
+    Dropout goes behind a ReLU, which is the same, but leaves the range of what is quantized as it is at inference.
+    """
+    behind: list[Node] = []
+    while between and clip_of(clip) == (0, None) and between[-1].attrs["drops"] and between[-1].attrs["offset"] is None:
+        behind.insert(0, between.pop())
+    fused = producer.with_attrs(clip=clip_of(clip)).with_(between=(*producer.between, *between))
+    gone = {clip.name, *(n.name for n in between)}
+    nodes = [fused if n.name == producer.name else n for n in graph if n.name not in gone]
+    last = behind[-1].name if behind else producer.name
+    rename = {clip.name: last, **dict.fromkeys((n.name for n in between), producer.name)}
+    return graph.rebuild(nodes, rename)

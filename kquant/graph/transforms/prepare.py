@@ -12,11 +12,12 @@ from kquant.graph.transforms.padding import settle_padding
 from kquant.graph.transforms.simplify import absorb_padding, simplify
 
 
-def prepare_graph(model: keras.Model) -> Graph:
+def prepare_graph(model: keras.Model, for_training: bool = False) -> Graph:
     """Trace a model, fold its batch normalizations and fuse its activations.
 
     Args:
         model: see `trace_model`; it is not modified.
+        for_training: likewise.
 
     Returns:
         A float graph with `evaluate(graph, inputs) == model(inputs)` up to float rounding.
@@ -24,5 +25,5 @@ def prepare_graph(model: keras.Model) -> Graph:
     Raises:
         ModelError: see `trace_model`.
     """
-    graph = fold_batch_norm(simplify(settle_padding(trace_model(model))))
+    graph = fold_batch_norm(simplify(settle_padding(trace_model(model, for_training))))
     return fuse_activations(absorb_padding(simplify(graph)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def _sink_reshape(graph: Graph, node: Node) -> Graph | None:
     if moved.op != "reshape" or graph.sole_consumer(moved.name) is None:
         return None
     source = graph[moved.inputs[0]]
-    if node.op == "affine" and source.shape[-1] != moved.shape[-1]:
+    if node.op in ("affine", "train_only") and source.shape[-1] != moved.shape[-1]:
         return None
     first = node.with_(inputs=(source.name,), shape=source.shape, batch=source.batch)
     then = moved.with_(inputs=(first.name,), stats={})
@@ -72,14 +73,7 @@ def _sink_reshape(graph: Graph, node: Node) -> Graph | None:
         elif n.name != moved.name:
             nodes.append(n.with_(inputs=tuple(moved.name if i == node.name else i for i in n.inputs)))
     outputs = tuple(moved.name if o == node.name else o for o in graph.outputs)
-    return Graph(
-        nodes={n.name: n for n in nodes},
-        inputs=graph.inputs,
-        outputs=outputs,
-        input_names=graph.input_names,
-        output_names=graph.output_names,
-        name=graph.name,
-    )
+    return replace(graph, nodes={n.name: n for n in nodes}, outputs=outputs)
 
 
 def _replace(graph: Graph, node: Node) -> Graph | None:

@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import flatbuffers
@@ -213,6 +214,7 @@ class FlatbufferBuilder:
         outputs: Mapping[str, int],
         description: str = "",
         signature: str = "serving_default",
+        metadata: Mapping[str, bytes] = MappingProxyType({}),
     ) -> bytes:
         """The file.
 
@@ -221,7 +223,9 @@ class FlatbufferBuilder:
             outputs: likewise.
             description: free text in the file.
             signature: key of the signature.
+            metadata: name -> content of entries that runtimes ignore.
         """
+        model_metadata = [_metadata(name, self.buffer(content)) for name, content in metadata.items()]
         graph, model = schema.SubGraphT(), schema.ModelT()
         graph.name = "main"
         graph.tensors, graph.operators = self._tensors, self._operators
@@ -233,6 +237,7 @@ class FlatbufferBuilder:
         definition.signatureKey, definition.subgraphIndex = signature, 0
         definition.inputs, definition.outputs = _tensor_maps(inputs), _tensor_maps(outputs)
         model.signatureDefs = [definition]
+        model.metadata = model_metadata or None
         builder = flatbuffers.Builder(1024 + sum(len(b.data) + 64 for b in self._buffers if b.data is not None))
         builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
         return bytes(builder.Output())
@@ -250,6 +255,12 @@ def _operator_code(code: int, version: int) -> Any:
     # Codes above 127 do not fit the old one-byte field, which then holds this placeholder.
     entry.deprecatedBuiltinCode = min(code, schema.BuiltinOperator.PLACEHOLDER_FOR_GREATER_OP_CODES)
     entry.builtinCode, entry.version = code, version
+    return entry
+
+
+def _metadata(name: str, buffer: int) -> Any:
+    entry = schema.MetadataT()
+    entry.name, entry.buffer = name, buffer
     return entry
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from kquant.errors import ExportError
+from kquant.targets.litert.interface import read_interface
 from kquant.targets.litert.reader import file_content
 
 # name -> the interpreter's kernels: XNNPACK where it can, the optimized kernels, the reference kernels
@@ -52,6 +53,7 @@ class TFLiteModel:
             self._interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
             raise ExportError(f"LiteRT does not accept the file ({kernels} kernels): {error}") from error
+        self.interface = read_interface(self.content)
         self.inputs: list[Mapping[str, Any]] = self._interpreter.get_input_details()
         self.outputs: list[Mapping[str, Any]] = self._interpreter.get_output_details()
         self._batch = int(self.inputs[0]["shape"][0]) if len(self.inputs[0]["shape"]) else 1
@@ -85,16 +87,23 @@ class TFLiteModel:
         self._interpreter.invoke()
         return [self._interpreter.get_tensor(d["index"]) for d in self.outputs]
 
-    def predict(self, inputs: np.ndarray | Sequence[np.ndarray], batch_size: int = 32) -> list[np.ndarray]:
+    def predict(self, inputs: Any, batch_size: int = 32) -> Any:
         """Real-valued outputs for all samples.
 
         Args:
-            inputs: an array, or one array per input, real values or as stored.
+            inputs: an array, one array per input in the order of the file, a dict of arrays by the names of the inputs,
+                or arrays nested as the model's inputs are; real values or as stored.
             batch_size: samples per run; the last batch may be smaller.
+
+        Returns:
+            A list with an array per output, or, where the model's outputs are a dict or nested, that structure.
+
+        Raises:
+            ValueError: the inputs do not fit.
         """
-        arrays = [inputs] if isinstance(inputs, np.ndarray) else list(inputs)
+        arrays = self.interface.arrays(inputs)
         starts = range(0, len(arrays[0]), batch_size)
-        return self.predict_batches([a[k : k + batch_size] for a in arrays] for k in starts)
+        return self.interface.nested(self.predict_batches([a[k : k + batch_size] for a in arrays] for k in starts))
 
     def predict_batches(self, batches: Iterable[Sequence[np.ndarray]]) -> list[np.ndarray]:
         """Real-valued outputs for a stream of batches."""

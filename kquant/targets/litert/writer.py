@@ -27,6 +27,7 @@ from kquant.targets.litert.clamps import (
 )
 from kquant.targets.litert.emitter import MODES, Emitter, Sink
 from kquant.targets.litert.flatbuffer import FileGrid
+from kquant.targets.litert.interface import structure_metadata
 from kquant.targets.litert.islands import splice_island
 from kquant.targets.litert.legality import check, same_grid
 from kquant.targets.litert.target import LITERT
@@ -121,6 +122,7 @@ def write_tflite(
         _named(graph.input_names, graph.inputs, [fed[name] for name in graph.inputs]),
         _named(graph.output_names, graph.outputs, outputs),
         description,
+        metadata=structure_metadata(graph.input_structure, graph.output_structure),
     )
     operators = Counter(writer.emitter.builder.operator_names)
     reasons = float_reasons or {}

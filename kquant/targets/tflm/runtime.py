@@ -18,6 +18,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from kquant.errors import ExportError, MissingPackageError
+from kquant.targets.litert.interface import read_interface
 from kquant.targets.litert.reader import Program, file_content, read
 from kquant.targets.litert.runtime import as_stored, dequantized
 
@@ -56,6 +57,7 @@ class MicroModel:
         self.content = file_content(source)
         self._program = read(self.content)
         self._interpreter = _open(self.content, self._program, keep_tensors)
+        self.interface = read_interface(self.content)
         self.inputs: list[Mapping[str, Any]] = [t.detail for t in self._program.inputs]
         self.outputs: list[Mapping[str, Any]] = [t.detail for t in self._program.outputs]
         self._kept: list[dict[str, np.ndarray]] | None = [] if keep_tensors else None
@@ -82,9 +84,9 @@ class MicroModel:
         rows = [self._run_one([v[k : k + step] for v in values]) for k in range(0, len(values[0]), step)]
         return [np.concatenate(column) for column in zip(*rows, strict=True)]
 
-    def predict(self, inputs: np.ndarray | Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Real-valued outputs for all samples: an array, or one array per input, real values or as stored."""
-        return self.predict_batches([[inputs] if isinstance(inputs, np.ndarray) else list(inputs)])
+    def predict(self, inputs: Any) -> Any:
+        """Real-valued outputs for all samples; arguments and result as those of `TFLiteModel.predict`."""
+        return self.interface.nested(self.predict_batches([self.interface.arrays(inputs)]))
 
     def predict_batches(self, batches: Iterable[Sequence[np.ndarray]]) -> list[np.ndarray]:
         """Real-valued outputs for a stream of batches."""
