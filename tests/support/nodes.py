@@ -77,6 +77,12 @@ EXAMPLES: dict[str, Example] = {
     "leaky_relu": example("leaky_relu", IMAGE, alpha=0.1),
     "prelu": example("prelu", IMAGE, weights={"alpha": (1, 6, 4)}),
     **{op: example(op, IMAGE) for op in ("logistic", "tanh", "elu", "hard_swish", "softmax")},
+    "function": example("function", IMAGE, steps=(("exp", 0), ("add", 1, 1.0), ("log", 2), ("mul", 0, 3))),
+    "function, jumps": example("function", IMAGE, steps=(("greater", 0, 0.25), ("select", 1, 0, -0.5))),
+    "select": (
+        Node(name="n", op="select", inputs=("c", "a", "b"), shape=(None, *IMAGE)),
+        [normal(2, *IMAGE) > 0, normal(2, *IMAGE), normal(2, *IMAGE)],
+    ),
     "gelu": example("gelu", IMAGE, approximate=True),
     "max_pool2d": example("max_pool2d", IMAGE, padding="same", **_POOL),
     "avg_pool2d": example("avg_pool2d", IMAGE, padding="same", **_POOL),

@@ -202,7 +202,7 @@ class Builder:
 def infer_shape(node: Node, inputs: Sequence[Node]) -> Shape:
     """Shape of the node's output, from running its float semantics on placeholders."""
     with tf.Graph().as_default():
-        tensors = [tf.compat.v1.placeholder(tf.float32, i.shape) for i in inputs]
+        tensors = [tf.compat.v1.placeholder(i.dtype, i.shape) for i in inputs]
         weights = {k: tf.compat.v1.placeholder(tf.float32, w.shape) for k, w in node.weights.items()}
         return tuple(compute(node, tensors, weights).shape)
 

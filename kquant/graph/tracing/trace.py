@@ -22,7 +22,7 @@ from kquant.errors import ModelError
 from kquant.graph.backend import check_backend
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import op_of
-from kquant.graph.tracing import activations, layers, linear, operations  # noqa: F401  they fill the tables
+from kquant.graph.tracing import activations, choices, layers, linear, operations  # noqa: F401  they fill the tables
 from kquant.graph.tracing.builder import Builder, NotLowered, Scope, find_lowering, is_builtin, without_batch
 from kquant.graph.tracing.float_call import FloatCall, Slot
 from kquant.graph.tracing.keras_graph import (
@@ -38,6 +38,8 @@ from kquant.graph.tracing.registry import registered_lowering
 
 # They read integers: ids, or pixels that they turn into numbers
 _READS_INTEGERS = {"Embedding", "Rescaling", "Normalization", "Cast"}
+# or truth values
+_READS_TRUTHS = {"Cast", "Where", "LogicalAnd", "LogicalOr", "LogicalNot"}
 
 
 def trace_model(model: keras.Model) -> Graph:
@@ -151,8 +153,9 @@ class _Tracer:
                 return self._trace_call(operation, args, kwargs)
             raise NotLowered(f"{type(operation).__name__} has no integer form here")
         tensors = [a for a in keras.tree.flatten((args, kwargs)) if isinstance(a, Node)]
-        if any(t.dtype != "float32" for t in tensors) and type(operation).__name__ not in _READS_INTEGERS:
-            raise NotLowered("it computes with integers")
+        for kind, readers in (("int32", _READS_INTEGERS), ("bool", _READS_TRUTHS)):
+            if any(t.dtype == kind for t in tensors) and type(operation).__name__ not in readers:
+                raise NotLowered("it computes with integers or truth values")
         return lowering(self.builder, operation, *args, **kwargs)
 
     def _trace_call(self, layer: Any, args: Any, kwargs: Any) -> list[Node]:

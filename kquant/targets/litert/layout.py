@@ -229,7 +229,6 @@ KERNELS = (
         write=_write_embedding,
         operators={
             "GATHER": Builtin(options="GatherOptions", versions=(1, 2, 4), reference=_moved(layout.gather)),
-            "CAST": Builtin(options="CastOptions"),
         },
         layout=Layout(),
     ),

@@ -252,7 +252,7 @@ class _Writer:
             # Integers only move: what comes out lies where the inputs lie.
             bounds = [integer_bounds(g) for g in (e.grid(i) for i in node.inputs) if g is not None]
             given = min(b[0] for b in bounds), max(b[1] for b in bounds)
-        elif op_of(node).lookup:
+        elif op_of(node).lookup or e.target.kernels[node.op].saturates:
             given = integer_bounds(q)
         return integer_clamp(q, clip, fuses, given)
 

@@ -69,6 +69,11 @@ def extremum(function: np.ufunc) -> Compute:
     return lambda op, x: function(x[0], x[1])
 
 
+def select(op: Operator, x: Values) -> np.ndarray:
+    """SELECT_V2 of the stored integers."""
+    return np.where(np.asarray(x[0]), np.asarray(x[1]), np.asarray(x[2]))
+
+
 def requantize(op: Operator, value: np.ndarray, multiply: Multiply = multiply_double_rounding) -> np.ndarray:
     """Integers of the input's grid on the output's grid."""
     source, out = op.given(0), op.outputs[0]

@@ -78,6 +78,11 @@ def strided_slice(op: Operator, x: Values) -> np.ndarray:
     return np.asarray(x[0])[(*index, ..., *(tail or []))].copy()  # may have rank 0
 
 
+def cast(op: Operator, x: Values) -> np.ndarray:
+    """CAST."""
+    return np.asarray(x[0]).astype(op.outputs[0].dtype)
+
+
 def gather(op: Operator, x: Values) -> np.ndarray:
     """GATHER without batch dimensions."""
     if op.option("batchDims"):
