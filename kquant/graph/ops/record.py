@@ -54,6 +54,7 @@ class Op:
         bias: name of the weight that is added to the accumulator, if there is one.
         values: name of the weight whose entries are the values of its output, if there is one.
         selects: inputs that are no numbers (ids, truth values) choose among the values of the others.
+        ordinal: integers that depend on the order of the values alone, which those of a grid have, too.
         given: its values are given: by the user, or by a weight; no data is needed to know their range.
         linear: the layout of its weight, where it is linear in one input with a weight of constants.
         grid: how the output's grid is tied.
@@ -77,6 +78,7 @@ class Op:
     bias: str | None = None
     values: str | None = None
     selects: bool = False
+    ordinal: bool = False
     given: bool = False
     linear: Linear | None = None
     grid: Tie = Tie.OWN

@@ -224,7 +224,7 @@ def move_axis(b: Builder, op: Any, x: Node) -> Node:
     return transpose(b, x, perm, "")
 
 
-def _reduce(b: Builder, op: Any, x: Node, kind: str, suffix: str = "") -> Node:
+def reduce(b: Builder, op: Any, x: Node, kind: str, suffix: str = "") -> Node:
     axes = op.axis if isinstance(op.axis, (list, tuple)) else [op.axis]
     if None in axes or 0 in [a % len(x.shape) for a in axes]:
         raise NotLowered("it reduces over the batch")
@@ -234,20 +234,20 @@ def _reduce(b: Builder, op: Any, x: Node, kind: str, suffix: str = "") -> Node:
 
 @lowers_op("Mean")
 def mean(b: Builder, op: Any, x: Node) -> Node:
-    return _reduce(b, op, x, "mean")
+    return reduce(b, op, x, "mean")
 
 
 @lowers_op("Max", "Amax")
 def reduce_max(b: Builder, op: Any, x: Node, **_: Any) -> Node:
     if getattr(op, "initial", None) is not None:
         raise NotLowered("a maximum with an initial value")
-    return _reduce(b, op, x, "reduce_max")
+    return reduce(b, op, x, "reduce_max")
 
 
 @lowers_op("Sum")
 def reduce_sum(b: Builder, op: Any, x: Node) -> Node:
     """The mean times the number of elements."""
-    y = _reduce(b, op, x, "mean", suffix="mean")
+    y = reduce(b, op, x, "mean", suffix="mean")
     axes = [a % len(x.shape) for a in (op.axis if isinstance(op.axis, (list, tuple)) else [op.axis])]
     return scale_offset(b, y, float(np.prod([x.shape[a] for a in axes])), 0.0)
 
