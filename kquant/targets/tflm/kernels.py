@@ -66,7 +66,7 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
     "transpose": {"max_rank": 5},
     "slice": {"max_rank": 4},
 }
-_MISSING = frozenset({"gelu"})
+_MISSING = frozenset({"gelu", "top_k", "top_k_indices"})
 
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {op: replace(k, **_CHANGES.get(op, {})) for op, k in litert.REFERENCE_KERNELS.items() if op not in _MISSING}
