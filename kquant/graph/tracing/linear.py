@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -308,8 +309,8 @@ def contract_two(b: Builder, equation: str, x: Node, y: Node) -> Node:
 
     def matrices(t: Node, labels: str, rows: list[str], columns: list[str], suffix: str) -> Node:
         t = transpose(b, t, [labels.index(c) for c in (*batch, *rows, *columns)], f"{suffix}_order")
-        groups = [int(np.prod([sizes[c] for c in batch[1:]]))] if batch[1:] else []
-        shape = [None, *groups, *(int(np.prod([sizes[c] for c in part])) for part in (rows, columns))]
+        groups = [math.prod(int(sizes[c] or 1) for c in batch[1:])] if batch[1:] else []
+        shape = [None, *groups, *(math.prod(int(sizes[c] or 1) for c in part) for part in (rows, columns))]
         return reshape(b, t, shape, f"{suffix}_matrices")
 
     z = b.emit("batch_matmul", matrices(x, xs, free_x, summed, "first"), matrices(y, ys, summed, free_y, "second"))

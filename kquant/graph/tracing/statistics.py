@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
-
-import numpy as np
 
 from kquant.graph.ir import Node
 from kquant.graph.tracing.builder import Builder, NotLowered, lowers_op, reshape
@@ -93,7 +92,7 @@ def _log_sum(b: Builder, x: Node, axes: tuple[int, ...]) -> tuple[Node, Node]:
     below = b.emit("sub", x, _largest(b, x, axes), suffix="below")
     exps = function(b, below, lambda t: t.exp(), "exp")
     mean = b.emit("mean", exps, axes=axes, keepdims=True, suffix="mean")
-    count = float(np.prod([x.shape[a] for a in axes]))
+    count = float(math.prod(int(x.shape[a] or 1) for a in axes))
     return below, function(b, mean, lambda t: (t * count).log(), "log")
 
 
