@@ -34,6 +34,7 @@ from kquant.graph.tracing.keras_graph import (
     recorded_calls,
     untouched,
 )
+from kquant.graph.tracing.raw_functions import raw_program
 from kquant.graph.tracing.registry import registered_lowering
 
 # They read integers: ids, or pixels that they turn into numbers
@@ -203,7 +204,10 @@ class _Tracer:
                 result = function(*symbolic_args, **symbolic_kwargs)
                 traced = keras.Function(list(inputs.values()), keras.tree.flatten(result))
             except Exception as error:
-                raise NotLowered(f"its computation cannot be traced: {_first_line(error)}") from error
+                steps = raw_program(function, nodes[0]) if len(nodes) == 1 and not kwargs else None
+                if steps is None:
+                    raise NotLowered(f"its computation cannot be traced: {_first_line(error)}") from error
+                return [builder.emit("function", nodes[0], steps=steps)]
         by_name = {n.name: n for n in nodes}
         return self.walk(traced, [by_name[k] for k in inputs], f"{scope.name}/", f"{scope.origin}/", True)
 
@@ -307,7 +311,8 @@ def _settle_input_types(graph: Graph) -> Graph:
     for name in graph.inputs:
         readers = graph.consumers(name)
         # a mask compares the ids with zero, in any type
-        ids = [n for n in readers if op_of(n).lookup or n.origin_type == "NotEqual"]
+        places = [n for n in readers if n.op == "take_along" and n.inputs[0] != name]
+        ids = [*places, *(n for n in readers if op_of(n).lookup or n.origin_type == "NotEqual")]
         numbers = [n for n in readers if n not in ids and n.op != "float"]
         if name in graph.outputs or not ids + numbers:
             continue
