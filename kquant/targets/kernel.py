@@ -43,6 +43,7 @@ class Kernel:
         weights: container of the activations -> the containers below 8 bits that its weights may have.
         output: container of the activations -> the (scale, zero point) that it insists on for its output.
         fuses: activations that it applies itself.
+        saturates: what it makes lies within the output's grid.
         max_rank: most axes that it takes, None for any number.
     """
 
@@ -54,4 +55,5 @@ class Kernel:
     weights: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     output: Mapping[int, tuple[float, int]] = field(default_factory=dict)
     fuses: tuple[str, ...] = ("NONE",)
+    saturates: bool = False
     max_rank: int | None = None

@@ -10,6 +10,7 @@ from typing import Any
 from kquant.graph.ir import Node, Shape
 from kquant.graph.moments import Moments
 from kquant.graph.ops.blocks import Linear
+from kquant.graph.ops.functions import Program
 from kquant.graph.scaling import Channels, Scaling
 
 Tensor = Any
@@ -52,14 +53,18 @@ class Op:
         weight: the weight that carries a grid, if there is one.
         bias: name of the weight that is added to the accumulator, if there is one.
         values: name of the weight whose entries are the values of its output, if there is one.
+        selects: inputs that are no numbers (ids, truth values) choose among the values of the others.
+        ordinal: integers that depend on the order of the values alone, which those of a grid have, too.
         given: its values are given: by the user, or by a weight; no data is needed to know their range.
         linear: the layout of its weight, where it is linear in one input with a weight of constants.
         grid: how the output's grid is tied.
         fuses_clip: a clip behind it may be part of it (attribute `clip`).
         elementwise: the same function of every element.
+        program: f(node) -> its value, element by element, as a program of its inputs (`functions`), without a fused
+            activation; None where it is none.
         averages: on the grid of its input, with values between the steps of it.
         inserts: name of the attribute with the value that it puts, on the grid of its input, beside those of the input.
-        selects: each of its outputs is the largest of several inputs.
+        largest: each of its outputs is the largest of several inputs.
         channels: how it passes channels on; None where it does not keep them apart.
         moments: f(node, the nodes that it reads, the moments of their outputs as far as they are known) -> the moments
             of its output, without a fused activation; None where there is no rule.
@@ -74,14 +79,17 @@ class Op:
     weight: Weight | None = None
     bias: str | None = None
     values: str | None = None
+    selects: bool = False
+    ordinal: bool = False
     given: bool = False
     linear: Linear | None = None
     grid: Tie = Tie.OWN
     fuses_clip: bool = False
     elementwise: bool = False
+    program: Callable[[Node], Program | None] = lambda node: None
     averages: bool = False
     inserts: str | None = None
-    selects: bool = False
+    largest: bool = False
     channels: Channels | None = None
     moments: MomentRule | None = None
     unchanged: Callable[[Node, Shape], bool] = lambda node, source: False

@@ -21,7 +21,7 @@ import tensorflow as tf
 
 from kquant.errors import ModelError
 from kquant.graph.ir import Node, Shape, sample_size
-from kquant.graph.ops import compute
+from kquant.graph.ops import OPS, Tie, compute
 from kquant.graph.training import UserWeight
 
 Lowering = Callable[..., Any]
@@ -152,7 +152,7 @@ class Builder:
         suffix: str = "",
         shape: Shape | None = None,
         batch: int | None = None,
-        dtype: str = "float32",
+        dtype: str | None = None,
         weights: Mapping[str, np.ndarray] | None = None,
         stats: Mapping[str, np.ndarray] | None = None,
         call: Any = None,
@@ -167,7 +167,7 @@ class Builder:
             suffix: names a helper node; the first node without one carries the layer's name.
             shape: output shape; computed where it is not given.
             batch: see `Node.batch`; that of the inputs where it is not given.
-            dtype: output type.
+            dtype: output type; by default that of the input where values only move, else float32.
             weights: weights, cast to float32.
             stats: see `Node.stats`.
             call: see `Node.call`.
@@ -178,6 +178,9 @@ class Builder:
         Raises:
             ModelError: a weight is not finite.
         """
+        if dtype is None:
+            moves = OPS[op].grid is not Tie.OWN and not OPS[op].selects
+            dtype = inputs[0].dtype if moves else "float32"
         scope = self.scope
         name = f"{scope.name}/{suffix}" if suffix else scope.name
         if not suffix and name in self.nodes:
@@ -233,7 +236,8 @@ class Builder:
 def infer_shape(node: Node, inputs: Sequence[Node]) -> Shape:
     """Shape of the node's output, from running its float semantics on placeholders."""
     with tf.Graph().as_default():
-        tensors = [tf.compat.v1.placeholder(tf.float32, i.shape) for i in inputs]
+        kinds = (tf.bool if i.dtype == "bool" else tf.float32 for i in inputs)
+        tensors = [tf.compat.v1.placeholder(kind, i.shape) for kind, i in zip(kinds, inputs, strict=True)]
         weights = {k: tf.compat.v1.placeholder(tf.float32, w.shape) for k, w in node.weights.items()}
         return tuple(compute(node, tensors, weights).shape)
 

@@ -21,6 +21,7 @@ from kquant.graph.tracing.builder import (
     scale_offset,
     transpose,
 )
+from kquant.graph.tracing.functions import function
 from kquant.graph.tracing.linear import from_2d, output_shape, pair, to_2d
 
 
@@ -56,15 +57,21 @@ for _name, _op in {
     "Multiply": "mul",
     "Maximum": "maximum",
     "Minimum": "minimum",
+    "Fmax": "maximum",
+    "Fmin": "minimum",
 }.items():
     lowers_op(_name)(_binary(_op))
 
 
 @lowers_op("Divide", "TrueDivide")
 def divide(b: Builder, op: Any, x1: Any, x2: Any) -> Node:
-    if isinstance(x2, Node):
-        raise NotLowered("it divides by a computed tensor")
-    return scale_offset(b, x1, 1.0 / as_array(x2).astype(np.float64), 0.0)
+    """By a tensor: times its reciprocal."""
+    if not isinstance(x2, Node):
+        return scale_offset(b, x1, 1.0 / as_array(x2).astype(np.float64), 0.0)
+    if not isinstance(x1, Node) and np.size(as_array(x1)) == 1:
+        dividend = float(as_array(x1).reshape(()))
+        return function(b, x2, lambda t: dividend / t)
+    return two_inputs(b, "mul", x1, function(b, x2, lambda t: 1.0 / t, "reciprocal"))
 
 
 @lowers_op("Negative")
@@ -80,16 +87,6 @@ def square(b: Builder, op: Any, x: Node) -> Node:
 @lowers_op("StopGradient")
 def stop_gradient(b: Builder, op: Any, variable: Node) -> Node:
     return variable
-
-
-@lowers_op("Cast")
-def cast(b: Builder, op: Any, x: Node) -> Node:
-    """Between float types only: everything is float32 here."""
-    if "float" not in str(op.dtype):
-        raise NotLowered(f"a cast to {op.dtype}")
-    if x.dtype != "float32":
-        raise NotLowered("a cast of integers")
-    return x
 
 
 def concat(b: Builder, tensors: Sequence[Any], axis: int, suffix: str = "") -> Node:
@@ -230,7 +227,7 @@ def move_axis(b: Builder, op: Any, x: Node) -> Node:
     return transpose(b, x, perm, "")
 
 
-def _reduce(b: Builder, op: Any, x: Node, kind: str, suffix: str = "") -> Node:
+def reduce(b: Builder, op: Any, x: Node, kind: str, suffix: str = "") -> Node:
     axes = op.axis if isinstance(op.axis, (list, tuple)) else [op.axis]
     if None in axes or 0 in [a % len(x.shape) for a in axes]:
         raise NotLowered("it reduces over the batch")
@@ -240,20 +237,20 @@ def _reduce(b: Builder, op: Any, x: Node, kind: str, suffix: str = "") -> Node:
 
 @lowers_op("Mean")
 def mean(b: Builder, op: Any, x: Node) -> Node:
-    return _reduce(b, op, x, "mean")
+    return reduce(b, op, x, "mean")
 
 
 @lowers_op("Max", "Amax")
 def reduce_max(b: Builder, op: Any, x: Node, **_: Any) -> Node:
     if getattr(op, "initial", None) is not None:
         raise NotLowered("a maximum with an initial value")
-    return _reduce(b, op, x, "reduce_max")
+    return reduce(b, op, x, "reduce_max")
 
 
 @lowers_op("Sum")
 def reduce_sum(b: Builder, op: Any, x: Node) -> Node:
     """The mean times the number of elements."""
-    y = _reduce(b, op, x, "mean", suffix="mean")
+    y = reduce(b, op, x, "mean", suffix="mean")
     axes = [a % len(x.shape) for a in (op.axis if isinstance(op.axis, (list, tuple)) else [op.axis])]
     return scale_offset(b, y, float(np.prod([x.shape[a] for a in axes])), 0.0)
 
@@ -289,10 +286,3 @@ def resize(b: Builder, x: Node, size: Sequence[int], method: str) -> Node:
     if method not in ("nearest", "bilinear") or len(x.shape) != 4:
         raise NotLowered(f"resizing with {method!r}")
     return b.emit("resize", x, size=tuple(int(s) for s in size), method=method, half_pixel_centers=True)
-
-
-@lowers_op("Resize")
-def resize_op(b: Builder, op: Any, images: Node) -> Node:
-    if op.crop_to_aspect_ratio or op.pad_to_aspect_ratio or op.antialias:
-        raise NotLowered("resizing that keeps the aspect ratio, or with antialiasing")
-    return resize(b, images, op.size, op.interpolation)

@@ -23,9 +23,13 @@ from kquant.graph.backend import check_backend
 from kquant.graph.ir import Graph, Node
 from kquant.graph.tracing import (  # noqa: F401  they fill the tables
     activations,
+    choices,
     layers,
     linear,
+    maps,
     operations,
+    selection,
+    statistics,
     training,
     volumes,
 )
@@ -41,11 +45,16 @@ from kquant.graph.tracing.keras_graph import (
     signature,
     untouched,
 )
+from kquant.graph.tracing.raw_functions import raw_program
 from kquant.graph.tracing.registry import registered_lowering
 from kquant.graph.tracing.wrappers import channels_first
 
 # They read integers: ids, or pixels that they turn into numbers
-_READS_INTEGERS = {"Embedding", "Rescaling", "Normalization", "Cast"}
+_READS_INTEGERS = {"Embedding", "Rescaling", "Normalization", "Cast", "TakeAlongAxis", "OneHot"}
+# or truth values
+_READS_TRUTHS = {"Cast", "Where", "LogicalAnd", "LogicalOr", "LogicalNot"}
+# or values of any type that was computed, which they move
+_MOVES = {"Reshape", "Squeeze", "ExpandDims", "Transpose", "Swapaxes", "Moveaxis", "GetItem", "Slice", "Flatten"}
 
 
 def trace_model(model: keras.Model, for_training: bool = False) -> Graph:
@@ -146,7 +155,9 @@ class _Tracer:
             self.builder.scope = scope
             return [self._float(operation, args, kwargs, outputs, str(reason))]
         for node, tensor in zip(result, outputs, strict=True):
-            if node.shape[1:] != tuple(tensor.shape[1:]) and None not in tensor.shape[1:]:
+            declared = None if isinstance(operation, keras.layers.Activation) else tuple(tensor.shape[1:])
+            # (Activation declares the shape of its input, whatever its function makes)
+            if declared is not None and None not in declared and node.shape[1:] != declared:
                 raise AssertionError(f"{scope.origin!r} was lowered to shape {node.shape}, not {tensor.shape}")
         self.builder.scope = scope
         return training.acting(self.builder, operation, args, kwargs, result)
@@ -167,8 +178,11 @@ class _Tracer:
                 return self._trace_call(operation, args, kwargs)
             raise NotLowered(f"{type(operation).__name__} has no integer form here")
         tensors = [a for a in keras.tree.flatten((args, kwargs)) if isinstance(a, Node)]
-        if any(t.dtype != "float32" for t in tensors) and type(operation).__name__ not in _READS_INTEGERS:
-            raise NotLowered("it computes with integers")
+        for kind, readers in (("int32", _READS_INTEGERS), ("bool", _READS_TRUTHS)):
+            found = [t for t in tensors if t.dtype == kind]
+            moves = type(operation).__name__ in _MOVES and all(t.op != "input" for t in found)
+            if found and not moves and type(operation).__name__ not in readers:
+                raise NotLowered("it computes with integers or truth values")
         if _channels_first(operation):
             lowering = channels_first(lowering)
         return lowering(self.builder, operation, *args, **kwargs)
@@ -212,7 +226,10 @@ class _Tracer:
                 result = function(*symbolic_args, **symbolic_kwargs)
                 traced = keras.Function(list(inputs.values()), keras.tree.flatten(result))
             except Exception as error:
-                raise NotLowered(f"its computation cannot be traced: {_first_line(error)}") from error
+                steps = raw_program(function, nodes[0]) if len(nodes) == 1 and not kwargs else None
+                if steps is None:
+                    raise NotLowered(f"its computation cannot be traced: {_first_line(error)}") from error
+                return [builder.emit("function", nodes[0], steps=steps)]
         by_name = {n.name: n for n in nodes}
         return self.walk(traced, [by_name[k] for k in inputs], f"{scope.name}/", f"{scope.origin}/", True)
 

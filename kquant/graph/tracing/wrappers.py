@@ -12,12 +12,6 @@ from kquant.graph.tracing.builder import Builder, Lowering, NotLowered, lowers_l
 L = keras.layers
 
 
-@lowers_layer(L.SpectralNormalization)
-def spectral_normalization(b: Builder, layer: Any, x: Any) -> Any:
-    """The inner layer, whose kernel holds what the last step of training normalized."""
-    return b.trace_function(b, layer.layer, [x], owner=layer.layer)[0]
-
-
 @lowers_layer(L.TimeDistributed)
 def time_distributed(b: Builder, layer: Any, inputs: Node, mask: Any = None) -> Node:
     """The inner layer on [batch * frames, ...]."""

@@ -47,7 +47,7 @@ def _only_selected(graph: Graph, name: str, width: int) -> bool:
         return False
     for reader in readers:
         record = op_of(reader)
-        if record.selects:
+        if record.largest:
             if width >= min(reader.attrs.get("pool_size", (width + 1,))):
                 return False
         elif record.grid is not Tie.OF_INPUT or record.averages or not _only_selected(graph, reader.name, width):

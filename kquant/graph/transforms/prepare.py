@@ -8,12 +8,13 @@ from kquant.graph.ir import Graph
 from kquant.graph.tracing.trace import trace_model
 from kquant.graph.transforms.fold_batch_norm import fold_batch_norm
 from kquant.graph.transforms.fuse_activations import fuse_activations
+from kquant.graph.transforms.fuse_functions import fuse_functions
 from kquant.graph.transforms.padding import settle_padding
 from kquant.graph.transforms.simplify import absorb_padding, simplify
 
 
 def prepare_graph(model: keras.Model, for_training: bool = False) -> Graph:
-    """Trace a model, fold its batch normalizations and fuse its activations.
+    """Trace a model, fold its batch normalizations, fuse its activations and its functions of one tensor.
 
     Args:
         model: see `trace_model`; it is not modified.
@@ -26,4 +27,4 @@ def prepare_graph(model: keras.Model, for_training: bool = False) -> Graph:
         ModelError: see `trace_model`.
     """
     graph = fold_batch_norm(simplify(settle_padding(trace_model(model, for_training))))
-    return fuse_activations(absorb_padding(simplify(graph)))
+    return fuse_functions(fuse_activations(absorb_padding(simplify(graph))))

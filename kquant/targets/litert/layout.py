@@ -116,7 +116,7 @@ def _write_embedding(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> Non
     """GATHER of rows; an integer table has the grid of the output."""
     ids = x[0]
     if e.builder.dtype(ids) != "INT32":
-        ids = e.builder.tensor(f"{node.name}/ids", e.builder.shape(x[0]), "INT32")
+        ids = e.new_tensor(e.graph[node.inputs[0]], f"{node.name}/ids", e.builder.shape(x[0]), None, "INT32")
         e.op("CAST", [x[0]], [ids], inDataType=0, outDataType=2)
     if out.q is not None:
         table = e.real_constant(f"{node.name}/table", node.weights["table"], out.q)
@@ -124,6 +124,17 @@ def _write_embedding(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> Non
     else:
         table = weights(e, node, ids, out).kernel
     e.op("GATHER", [table, ids], [out.tensor], axis=0)
+
+
+def _write_gather(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
+    e.op(
+        "GATHER", [x[0], e.indices(node, "indices", list(node.attrs["indices"]))], [out.tensor], axis=node.attrs["axis"]
+    )
+
+
+def _write_take_along(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
+    last = len(node.shape) - 1
+    e.op("GATHER", x, [out.tensor], axis=last, batchDims=last)
 
 
 def _moved(compute: Callable[..., object]) -> Reference:
@@ -227,10 +238,20 @@ KERNELS = (
         op="embedding",
         arithmetic={8: _rows, 16: _rows},
         write=_write_embedding,
-        operators={
-            "GATHER": Builtin(options="GatherOptions", versions=(1, 2, 4), reference=_moved(layout.gather)),
-            "CAST": Builtin(options="CastOptions"),
-        },
         layout=Layout(),
     ),
+    Kernel(
+        op="gather",
+        arithmetic={8: move, 16: move},
+        write=_write_gather,
+        operators={
+            "GATHER": Builtin(
+                options="GatherOptions",
+                versions=(1, 2, 4),
+                least=lambda use: 5 if use.fields.get("batchDims") else 1,
+                reference=_moved(layout.gather),
+            )
+        },
+    ),
+    Kernel(op="take_along", arithmetic={8: move, 16: move}, write=_write_take_along),
 )

@@ -43,9 +43,10 @@ def test_records_are_complete(name: str) -> None:
 def test_the_grid_is_tied_as_the_kernels_of_tflite_tie_it() -> None:
     of_input = {n for n, record in OPS.items() if record.grid is Tie.OF_INPUT}
     shared = {n for n, record in OPS.items() if record.grid is Tie.SHARED}
-    moving = {"reshape", "transpose", "slice", "pad", "max_pool2d", "avg_pool2d", "resize", "reduce_max"}
-    assert of_input == moving | {"train_only"}  # the identity, which no file has
-    assert shared == {"concat", "maximum", "minimum"}
+    pooled, chosen = {"max_pool2d", "avg_pool2d", "reduce_max", "reduce_min"}, {"gather", "take_along", "top_k"}
+    moved = {"reshape", "transpose", "slice", "pad", "resize", "train_only"}  # the last is in no file
+    assert of_input == moved | pooled | chosen
+    assert shared == {"concat", "maximum", "minimum", "select"}
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if op_of(EXAMPLES[n][0]).grid is not Tie.OWN])
@@ -93,7 +94,7 @@ def test_equivariant_functions_commute_with_positive_factors(name: str) -> None:
 
 COMMUTES = (
     "max_pool2d; avg_pool2d; avg_pool2d, all; mean; reduce_max; reshape; reshape, flat; transpose; slice; "
-    "slice, channels; resize; resize, nearest; train_only"
+    "slice, channels; resize; resize, nearest; reduce_min; gather; gather, channels; train_only"
 ).split("; ")
 
 
@@ -186,6 +187,7 @@ def _trivial(node: Node, xs: list[np.ndarray]) -> list[Node]:
     changes = {
         "reshape": {},
         "transpose": {"perm": tuple(range(len(shape)))},
+        "gather": {"axis": 1, "indices": tuple(range(shape[1] if shape else 0))},
         "slice": {"begin": zeros, "end": shape, "strides": (1,) * len(shape)},
         "pad": {"paddings": tuple((0, 0) for _ in shape)},
     }
@@ -196,6 +198,7 @@ MERGED = {
     "reshape": [{}, {}],
     "transpose": [{"perm": (0, 3, 1, 2)}, {"perm": (0, 2, 1, 3)}],
     "clip": [{"lo": -0.5, "hi": 1.0}, {"lo": 0.0, "hi": None}],
+    "function": [{"steps": (("exp", 0), ("add", 0, 1))}, {"steps": (("mul", 0, 0.5), ("mul", 0, 1))}],
     "clip, apart": [{"lo": 1.0, "hi": None}, {"lo": None, "hi": 0.5}],
 }
 
@@ -217,7 +220,7 @@ def test_two_merged_are_one(name: str) -> None:
 
 
 def test_merging_is_known_of_what_merges() -> None:
-    assert {n for n, record in OPS.items() if record.merge} == {"reshape", "transpose", "clip"}
+    assert {n for n, record in OPS.items() if record.merge} == {"reshape", "transpose", "clip", "function"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -234,7 +237,7 @@ NOT_OF_THE_MEAN = {"softmax", "conv2d, same", "depthwise_conv2d, same", "conv2d_
 FUNCTIONS = [
     n
     for n, (node, xs) in EXAMPLES.items()
-    if xs and not (op_of(node).lookup or op_of(node).inserts) and n not in NOT_OF_THE_MEAN
+    if xs and not (op_of(node).lookup or op_of(node).inserts or op_of(node).ordinal) and n not in NOT_OF_THE_MEAN
 ]
 
 
@@ -244,7 +247,7 @@ def test_moments_of_a_constant_are_the_value(name: str) -> None:
     node, xs = EXAMPLES[name]
     record = op_of(node)
     values = [np.linspace(-1, 2, x.shape[-1]) + k for k, x in enumerate(xs)]
-    if name in {"transpose, channels", "mean, channels", "concat, rows"}:
+    if name in {"transpose, channels", "mean, channels", "concat, rows", "select", "top_k", "take_along"}:
         values = [np.full_like(v, 0.3) for v in values]
     sources = [Node(name=n, op="input", shape=(None, *x.shape[1:])) for n, x in zip(node.inputs, xs, strict=True)]
     assert record.moments is not None
