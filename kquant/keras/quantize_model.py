@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +14,15 @@ from kquant.errors import ModelError
 from kquant.graph.backend import check_backend
 from kquant.graph.ir import Graph
 from kquant.graph.quantized import QuantizedGraph
+from kquant.graph.tracing.trace import open_inputs
 from kquant.graph.transforms import prepare_graph
 from kquant.keras.damage import find_damage, warn_of
 from kquant.keras.model import QuantizedModel, insert
 from kquant.quantize.data import CalibrationData
 from kquant.quantize.pipeline import quantize_after_training
 from kquant.quantize.record import Quantization
+
+InputShape = Sequence[int] | Mapping[str, Sequence[int]] | None
 
 
 def quantize_model(
@@ -30,6 +33,7 @@ def quantize_model(
     seed: int = 0,
     progress: bool = True,
     batch_size: int = 32,
+    input_shape: InputShape = None,
 ) -> QuantizedModel:
     """Quantize a trained float model after training (section 3 of the white paper).
 
@@ -51,6 +55,8 @@ def quantize_model(
             give the same result.
         progress: show progress bars.
         batch_size: batch size for calibration data given as arrays.
+        input_shape: shape of a sample where the model leaves sizes open, such as (None, None, 3), or a dict by input
+            name; by default that of the calibration data. A file has fixed sizes.
 
     Returns:
         A functional Keras model with the same inputs and outputs, whose values are on the grids of
@@ -65,8 +71,7 @@ def quantize_model(
     if isinstance(model, QuantizedModel):
         raise ModelError(f"{model.name!r} is already quantized: pass the float model that it was made from.")
     check_backend()
-    graph = prepare_graph(model)
-    data = _checked(graph, calibration_data, batch_size)
+    graph, data = _prepared(model, calibration_data, batch_size, input_shape)
     qgraph, quantization, reference = quantize_after_training(
         graph, QuantConfig.load(config), data, seed=seed, progress=progress
     )
@@ -86,17 +91,44 @@ def quantize_to_graph(
     progress: bool,
     batch_size: int,
     for_training: bool = False,
+    input_shape: InputShape = None,
 ) -> tuple[QuantizedGraph, Quantization]:
     """The quantized graph of a float model, and how it was quantized; see `quantize_model` and `trace_model`."""
     check_backend()
-    graph = prepare_graph(model, for_training)
-    data = _checked(graph, calibration_data, batch_size)
+    graph, data = _prepared(model, calibration_data, batch_size, input_shape, for_training)
     return quantize_after_training(graph, config, data, seed=seed, progress=progress)[:2]
 
 
-def _checked(graph: Graph, source: Any, batch_size: int) -> CalibrationData | None:
+def _prepared(
+    model: keras.Model, source: Any, batch_size: int, input_shape: InputShape, for_training: bool = False
+) -> tuple[Graph, CalibrationData | None]:
+    """The graph of a model and the data for it, from which come the sizes that the model leaves open."""
+    still_open = open_inputs(model)
+    shapes = _by_name(input_shape, [name for name, _, _ in still_open])
+    data = None
+    if still_open and not shapes and source is not None:
+        data = CalibrationData(source, still_open, batch_size=batch_size)
+        shapes = data.sizes()
+    graph = prepare_graph(model, for_training, shapes)
     if source is None:
-        return None
+        return graph, None
     names = zip(graph.inputs, graph.input_names, strict=True)
     specs = [(name, graph[node].shape, graph[node].dtype) for node, name in names]
-    return CalibrationData(source, specs, batch_size=batch_size)
+    return graph, CalibrationData(source, specs, batch_size=batch_size) if data is None else data.of(specs)
+
+
+def _by_name(shape: InputShape, names: Sequence[str]) -> Mapping[str, Sequence[int]]:
+    """Input -> shape; one shape is that of the only input.
+
+    Raises:
+        ModelError: it is one shape, and there are several inputs, or it names another input.
+    """
+    if shape is None:
+        return {}
+    if not isinstance(shape, Mapping):
+        if len(names) != 1:
+            raise ModelError(f"input_shape={tuple(shape)} is that of one input with open sizes; found {list(names)}.")
+        return {names[0]: tuple(shape)}
+    if unknown := sorted(shape.keys() - set(names)):
+        raise ModelError(f"input_shape names {unknown}; the inputs are {list(names)}.")
+    return dict(shape)

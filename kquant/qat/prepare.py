@@ -14,7 +14,7 @@ from kquant.config.specs import Training
 from kquant.errors import ConfigError, ModelError
 from kquant.graph.backend import check_backend
 from kquant.keras.model import QuantizedModel, extract, insert
-from kquant.keras.quantize_model import quantize_to_graph
+from kquant.keras.quantize_model import InputShape, quantize_to_graph
 from kquant.qat.learning import learning_of, zero_ranges
 from kquant.targets.target import get_target
 
@@ -28,6 +28,7 @@ def prepare_qat(
     seed: int = 0,
     progress: bool = True,
     batch_size: int = 32,
+    input_shape: InputShape = None,
 ) -> QuantizedModel:
     """Make a model ready for quantization-aware training (section 4 of the white paper).
 
@@ -47,7 +48,7 @@ def prepare_qat(
         calibration_data: as for `quantize_model`.
         config: as for `quantize_model`, "w8a8" by default; not for a model that is quantized, which has one.
         training: how grids learn, and what becomes of batch normalizations.
-        seed, progress, batch_size: as for `quantize_model`.
+        seed, progress, batch_size, input_shape: as for `quantize_model`.
 
     Raises:
         ModelError: the model cannot be quantized, is prepared already, or has a layer whose weights, or whose output
@@ -59,7 +60,9 @@ def prepare_qat(
     if not isinstance(model, QuantizedModel):
         settings = QuantConfig.load("w8a8" if config is None else config)
         _refuse_undeployable(settings)
-        qgraph, quantization = quantize_to_graph(model, calibration_data, settings, seed, progress, batch_size, True)
+        qgraph, quantization = quantize_to_graph(
+            model, calibration_data, settings, seed, progress, batch_size, True, input_shape
+        )
     elif model.quantization.training is not None:
         raise ModelError(f"{model.name!r} is prepared for training already: compile and fit it as it is.")
     elif config is not None or calibration_data is not None:

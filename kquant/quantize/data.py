@@ -74,6 +74,23 @@ class CalibrationData:
             self._open, self._one_shot, count = _open_iterable(source, limit)
             self.num_batches = count if limit is None else None
 
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """Input -> its shape without the batch, in the first batch, which is read again afterwards."""
+        opened = self._open()
+        first = next(opened, None)
+        if first is None:
+            raise CalibrationError(f"The calibration data is empty. {_REMEDY}")
+        if self._one_shot:
+            rest = itertools.chain([first], opened)
+            self._open = lambda: rest
+        names = [name for name, _, _ in self._specs]
+        return {n: x.shape[1:] for n, x in zip(names, _inputs_of(first, self._specs, "The first batch"), strict=True)}
+
+    def of(self, input_specs: Sequence[InputSpec]) -> CalibrationData:
+        """The same data for inputs of these specifications."""
+        self._specs = tuple(input_specs)
+        return self
+
     def __iter__(self) -> Iterator[list[Array]]:
         if self._exhausted:
             raise CalibrationError(

@@ -12,7 +12,8 @@ Half- and double-precision models are traced as float32 (their weights are cast)
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import keras
@@ -20,7 +21,7 @@ import numpy as np
 
 from kquant.errors import ModelError
 from kquant.graph.backend import check_backend
-from kquant.graph.ir import Graph, Node
+from kquant.graph.ir import Graph, Node, Shape
 from kquant.graph.tracing import (  # noqa: F401  they fill the tables
     activations,
     choices,
@@ -57,13 +58,16 @@ _READS_TRUTHS = {"Cast", "Where", "LogicalAnd", "LogicalOr", "LogicalNot"}
 _MOVES = {"Reshape", "Squeeze", "ExpandDims", "Transpose", "Swapaxes", "Moveaxis", "GetItem", "Slice", "Flatten"}
 
 
-def trace_model(model: keras.Model, for_training: bool = False) -> Graph:
+def trace_model(
+    model: keras.Model, for_training: bool = False, shapes: Mapping[str, Sequence[int]] = MappingProxyType({})
+) -> Graph:
     """The float graph of a Keras model in inference mode.
 
     Args:
         model: Functional, Sequential, or subclassed (built) Keras model; it is not modified.
         for_training: keep what matters in training only: layers such as Dropout as "train_only" nodes, and in every
             node what its weights are in the user's layer (`Node.user`).
+        shapes: input -> its shape without the batch, where the model leaves sizes open.
 
     Returns:
         A graph with `evaluate(graph, inputs) == model(inputs)`. An integer input that is only read as
@@ -72,22 +76,23 @@ def trace_model(model: keras.Model, for_training: bool = False) -> Graph:
 
     Raises:
         BackendError: Keras does not run on TensorFlow.
-        ModelError: the model is not built, cannot be traced, has dynamic dimensions besides the batch,
-            uses channels_first, or has weights that are not finite.
+        ModelError: the model is not built, cannot be traced, has open sizes besides the batch that `shapes` does not
+            tell, or has weights that are not finite.
     """
     check_backend()
     if not isinstance(model, keras.Model):
         raise ModelError(f"expected a keras.Model, got {type(model).__name__}")
-    function, generated = _as_function(model)
+    function, generated = _as_function(model, shapes)
     tracer = _Tracer(for_training)
     tracer.builder.scope.learns = bool(model.trainable)
-    inputs = [tracer.input(t) for t in function.inputs]
+    named = signature(function)
+    inputs = [tracer.input(t, shapes.get(name)) for t, name in zip(function.inputs, named["input_names"], strict=True)]
     outputs = tracer.walk(function, inputs, "", "", generated)
     graph = Graph(
         nodes=tracer.builder.nodes,
         inputs=tuple(i.name for i in inputs),
         outputs=tuple(o.name for o in outputs),
-        **signature(function),
+        **named,
         name=model.name,
     )
     return settle_inputs(graph.rebuild(graph))
@@ -99,19 +104,26 @@ class _Tracer:
     def __init__(self, for_training: bool = False) -> None:
         self.builder = Builder(self.trace_function, for_training)
 
-    def input(self, tensor: Any) -> Node:
-        """The "input" node of a model input."""
-        if None in tensor.shape[1:]:
+    def input(self, tensor: Any, known: Sequence[int] | None) -> Node:
+        """The "input" node of a model input, whose shape without the batch may be known from elsewhere."""
+        shape = without_batch(tensor.shape)
+        if None in shape[1:] and known is not None:
+            shape = (None, *known)
+        fits = len(shape) == len(tensor.shape) and all(
+            d in (None, s) for d, s in zip(tensor.shape[1:], shape[1:], strict=True)
+        )
+        if None in shape[1:] or not fits:
+            found = "" if fits else f", which {tuple(shape[1:])} does not fit"
             raise ModelError(
-                f"Input {tensor.name!r} has shape {tuple(tensor.shape)}: only the batch may be unknown. Rebuild the "
-                "model with a fixed input shape (keras.models.clone_model with input_tensors, then set_weights)."
+                f"Input {tensor.name!r} has shape {tuple(tensor.shape)}{found}: only the batch may be open in a file. "
+                "Pass calibration data of one size, or input_shape= with a size for every axis."
             )
         name = tensor._keras_history.operation.name
         learns = self.builder.scope.learns
         self.builder.scope = Scope(self.builder.unique(name), name, "InputLayer", (), learns)
-        known = RANGES.get(str(tensor.dtype))
-        node = self.builder.emit("input", shape=without_batch(tensor.shape), dtype=_dtype(tensor))
-        return node if known is None else self.builder.replace(node.with_attrs(expects=known))
+        expects = RANGES.get(str(tensor.dtype))
+        node = self.builder.emit("input", shape=shape, dtype=_dtype(tensor))
+        return node if expects is None else self.builder.replace(node.with_attrs(expects=expects))
 
     def walk(self, function: Any, inputs: Sequence[Node], name: str, origin: str, generated: bool) -> list[Node]:
         """Lower every call of a function.
@@ -268,7 +280,22 @@ class _Tracer:
         return self.builder.emit("float", *inputs, shape=shape, batch=batch, dtype=dtype, call=call, reason=reason)
 
 
-def _as_function(model: keras.Model) -> tuple[Any, bool]:
+def open_inputs(model: keras.Model) -> list[tuple[str, Shape, str]]:
+    """(name, shape, dtype) of the inputs of a model some of whose sizes are open besides the batch; else nothing."""
+    function = functional_form(model)
+    tensors = [] if function is None else function.inputs
+    specs = (
+        []
+        if function is None
+        else [
+            (name, tuple(t.shape), _dtype(t))
+            for name, t in zip(signature(function)["input_names"], tensors, strict=True)
+        ]
+    )
+    return specs if any(None in shape[1:] for _, shape, _ in specs) else []
+
+
+def _as_function(model: keras.Model, known: Mapping[str, Sequence[int]]) -> tuple[Any, bool]:
     """A functional form of the model, and whether it had to be made by tracing its `call`."""
     function = functional_form(model)
     if function is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
 import keras
 
 from kquant.graph.ir import Graph
@@ -13,12 +16,14 @@ from kquant.graph.transforms.padding import settle_padding
 from kquant.graph.transforms.simplify import absorb_padding, simplify
 
 
-def prepare_graph(model: keras.Model, for_training: bool = False) -> Graph:
+def prepare_graph(
+    model: keras.Model, for_training: bool = False, shapes: Mapping[str, Sequence[int]] = MappingProxyType({})
+) -> Graph:
     """Trace a model, fold its batch normalizations, fuse its activations and its functions of one tensor.
 
     Args:
         model: see `trace_model`; it is not modified.
-        for_training: likewise.
+        for_training, shapes: likewise.
 
     Returns:
         A float graph with `evaluate(graph, inputs) == model(inputs)` up to float rounding.
@@ -26,5 +31,5 @@ def prepare_graph(model: keras.Model, for_training: bool = False) -> Graph:
     Raises:
         ModelError: see `trace_model`.
     """
-    graph = fold_batch_norm(simplify(settle_padding(trace_model(model, for_training))))
+    graph = fold_batch_norm(simplify(settle_padding(trace_model(model, for_training, shapes))))
     return fuse_functions(fuse_activations(absorb_padding(simplify(graph))))

@@ -103,8 +103,8 @@ def test_dilate_puts_zeros_between_the_taps() -> None:
     np.testing.assert_array_equal(dilate(kernel, (3, 2))[..., 0, 0], expected)
 
 
-def test_conv3d_stays_float() -> None:
-    graph = traced(build(L.Conv3D(2, 2), (4, 4, 4, 2)))
+def test_a_convolution_of_volumes_in_groups_stays_float() -> None:
+    graph = traced(build(L.Conv3D(2, 2, groups=2), (4, 4, 4, 2)))
     assert ops(graph) == ["float"]
     assert "three-dimensional" in graph[graph.outputs[0]].attrs["reason"]
 

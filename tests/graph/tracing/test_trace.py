@@ -282,13 +282,13 @@ def test_weights_that_are_not_finite_are_named() -> None:
         trace_model(model)
 
 
-def test_channels_first_is_refused() -> None:
+def test_channels_first_is_refused_where_it_stays_float() -> None:
     with pytest.raises(ModelError, match="'c'.*channels_last"):
-        trace_model(build(L.Conv2D(2, 3, data_format="channels_first", name="c"), (2, 8, 8)))
+        trace_model(build(L.Conv3DTranspose(2, 3, data_format="channels_first", name="c"), (2, 4, 4, 4)))
 
 
 def test_dynamic_dimensions_are_refused() -> None:
-    with pytest.raises(ModelError, match="'free'.*only the batch"):
+    with pytest.raises(ModelError, match="'free'.*only the batch.*input_shape"):
         x = keras.Input((None, 3), name="free")
         trace_model(keras.Model(x, L.Dense(2)(x)))
 
