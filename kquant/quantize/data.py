@@ -67,6 +67,11 @@ class CalibrationData:
             self._open, self._one_shot, count = _open_iterable(source, limit)
             self.num_batches = count if limit is None else None
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether it can be read more than once, which a generator cannot."""
+        return not self._one_shot
+
     def __iter__(self) -> Iterator[list[Array]]:
         if self._exhausted:
             raise CalibrationError(

@@ -31,6 +31,7 @@ from kquant.quantize.calibrate import make_grids, observe, smallest_outputs, wei
 from kquant.quantize.data import CalibrationData
 from kquant.quantize.input_moments import estimate_inputs
 from kquant.quantize.moments import propagate
+from kquant.quantize.normalization import prepare_normalization
 from kquant.quantize.plan import Plan, make_plan
 from kquant.quantize.record import Quantization, Step
 
@@ -63,6 +64,9 @@ def quantize_after_training(
     if log.takes("absorb_bias"):
         graph, note = _absorb(graph, data, progress)
         log.note("absorb_bias", note)
+    graph, note = prepare_normalization(graph, data, progress)
+    if note:
+        log.note("normalization", note)
     plan = make_plan(graph, config)
     weights = weight_grids(plan)
     integers: dict[str, np.ndarray] = {}

@@ -61,6 +61,7 @@ LINEAR: dict[str, Example] = {
 _POOL = {"pool_size": (2, 3), "strides": (2, 2)}
 _PADS = ((0, 0), (1, 2), (0, 1), (0, 0))
 _SLICE = {"begin": (0, 1, 0, 0), "end": (None, 5, 6, 4), "strides": (1, 2, 1, 1)}
+_NORMALIZE = {"scale": (4,), "gamma": (4,), "beta": (4,)}
 _CHANNELS = {"begin": (0, 0, 0, 1), "end": (None, 5, 6, 4), "strides": (1, 1, 1, 2)}
 EXAMPLES: dict[str, Example] = {
     **LINEAR,
@@ -77,6 +78,9 @@ EXAMPLES: dict[str, Example] = {
     "leaky_relu": example("leaky_relu", IMAGE, alpha=0.1),
     "prelu": example("prelu", IMAGE, weights={"alpha": (1, 6, 4)}),
     **{op: example(op, IMAGE) for op in ("logistic", "tanh", "elu", "hard_swish", "softmax")},
+    "rsqrt": (Node(name="n", op="rsqrt", inputs=("a",), shape=(None, *IMAGE)), [np.square(normal(2, *IMAGE)) + 0.1]),
+    "normalize": example("normalize", IMAGE, weights=_NORMALIZE, center=True, epsilon=0.1, limit=False),
+    "normalize, length": example("normalize", IMAGE, weights=_NORMALIZE, center=False, epsilon=0.1, limit=True),
     "gelu": example("gelu", IMAGE, approximate=True),
     "max_pool2d": example("max_pool2d", IMAGE, padding="same", **_POOL),
     "avg_pool2d": example("avg_pool2d", IMAGE, padding="same", **_POOL),

@@ -102,6 +102,7 @@ GRAPHS: dict[str, Callable[[], Graph]] = {
     "logistic": lambda: chain(IMAGE, op("logistic", IMAGE)),
     "tanh": lambda: chain(IMAGE, op("tanh", IMAGE)),
     "softmax": lambda: chain(IMAGE, op("softmax", IMAGE)),
+    "rsqrt": lambda: chain(IMAGE, op("mul", IMAGE, inputs=("x", "x")), op("rsqrt", IMAGE)),
     "gelu": lambda: chain(IMAGE, op("gelu", IMAGE, approximate=False)),
     "elu": lambda: chain(IMAGE, op("elu", IMAGE)),
     "hard_swish": lambda: chain(IMAGE, op("hard_swish", IMAGE)),

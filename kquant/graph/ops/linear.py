@@ -134,7 +134,7 @@ RECORDS = collect(
         Weight(name="scale", channels=0),
         bias="offset",
     ),
-    Op(name="batch_matmul", compute=lambda n, xs, w: tf.matmul(*xs), moments=_product_moments),
+    Op(name="batch_matmul", compute=lambda n, xs, w: tf.matmul(*xs), fuses_clip=True, moments=_product_moments),
     Op(
         name="embedding",
         compute=lambda n, xs, w: tf.gather(w["table"], tf.cast(xs[0], tf.int32)),

@@ -52,6 +52,7 @@ class Op:
         weight: the weight that carries a grid, if there is one.
         bias: name of the weight that is added to the accumulator, if there is one.
         values: name of the weight whose entries are the values of its output, if there is one.
+        parameters: names of its other weights.
         given: its values are given: by the user, or by a weight; no data is needed to know their range.
         linear: the layout of its weight, where it is linear in one input with a weight of constants.
         grid: how the output's grid is tied.
@@ -72,6 +73,7 @@ class Op:
     weight: Weight | None = None
     bias: str | None = None
     values: str | None = None
+    parameters: tuple[str, ...] = ()
     given: bool = False
     linear: Linear | None = None
     grid: Tie = Tie.OWN

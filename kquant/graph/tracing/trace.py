@@ -22,7 +22,7 @@ from kquant.errors import ModelError
 from kquant.graph.backend import check_backend
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import op_of
-from kquant.graph.tracing import activations, layers, linear, operations  # noqa: F401  they fill the tables
+from kquant.graph.tracing import activations, layers, linear, normalization, operations  # noqa: F401  they fill tables
 from kquant.graph.tracing.builder import Builder, NotLowered, Scope, find_lowering, is_builtin, without_batch
 from kquant.graph.tracing.float_call import FloatCall, Slot
 from kquant.graph.tracing.keras_graph import (

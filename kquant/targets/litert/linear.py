@@ -304,6 +304,7 @@ KERNELS = (
                 options="BatchMatMulOptions", versions=(1, 2, 3), reference=Reference(compute=_batch_matmul)
             )
         },
+        centered=(1,),
         max_rank=5,
     ),
     Kernel(
