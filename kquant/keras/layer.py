@@ -329,16 +329,16 @@ class QuantizedLayer(keras.layers.Layer):
         return self.constant_quantizers[name](value) if name in self.constant_quantizers else value
 
     def _operands(self, values: list[Tensor], grids: list[Tensor]) -> list[Operand]:
-        rest = iter(zip(values, grids, strict=bool(grids)))
+        rest, on_grids = iter(values), iter(grids)
         operands = []
         for name in self.node.inputs:
             if name in self.constants:
                 quantizer = self.constant_quantizers[name]
                 grid, centered = quantizer.grid, quantizer.integers(tf.convert_to_tensor(self.constants[name]))
-            elif not grids:  # ids
-                centered, grid = values[0], tf.constant([1.0, 0.0])
+            elif not (value := tf.convert_to_tensor(next(rest))).dtype.is_floating:  # ids, truth values
+                centered, grid = value, tf.constant([1.0, 0.0])
             else:
-                value, grid = next(rest)
+                grid = next(on_grids)
                 centered = round_ste(value / grid[0])
             operands.append(self._operand(centered, grid))
         return operands

@@ -306,7 +306,7 @@ def _extract_layer(
         activations[name] = quantizer.to_grid() if quantizer is not None else None
     nodes[node.name] = node.with_(weights=values)
     if layer.shares_grid:
-        activations[node.name] = activations[node.inputs[0]]
+        activations[node.name] = next(q for i in node.inputs if (q := activations[i]) is not None)
     else:
         activations[node.name] = layer.output_quantizer.to_grid() if layer.output_quantizer else None
     if weight_grid is not None:

@@ -151,7 +151,7 @@ def _float_reasons(graph: Graph, specs: dict[str, LayerSpec], target: Target) ->
             reasons[node.name] = spec.reason or "its weights are not quantized"
         elif node.op in target.same_scale and data[0].name in reasons:
             reasons[node.name] = f"it only moves the values of {data[0].name!r}, which stays float"
-        elif not op_of(node).lookup and any(d.dtype != "float32" for d in data):
+        elif not (op_of(node).lookup or op_of(node).selects) and any(d.dtype != "float32" for d in data):
             reasons[node.name] = "it reads integer ids"
     for node in graph:
         if node.op == "const" and all(c.name in reasons for c in graph.consumers(node.name)):
@@ -241,7 +241,8 @@ def share_grids(graph: Graph, integer: set[str], target: Target) -> dict[str, st
     for node in graph:
         if node.name in integer and (node.op in target.same_scale or node.op in target.inputs_share_output):
             for source in node.inputs:
-                unite(source, node.name)
+                if source in groups:  # ids and truth values are not
+                    unite(source, node.name)
     return groups
 
 

@@ -46,6 +46,7 @@ class Kernel:
             it interpolates between samples that saturate.
         centered: inputs that it multiplies many times faster with zero point 0.
         fuses: activations that it applies itself.
+        saturates: what it makes lies within the output's grid.
         max_rank: most axes that it takes, None for any number.
     """
 
@@ -59,4 +60,5 @@ class Kernel:
     headroom: Mapping[int, float] = field(default_factory=dict)
     centered: tuple[int, ...] = ()
     fuses: tuple[str, ...] = ("NONE",)
+    saturates: bool = False
     max_rank: int | None = None

@@ -70,8 +70,9 @@ def end_to_end(
     rows = []
     for k, name in enumerate(qgraph.graph.outputs):
         ours, q = np.concatenate([np.asarray(c[k]) for c in columns]), qgraph.activations.get(name)
-        lsb = float(q.scale) if q is not None else 1e-5 * max(1e-12, float(np.max(np.abs(ours))))
-        off, off_kernels = np.abs(ours - found[k]) / lsb, np.abs(other[k] - found[k]) / lsb
+        whole = ours.dtype.kind in "iub"  # places and truth values
+        lsb = 1.0 if whole else float(q.scale) if q is not None else 1e-5 * max(1e-12, float(np.max(np.abs(ours))))
+        off, off_kernels = (np.abs(y.astype(np.float64) - found[k]) / lsb for y in (ours, other[k]))
         rows.append(
             EndToEnd(
                 samples=len(ours),
@@ -110,8 +111,10 @@ def same_decision(ours: np.ndarray, reference: np.ndarray) -> float:
     """Share of samples whose largest entry is among the largest of the reference (ties count as agreement).
 
     Args:
-        ours, reference: outputs, [samples, ..., classes].
+        ours, reference: outputs, [samples, ..., classes]; or integers, which are decisions.
     """
+    if ours.dtype.kind in "iub":
+        return float(np.mean(ours == reference))
     ours, reference = ours.reshape(-1, ours.shape[-1]), reference.reshape(-1, reference.shape[-1])
     chosen = np.take_along_axis(reference, np.argmax(ours, -1)[:, None], -1)[:, 0]
     return float(np.mean(chosen == np.max(reference, -1)))

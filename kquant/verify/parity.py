@@ -278,6 +278,9 @@ def _float_error(qgraph: QuantizedGraph, target: Target, inputs: Sequence[np.nda
     errors = []
     for y, expected in zip(found, evaluate(qgraph.graph, inputs), strict=True):
         expected = np.asarray(expected)
+        if expected.dtype.kind in "iub":
+            errors.append(np.mean(y != expected))
+            continue
         errors.append(np.max(np.abs(y - expected)) / max(1e-12, float(np.max(np.abs(expected)))))
     return float(max(errors))
 

@@ -1,8 +1,9 @@
-"""Operations of two tensors, element by element with numpy broadcasting.
+"""Operations of several tensors, element by element with numpy broadcasting.
 
 | op | attrs | weights |
 | --- | --- | --- |
 | add, sub, mul, maximum, minimum | | |
+| select | | three inputs: the second where the first, of type bool, is true, else the third |
 """
 
 from __future__ import annotations
@@ -72,6 +73,11 @@ def _maximum(a: Moments, b: Moments) -> Moments:
     return Moments(mean, np.sqrt(np.maximum(var, 0)), np.maximum(a.low, b.low), np.maximum(a.high, b.high))
 
 
+def _select(node: Node, sources: Sequence[Node], xs: Sequence[Moments]) -> Moments:
+    """Half of the values of either."""
+    return Moments.mixture([x.map(lambda v: np.resize(v, int(node.shape[-1] or 1))) for x in xs[1:]], [0.5, 0.5])
+
+
 def _addends(node: Node, sources: Sequence[Shape], s: Scaling) -> Sequence[Scaling]:
     """The offset goes to the first."""
     return s.without_stats(), Scaling.factors(s.scale)
@@ -85,7 +91,13 @@ _ADDITIVE = Channels(
 
 
 def _op(name: str, function: Callable[[Tensor, Tensor], Tensor], join: Join, **facts: Any) -> Op:
-    return Op(name=name, compute=lambda n, xs, w: function(*xs), moments=_rule(function, join), **facts)
+    return Op(
+        name=name,
+        compute=lambda n, xs, w: function(*xs),
+        moments=_rule(function, join),
+        program=lambda node: ((name, 0, 1),),
+        **facts,
+    )
 
 
 RECORDS = collect(
@@ -94,4 +106,12 @@ RECORDS = collect(
     _op("mul", tf.multiply, _mul, fuses_clip=True),
     _op("maximum", tf.maximum, _maximum, grid=Tie.SHARED),
     _op("minimum", tf.minimum, lambda a, b: _negative(_maximum(_negative(a), _negative(b))), grid=Tie.SHARED),
+    Op(
+        name="select",
+        compute=lambda n, xs, w: tf.where(*xs),
+        selects=True,
+        grid=Tie.SHARED,
+        moments=_select,
+        program=lambda node: (("select", 0, 1, 2),),
+    ),
 )

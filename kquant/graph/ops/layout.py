@@ -7,6 +7,8 @@
 | slice | begin, end, strides (full rank, the batch entry is 0, None, 1) | |
 | pad | paddings (full rank), mode constant / reflect / symmetric, value | |
 | concat | axis (positive) | |
+| gather | axis (positive, not the batch), indices: of the entries along it | |
+| take_along | two inputs: the second has, for every entry of the output, the index of one in its row of the first | |
 | resize | size (h, w), method nearest / bilinear, half_pixel_centers | |
 """
 
@@ -137,6 +139,33 @@ def _resize(n: Node, xs: Sequence[Tensor], w: Mapping[str, Tensor]) -> Tensor:
     )
 
 
+# gather
+
+
+def _gathers_channels(node: Node) -> bool:
+    return bool(node.attrs["axis"] == len(node.shape) - 1)
+
+
+def _gather_behind(node: Node, source: Shape, s: Scaling) -> Scaling:
+    return s.select(np.asarray(node.attrs["indices"])) if _gathers_channels(node) else s
+
+
+def _gather_in_front(node: Node, sources: Sequence[Shape], s: Scaling) -> Sequence[Scaling] | None:
+    return None if _gathers_channels(node) else (s.without_stats(),)
+
+
+def _gather_moments(node: Node, sources: Sequence[Node], xs: Sequence[Moments]) -> Moments:
+    return xs[0].map(lambda v: v[list(node.attrs["indices"])]) if _gathers_channels(node) else xs[0]
+
+
+def _gather_unchanged(node: Node, source: Shape) -> bool:
+    return list(node.attrs["indices"]) == list(range(int(source[node.attrs["axis"]] or 0)))
+
+
+def _take_along(n: Node, xs: Sequence[Tensor], w: Mapping[str, Tensor]) -> Tensor:
+    return tf.gather(xs[0], tf.cast(xs[1], tf.int32), axis=-1, batch_dims=len(n.shape) - 1)
+
+
 RECORDS = collect(
     Op(
         name="reshape",
@@ -189,6 +218,21 @@ RECORDS = collect(
         grid=Tie.SHARED,
         channels=Channels(in_front=_concat_in_front),
         moments=_concat_moments,
+    ),
+    Op(
+        name="gather",
+        compute=lambda n, xs, w: tf.gather(xs[0], n.attrs["indices"], axis=n.attrs["axis"]),
+        grid=Tie.OF_INPUT,
+        channels=Channels(behind=_gather_behind, in_front=_gather_in_front, offset=lambda node: True),
+        moments=_gather_moments,
+        unchanged=_gather_unchanged,
+    ),
+    Op(
+        name="take_along",
+        compute=_take_along,
+        selects=True,
+        grid=Tie.OF_INPUT,
+        moments=lambda node, sources, xs: regroup(xs[0], 1, node.shape[-1]),
     ),
     Op(name="resize", compute=_resize, grid=Tie.OF_INPUT, averages=True, channels=AVERAGE, moments=same_moments),
 )

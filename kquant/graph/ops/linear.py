@@ -26,6 +26,7 @@ import tensorflow as tf
 from kquant.graph.ir import Node
 from kquant.graph.moments import SIGMAS, Array, Moments
 from kquant.graph.ops.blocks import Linear
+from kquant.graph.ops.functions import Program
 from kquant.graph.ops.record import Op, Tensor, Weight, collect
 
 Tensors = Mapping[str, Tensor]
@@ -95,7 +96,15 @@ def _outputs_on_one_axis(w: Any) -> Any:
     return reshape(w, (*w.shape[:2], -1))
 
 
-def _op(name: str, compute: Any, linear: Linear, weight: Weight, bias: str = "bias") -> Op:
+def _uniform(node: Node) -> Program | None:
+    """An affine that is the same for all channels."""
+    factor, offset = (np.unique(node.weights[k]) for k in ("scale", "offset"))
+    if len(factor) > 1 or len(offset) > 1:
+        return None
+    return ("mul", 0, float(factor[0])), ("add", 1, float(offset[0]))
+
+
+def _op(name: str, compute: Any, linear: Linear, weight: Weight, bias: str = "bias", **facts: Any) -> Op:
     return Op(
         name=name,
         compute=compute,
@@ -104,6 +113,7 @@ def _op(name: str, compute: Any, linear: Linear, weight: Weight, bias: str = "bi
         linear=linear,
         fuses_clip=True,
         moments=partial(_moments, linear, weight.name, bias),
+        **facts,
     )
 
 
@@ -133,6 +143,7 @@ RECORDS = collect(
         Linear(groups=lambda n: len(n.weights["scale"]), channelwise=True),
         Weight(name="scale", channels=0),
         bias="offset",
+        program=_uniform,
     ),
     Op(name="batch_matmul", compute=lambda n, xs, w: tf.matmul(*xs), fuses_clip=True, moments=_product_moments),
     Op(

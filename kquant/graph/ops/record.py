@@ -10,6 +10,7 @@ from typing import Any
 from kquant.graph.ir import Node, Shape
 from kquant.graph.moments import Moments
 from kquant.graph.ops.blocks import Linear
+from kquant.graph.ops.functions import Program
 from kquant.graph.scaling import Channels
 
 Tensor = Any
@@ -53,11 +54,15 @@ class Op:
         bias: name of the weight that is added to the accumulator, if there is one.
         values: name of the weight whose entries are the values of its output, if there is one.
         parameters: names of its other weights.
+        selects: inputs that are no numbers (ids, truth values) choose among the values of the others.
+        ordinal: integers that depend on the order of the values alone, which those of a grid have, too.
         given: its values are given: by the user, or by a weight; no data is needed to know their range.
         linear: the layout of its weight, where it is linear in one input with a weight of constants.
         grid: how the output's grid is tied.
         fuses_clip: a clip behind it may be part of it (attribute `clip`).
         elementwise: the same function of every element.
+        program: f(node) -> its value, element by element, as a program of its inputs (`functions`), without a fused
+            activation; None where it is none.
         averages: on the grid of its input, with values between the steps of it.
         inserts: on the grid of its input, with values of its own beside those of the input.
         channels: how it passes channels on; None where it does not keep them apart.
@@ -74,11 +79,14 @@ class Op:
     bias: str | None = None
     values: str | None = None
     parameters: tuple[str, ...] = ()
+    selects: bool = False
+    ordinal: bool = False
     given: bool = False
     linear: Linear | None = None
     grid: Tie = Tie.OWN
     fuses_clip: bool = False
     elementwise: bool = False
+    program: Callable[[Node], Program | None] = lambda node: None
     averages: bool = False
     inserts: bool = False
     channels: Channels | None = None

@@ -1,9 +1,11 @@
-"""Averages and maxima over places.
+"""Averages, maxima and minima over places, and where they are.
 
 | op | attrs | weights |
 | --- | --- | --- |
 | max_pool2d, avg_pool2d | pool_size, strides, padding ("same" or "valid") | |
-| mean, reduce_max | axes (positive, never the batch), keepdims | |
+| mean, reduce_max, reduce_min | axes (positive, never the batch), keepdims | |
+| argmax, argmin | axis (positive) | |
+| top_k, top_k_indices | k: how many of the last axis | |
 
 An average pooling is on the grid of its input, a mean on a grid of its own. An average needs smaller steps than what it
 averages, most of all where the input has few bits, so that a pooling of whole images becomes a mean.
@@ -65,6 +67,24 @@ def _reduce_max(node: Node, sources: Sequence[Node], xs: Sequence[Moments]) -> M
     return _largest(_merged(node, sources, xs), _count(node, sources))
 
 
+def _reduce_min(node: Node, sources: Sequence[Node], xs: Sequence[Moments]) -> Moments:
+    return _negative(_largest(_negative(_merged(node, sources, xs)), _count(node, sources)))
+
+
+def _negative(x: Moments) -> Moments:
+    return Moments(-x.mean, x.std, -x.high, -x.low)
+
+
+def _places(node: Node, sources: Sequence[Node], xs: Sequence[Moments]) -> Moments:
+    """Every index is as likely."""
+    count = int(sources[0].shape[node.attrs.get("axis", -1)] or 1)
+    return Moments.sample(np.repeat(np.arange(count)[:, None], int(node.shape[-1] or 1), 1))
+
+
+def _top(node: Node, sources: Sequence[Node], xs: Sequence[Moments]) -> Moments:
+    return regroup(xs[0], 1, node.shape[-1])
+
+
 def _mean(node: Node, sources: Sequence[Node], xs: Sequence[Moments]) -> Moments:
     """The mean of n places of correlation rho has variance (1 / n + (1 - 1 / n) rho) Var[x]."""
     count, x = _count(node, sources), _merged(node, sources, xs)
@@ -120,5 +140,36 @@ RECORDS = collect(
         grid=Tie.OF_INPUT,
         channels=MAXIMUM,
         moments=_reduce_max,
+    ),
+    Op(
+        name="reduce_min",
+        compute=lambda n, xs, w: tf.reduce_min(xs[0], n.attrs["axes"], n.attrs["keepdims"]),
+        grid=Tie.OF_INPUT,
+        channels=MAXIMUM,
+        moments=_reduce_min,
+    ),
+    Op(
+        name="argmax",
+        compute=lambda n, xs, w: tf.argmax(xs[0], n.attrs["axis"], tf.int32),
+        ordinal=True,
+        moments=_places,
+    ),
+    Op(
+        name="argmin",
+        compute=lambda n, xs, w: tf.argmin(xs[0], n.attrs["axis"], tf.int32),
+        ordinal=True,
+        moments=_places,
+    ),
+    Op(
+        name="top_k",
+        compute=lambda n, xs, w: tf.math.top_k(xs[0], n.attrs["k"]).values,
+        grid=Tie.OF_INPUT,
+        moments=_top,
+    ),
+    Op(
+        name="top_k_indices",
+        compute=lambda n, xs, w: tf.math.top_k(xs[0], n.attrs["k"]).indices,
+        ordinal=True,
+        moments=_places,
     ),
 )

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from kquant.graph.ir import Node
+from kquant.graph.ops.functions import Term
 from kquant.graph.tracing.builder import (
     Builder,
     NotLowered,
@@ -19,6 +20,7 @@ from kquant.graph.tracing.builder import (
     scale_offset,
     transpose,
 )
+from kquant.graph.tracing.functions import function, softplus
 
 L = keras.layers
 
@@ -31,11 +33,16 @@ def clip(b: Builder, x: Node, lo: float | None = None, hi: float | None = None) 
 def relu(b: Builder, x: Node, slope: float = 0.0, hi: float | None = None, threshold: float = 0.0) -> Node:
     """keras.activations.relu: slope * (x - threshold) below the threshold, x above, at most hi."""
     if threshold:
-        raise NotLowered("a ReLU with a threshold")
+        return function(b, x, lambda t: _above_threshold(t, slope, hi, threshold))
     if slope:
         x = leaky_relu(b, x, slope)
         return x if hi is None else clip(b, x, None, hi)
     return clip(b, x, 0.0, hi)
+
+
+def _above_threshold(x: Term, slope: float, hi: float | None, threshold: float) -> Term:
+    y = x.call("select", x.greater_equal(threshold), x, slope * (x - threshold))
+    return y if hi is None else y.minimum(hi)
 
 
 def leaky_relu(b: Builder, x: Node, slope: float) -> Node:
@@ -44,7 +51,7 @@ def leaky_relu(b: Builder, x: Node, slope: float) -> Node:
 
 def elu(b: Builder, x: Node, alpha: float) -> Node:
     if alpha != 1.0:
-        raise NotLowered(f"an ELU with alpha {alpha}")
+        return function(b, x, lambda t: t.maximum(0.0) + alpha * t.minimum(0.0).elu())
     return b.emit("elu", x)
 
 
@@ -84,6 +91,7 @@ FUNCTIONS: dict[str, Callable[[Builder, Node], Node]] = {
     "gelu": lambda b, x: b.emit("gelu", x, approximate=False),
     "elu": lambda b, x: elu(b, x, 1.0),
     "softmax": softmax,
+    "mish": lambda b, x: function(b, x, lambda t: t * softplus(t).tanh()),
 }
 
 
@@ -152,8 +160,8 @@ def _register_operations() -> None:
     for name in ("Relu6", "Sigmoid", "Tanh", "HardTanh", "HardSigmoid", "HardSilu", "Silu"):
         key = {"HardTanh": "hard_tanh", "HardSigmoid": "hard_sigmoid", "HardSilu": "hard_silu"}.get(name, name.lower())
         table[name] = _without_settings(FUNCTIONS[key])
-    for name, function in table.items():
-        lowers_op(name)(function)
+    for name, lower in table.items():
+        lowers_op(name)(lower)
 
 
 def _bounds(lo: Any, hi: Any) -> list[float | None]:

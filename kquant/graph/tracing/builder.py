@@ -21,7 +21,7 @@ import tensorflow as tf
 
 from kquant.errors import ModelError
 from kquant.graph.ir import Node, Shape
-from kquant.graph.ops import compute
+from kquant.graph.ops import OPS, Tie, compute
 
 Lowering = Callable[..., Any]
 LAYERS: dict[type, Lowering] = {}
@@ -144,7 +144,7 @@ class Builder:
         *inputs: Node,
         suffix: str = "",
         shape: Shape | None = None,
-        dtype: str = "float32",
+        dtype: str | None = None,
         weights: Mapping[str, np.ndarray] | None = None,
         stats: Mapping[str, np.ndarray] | None = None,
         call: Any = None,
@@ -157,7 +157,7 @@ class Builder:
             inputs: the nodes that it reads.
             suffix: names a helper node; the first node without one carries the layer's name.
             shape: output shape; computed where it is not given.
-            dtype: output type.
+            dtype: output type; by default that of the input where values only move, else float32.
             weights: weights, cast to float32.
             stats: see `Node.stats`.
             call: see `Node.call`.
@@ -166,6 +166,9 @@ class Builder:
         Raises:
             ModelError: a weight is not finite.
         """
+        if dtype is None:
+            moves = OPS[op].grid is not Tie.OWN and not OPS[op].selects
+            dtype = inputs[0].dtype if moves else "float32"
         scope = self.scope
         name = f"{scope.name}/{suffix}" if suffix else scope.name
         if not suffix and name in self.nodes:
@@ -202,7 +205,8 @@ class Builder:
 def infer_shape(node: Node, inputs: Sequence[Node]) -> Shape:
     """Shape of the node's output, from running its float semantics on placeholders."""
     with tf.Graph().as_default():
-        tensors = [tf.compat.v1.placeholder(tf.float32, i.shape) for i in inputs]
+        kinds = (tf.bool if i.dtype == "bool" else tf.float32 for i in inputs)
+        tensors = [tf.compat.v1.placeholder(kind, i.shape) for kind, i in zip(kinds, inputs, strict=True)]
         weights = {k: tf.compat.v1.placeholder(tf.float32, w.shape) for k, w in node.weights.items()}
         return tuple(compute(node, tensors, weights).shape)
 

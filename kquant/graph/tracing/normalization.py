@@ -153,17 +153,6 @@ def _unit(b: Builder, x: Node, axis: Any, epsilon: float) -> Node:
     return normalize(b, x, _axes(axis), center=False, epsilon=epsilon**2, squares=True)
 
 
-@lowers_op("Rsqrt")
-def rsqrt(b: Builder, op: Any, x: Node) -> Node:
-    """The kernels fail on negative numbers."""
-    return b.emit("rsqrt", b.emit("clip", x, lo=0.0, hi=None, suffix="positive"))
-
-
-@lowers_op("Var")
-def variance(b: Builder, op: Any, x: Node) -> Node:
-    return _moments(b, x, _axes(op.axis), bool(op.keepdims))[1]
-
-
 @lowers_op("Moments")
 def moments_op(b: Builder, op: Any, x: Node) -> list[Node]:
     return list(_moments(b, x, _axes(op.axes), bool(op.keepdims)))

@@ -20,6 +20,7 @@ from kquant.graph.tracing.builder import (
     scale_offset,
     transpose,
 )
+from kquant.graph.tracing.functions import function
 from kquant.graph.tracing.linear import from_2d, output_shape, pair, to_2d
 
 
@@ -61,9 +62,13 @@ for _name, _op in {
 
 @lowers_op("Divide", "TrueDivide")
 def divide(b: Builder, op: Any, x1: Any, x2: Any) -> Node:
-    if isinstance(x2, Node):
-        raise NotLowered("it divides by a computed tensor")
-    return scale_offset(b, x1, 1.0 / as_array(x2).astype(np.float64), 0.0)
+    """By a tensor: times its reciprocal."""
+    if not isinstance(x2, Node):
+        return scale_offset(b, x1, 1.0 / as_array(x2).astype(np.float64), 0.0)
+    if not isinstance(x1, Node) and np.size(as_array(x1)) == 1:
+        dividend = float(as_array(x1).reshape(()))
+        return function(b, x2, lambda t: dividend / t)
+    return two_inputs(b, "mul", x1, function(b, x2, lambda t: 1.0 / t, "reciprocal"))
 
 
 @lowers_op("Negative")
@@ -79,14 +84,6 @@ def square(b: Builder, op: Any, x: Node) -> Node:
 @lowers_op("StopGradient")
 def stop_gradient(b: Builder, op: Any, variable: Node) -> Node:
     return variable
-
-
-@lowers_op("Cast")
-def cast(b: Builder, op: Any, x: Node) -> Node:
-    """Between float types only: everything is float32 here."""
-    if "float" not in str(op.dtype):
-        raise NotLowered(f"a cast to {op.dtype}")
-    return x
 
 
 def concat(b: Builder, tensors: Sequence[Any], axis: int, suffix: str = "") -> Node:
@@ -227,7 +224,7 @@ def move_axis(b: Builder, op: Any, x: Node) -> Node:
     return transpose(b, x, perm, "")
 
 
-def _reduce(b: Builder, op: Any, x: Node, kind: str, suffix: str = "") -> Node:
+def reduce(b: Builder, op: Any, x: Node, kind: str, suffix: str = "") -> Node:
     axes = op.axis if isinstance(op.axis, (list, tuple)) else [op.axis]
     if None in axes or 0 in [a % len(x.shape) for a in axes]:
         raise NotLowered("it reduces over the batch")
@@ -237,20 +234,20 @@ def _reduce(b: Builder, op: Any, x: Node, kind: str, suffix: str = "") -> Node:
 
 @lowers_op("Mean")
 def mean(b: Builder, op: Any, x: Node) -> Node:
-    return _reduce(b, op, x, "mean")
+    return reduce(b, op, x, "mean")
 
 
 @lowers_op("Max", "Amax")
 def reduce_max(b: Builder, op: Any, x: Node, **_: Any) -> Node:
     if getattr(op, "initial", None) is not None:
         raise NotLowered("a maximum with an initial value")
-    return _reduce(b, op, x, "reduce_max")
+    return reduce(b, op, x, "reduce_max")
 
 
 @lowers_op("Sum")
 def reduce_sum(b: Builder, op: Any, x: Node) -> Node:
     """The mean times the number of elements."""
-    y = _reduce(b, op, x, "mean", suffix="mean")
+    y = reduce(b, op, x, "mean", suffix="mean")
     axes = [a % len(x.shape) for a in (op.axis if isinstance(op.axis, (list, tuple)) else [op.axis])]
     return scale_offset(b, y, float(np.prod([x.shape[a] for a in axes])), 0.0)
 

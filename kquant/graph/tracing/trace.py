@@ -22,7 +22,16 @@ from kquant.errors import ModelError
 from kquant.graph.backend import check_backend
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import op_of
-from kquant.graph.tracing import activations, layers, linear, normalization, operations  # noqa: F401  they fill tables
+from kquant.graph.tracing import (  # noqa: F401  they fill the tables
+    activations,
+    choices,
+    layers,
+    linear,
+    normalization,
+    operations,
+    selection,
+    statistics,
+)
 from kquant.graph.tracing.builder import Builder, NotLowered, Scope, find_lowering, is_builtin, without_batch
 from kquant.graph.tracing.float_call import FloatCall, Slot
 from kquant.graph.tracing.keras_graph import (
@@ -37,7 +46,11 @@ from kquant.graph.tracing.keras_graph import (
 from kquant.graph.tracing.registry import registered_lowering
 
 # They read integers: ids, or pixels that they turn into numbers
-_READS_INTEGERS = {"Embedding", "Rescaling", "Normalization", "Cast"}
+_READS_INTEGERS = {"Embedding", "Rescaling", "Normalization", "Cast", "TakeAlongAxis", "OneHot"}
+# or truth values
+_READS_TRUTHS = {"Cast", "Where", "LogicalAnd", "LogicalOr", "LogicalNot"}
+# or values of any type that was computed, which they move
+_MOVES = {"Reshape", "Squeeze", "ExpandDims", "Transpose", "Swapaxes", "Moveaxis", "GetItem", "Slice", "Flatten"}
 
 
 def trace_model(model: keras.Model) -> Graph:
@@ -131,7 +144,9 @@ class _Tracer:
             self.builder.scope = scope
             return [self._float(operation, args, kwargs, outputs, str(reason))]
         for node, tensor in zip(result, outputs, strict=True):
-            if node.shape[1:] != tuple(tensor.shape[1:]) and None not in tensor.shape[1:]:
+            declared = None if isinstance(operation, keras.layers.Activation) else tuple(tensor.shape[1:])
+            # (Activation declares the shape of its input, whatever its function makes)
+            if declared is not None and None not in declared and node.shape[1:] != declared:
                 raise AssertionError(f"{scope.origin!r} was lowered to shape {node.shape}, not {tensor.shape}")
         return result
 
@@ -151,8 +166,11 @@ class _Tracer:
                 return self._trace_call(operation, args, kwargs)
             raise NotLowered(f"{type(operation).__name__} has no integer form here")
         tensors = [a for a in keras.tree.flatten((args, kwargs)) if isinstance(a, Node)]
-        if any(t.dtype != "float32" for t in tensors) and type(operation).__name__ not in _READS_INTEGERS:
-            raise NotLowered("it computes with integers")
+        for kind, readers in (("int32", _READS_INTEGERS), ("bool", _READS_TRUTHS)):
+            found = [t for t in tensors if t.dtype == kind]
+            moves = type(operation).__name__ in _MOVES and all(t.op != "input" for t in found)
+            if found and not moves and type(operation).__name__ not in readers:
+                raise NotLowered("it computes with integers or truth values")
         return lowering(self.builder, operation, *args, **kwargs)
 
     def _trace_call(self, layer: Any, args: Any, kwargs: Any) -> list[Node]:

@@ -8,12 +8,13 @@ from kquant.graph.ir import Graph
 from kquant.graph.tracing.trace import trace_model
 from kquant.graph.transforms.fold_batch_norm import fold_batch_norm
 from kquant.graph.transforms.fuse_activations import fuse_activations
+from kquant.graph.transforms.fuse_functions import fuse_functions
 from kquant.graph.transforms.recognize_normalization import recognize_normalization
 from kquant.graph.transforms.simplify import absorb_padding, simplify
 
 
 def prepare_graph(model: keras.Model) -> Graph:
-    """Trace a model, recognize its normalizations, fold those of batches and fuse its activations.
+    """Trace a model, recognize its normalizations, fold those of batches, fuse activations and functions of one tensor.
 
     Args:
         model: see `trace_model`; it is not modified.
@@ -25,4 +26,4 @@ def prepare_graph(model: keras.Model) -> Graph:
         ModelError: see `trace_model`.
     """
     graph = fold_batch_norm(simplify(recognize_normalization(simplify(trace_model(model)))))
-    return fuse_activations(absorb_padding(simplify(graph)))
+    return fuse_functions(fuse_activations(absorb_padding(simplify(graph))))

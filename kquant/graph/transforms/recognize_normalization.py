@@ -11,9 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import tensorflow as tf
 
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import clip_of
+from kquant.graph.ops.functions import run
+
+_POINTS = np.logspace(-6, 6, 13).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class _Squares:
 def recognize_normalization(graph: Graph) -> Graph:
     """The same function with a "normalize" for each normalization that is written out."""
     graph = _factors_last(graph)
-    for root in [n for n in graph if n.op == "rsqrt"]:
+    for root in [n for n in graph if _is_root(n)]:
         squares = _squares(graph, graph[graph[root.name].inputs[0]])
         if squares is None or squares.factor <= 0 or squares.offset < 0:
             continue
@@ -43,7 +47,7 @@ def recognize_normalization(graph: Graph) -> Graph:
 
 def _factors_last(graph: Graph) -> Graph:
     """d * (root * gamma) as (d * root) * gamma, for a constant gamma."""
-    for root in [n for n in graph if n.op == "rsqrt"]:
+    for root in [n for n in graph if _is_root(n)]:
         for scaled in [n for n in graph.consumers(root.name) if n.op == "mul" and "clip" not in n.attrs]:
             gamma, product = _other(scaled, root.name), graph.sole_consumer(scaled.name)
             if not gamma or graph[gamma].op != "const" or product is None or product.op != "mul":
@@ -56,6 +60,15 @@ def _factors_last(graph: Graph) -> Graph:
                 at = next(k for k, n in enumerate(graph) if n.name == product.name) - 1
                 graph = graph.rebuild([*rest[:at], inner, outer, *rest[at:]])
     return graph
+
+
+def _is_root(node: Node) -> bool:
+    """Whether it is 1 / sqrt(x), however it is written."""
+    if node.op == "rsqrt":
+        return True
+    if node.op != "function" or len(node.inputs) != 1 or node.dtype != "float32":
+        return False
+    return bool(np.allclose(run(node.attrs["steps"], [tf.constant(_POINTS)]), _POINTS**-0.5, rtol=1e-5))
 
 
 def _squares(graph: Graph, node: Node) -> _Squares | None:

@@ -111,6 +111,10 @@ def _write_extremum(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None
     e.op(node.op.upper(), x, [out.tensor])
 
 
+def _write_select(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
+    e.op("SELECT_V2", x, [out.tensor])
+
+
 def _write_requantize(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
     e.op("QUANTIZE", x, [out.tensor])
 
@@ -174,6 +178,12 @@ KERNELS = (
                 versions=(1, 2, 4), reference=Reference(compute=elementwise.extremum(np.minimum), any_type=True)
             )
         },
+    ),
+    Kernel(
+        op="select",
+        arithmetic={8: move, 16: move},
+        write=_write_select,
+        operators={"SELECT_V2": Builtin(reference=Reference(compute=elementwise.select, any_type=True))},
     ),
     Kernel(
         op="requantize",

@@ -126,6 +126,17 @@ def _write_embedding(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> Non
     e.op("GATHER", [table, ids], [out.tensor], axis=0)
 
 
+def _write_gather(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
+    e.op(
+        "GATHER", [x[0], e.indices(node, "indices", list(node.attrs["indices"]))], [out.tensor], axis=node.attrs["axis"]
+    )
+
+
+def _write_take_along(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
+    last = len(node.shape) - 1
+    e.op("GATHER", x, [out.tensor], axis=last, batchDims=last)
+
+
 def _moved(compute: Callable[..., object]) -> Reference:
     return Reference(compute=compute, any_type=True)
 
@@ -227,10 +238,20 @@ KERNELS = (
         op="embedding",
         arithmetic={8: _rows, 16: _rows},
         write=_write_embedding,
-        operators={
-            "GATHER": Builtin(options="GatherOptions", versions=(1, 2, 4), reference=_moved(layout.gather)),
-            "CAST": Builtin(options="CastOptions"),
-        },
         layout=Layout(),
     ),
+    Kernel(
+        op="gather",
+        arithmetic={8: move, 16: move},
+        write=_write_gather,
+        operators={
+            "GATHER": Builtin(
+                options="GatherOptions",
+                versions=(1, 2, 4),
+                least=lambda use: 5 if use.fields.get("batchDims") else 1,
+                reference=_moved(layout.gather),
+            )
+        },
+    ),
+    Kernel(op="take_along", arithmetic={8: move, 16: move}, write=_write_take_along),
 )

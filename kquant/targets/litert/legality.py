@@ -77,7 +77,7 @@ def _check_inputs(e: Emitter, node: Node, q: Grid) -> None:
     for name in node.inputs:
         source = e.grid(name)
         if source is None:
-            if node.op == "requantize" or op_of(node).lookup:
+            if node.op == "requantize" or e.graph[name].dtype != "float32":
                 continue
             raise ExportError(
                 f"{node.name!r} runs in integers but reads {name!r}, which is float; put a requantize between them."

@@ -72,6 +72,23 @@ def _write_reduction(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> Non
     e.op(node.op.upper(), [x[0], axes], [out.tensor], keepDims=bool(node.attrs["keepdims"]))
 
 
+def _write_place(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
+    builtin = {"argmax": "ARG_MAX", "argmin": "ARG_MIN"}[node.op]
+    e.op(builtin, [x[0], e.indices(node, "axis", node.attrs["axis"])], [out.tensor], outputType=_INT32)
+
+
+def _write_top_k(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
+    """TOPK_V2, of whose two outputs one is not read."""
+    values = node.op == "top_k"
+    b, name = e.builder, f"{node.name}/unread"
+    grid = None if b.dtype(x[0]) == "FLOAT32" else e.grid(node.inputs[0])
+    unread = b.tensor(name, e.shape(node), "INT32") if values else e.new_tensor(name, e.shape(node), grid)
+    outputs = [out.tensor, unread] if values else [unread, out.tensor]
+    e.op("TOPK_V2", [x[0], e.indices(node, "k", node.attrs["k"])], outputs)
+
+
+_INT32 = 2  # as the schema numbers types
+
 # operation -> what the reference kernels compute on int8 tensors, where that is something else
 REFERENCE: Mapping[str, Arithmetic] = {"mean": fixed_point_mean}
 
@@ -119,9 +136,51 @@ KERNELS = (
                 versions=(1, 2, 3),
                 reference=Reference(compute=elementwise.reduce_extremum(np.maximum)),
             ),
-            "REDUCE_MIN": Builtin(
-                options="ReducerOptions", reference=Reference(compute=elementwise.reduce_extremum(np.minimum))
-            ),
         },
     ),
+    Kernel(
+        op="reduce_min",
+        arithmetic={8: move, 16: move},
+        write=_write_reduction,
+        operators={
+            "REDUCE_MIN": Builtin(
+                options="ReducerOptions",
+                versions=(1, 2, 3),
+                reference=Reference(compute=elementwise.reduce_extremum(np.minimum)),
+            )
+        },
+    ),
+    Kernel(
+        op="argmax",
+        arithmetic={8: move},  # int16 is dequantized
+        write=_write_place,
+        operators={
+            "ARG_MAX": Builtin(
+                options="ArgMaxOptions",
+                versions=(1, 2, 3),
+                reference=Reference(compute=elementwise.place(np.argmax), any_type=True),
+            )
+        },
+    ),
+    Kernel(
+        op="argmin",
+        arithmetic={8: move},  # int16 is dequantized
+        write=_write_place,
+        operators={
+            "ARG_MIN": Builtin(
+                options="ArgMinOptions",
+                versions=(1, 2, 3),
+                reference=Reference(compute=elementwise.place(np.argmin), any_type=True),
+            )
+        },
+    ),
+    Kernel(
+        op="top_k",
+        arithmetic={8: move, 16: move},
+        write=_write_top_k,
+        operators={
+            "TOPK_V2": Builtin(versions=(1, 2, 3), reference=Reference(compute=elementwise.top_k, any_type=True))
+        },
+    ),
+    Kernel(op="top_k_indices", arithmetic={8: move, 16: move}, write=_write_top_k),
 )

@@ -227,7 +227,7 @@ class _Writer:
 
     def _write_operation(self, node: Node) -> None:
         e, q = self.emitter, self.emitter.grid(node.name)
-        inputs = [e.read(name, integer=q is not None) for name in node.inputs]
+        inputs = [e.read(name, q is not None or self._orders_integers(node, name)) for name in node.inputs]
         clamp = self._clamp(node, q)
         out = e.new_tensor(node.name, e.shape(node), q, node.dtype.upper())
         e.tensors[node.name] = out
@@ -239,6 +239,11 @@ class _Writer:
         e.target.kernels[node.op].write(e, node, inputs, Sink(result, q, clamp.fused))
         if bounded:
             e.clamp(node, clamp, result, Sink(out, q))
+
+    def _orders_integers(self, node: Node, source: str) -> bool:
+        """Whether an operation that makes places of extremes reads its input as the integers that it is."""
+        e, q = self.emitter, self.emitter.grid(source)
+        return op_of(node).ordinal and q is not None and q.container in e.target.kernels[node.op].arithmetic
 
     def _clamp(self, node: Node, q: Grid | None) -> Clamp:
         """What bounds the output of a node."""
@@ -252,7 +257,7 @@ class _Writer:
             # Integers only move: what comes out lies where the inputs lie.
             bounds = [integer_bounds(g) for g in (e.grid(i) for i in node.inputs) if g is not None]
             given = min(b[0] for b in bounds), max(b[1] for b in bounds)
-        elif op_of(node).lookup:
+        elif op_of(node).lookup or e.target.kernels[node.op].saturates:
             given = integer_bounds(q)
         return integer_clamp(q, clip, fuses, given)
 

@@ -44,7 +44,7 @@ def test_the_grid_is_tied_as_the_kernels_of_tflite_tie_it() -> None:
     of_input = {n for n, record in OPS.items() if record.grid is Tie.OF_INPUT}
     shared = {n for n, record in OPS.items() if record.grid is Tie.SHARED}
     assert of_input == {"reshape", "transpose", "slice", "pad", "max_pool2d", "avg_pool2d", "resize", "reduce_max"}
-    assert shared == {"concat", "maximum", "minimum"}
+    assert shared == {"concat", "maximum", "minimum", "select"}
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if op_of(EXAMPLES[n][0]).grid is not Tie.OWN])
@@ -216,7 +216,7 @@ def test_two_merged_are_one(name: str) -> None:
 
 
 def test_merging_is_known_of_what_merges() -> None:
-    assert {n for n, record in OPS.items() if record.merge} == {"reshape", "transpose", "clip"}
+    assert {n for n, record in OPS.items() if record.merge} == {"reshape", "transpose", "clip", "function"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -251,7 +251,7 @@ def test_moments_of_a_constant_are_the_value(name: str) -> None:
     node, xs = EXAMPLES[name]
     record = op_of(node)
     values = [np.linspace(-1, 2, x.shape[-1]) + k for k, x in enumerate(xs)]
-    if name in {"transpose, channels", "mean, channels", "concat, rows"}:
+    if name in {"transpose, channels", "mean, channels", "concat, rows", "select"}:
         values = [np.full_like(v, 0.3) for v in values]
     if name == "rsqrt":
         values = [np.square(v) + 0.1 for v in values]

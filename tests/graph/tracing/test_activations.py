@@ -26,10 +26,11 @@ PRIMITIVES = {
     "gelu": ["gelu"],
     "elu": ["elu"],
     "softmax": ["softmax"],
-    "selu": ["float"],
-    "softplus": ["float"],
-    "exponential": ["float"],
-    "mish": ["float"],
+    **{
+        name: ["function"]
+        for name in ("selu", "softplus", "exponential", "mish", "softsign", "celu", "squareplus", "log_sigmoid")
+    },
+    **{name: ["function"] for name in ("tanh_shrink", "soft_shrink", "hard_shrink", "sparse_plus", "sparse_sigmoid")},
 }
 
 
@@ -48,10 +49,11 @@ def test_activation_as_argument_layer_and_operation(name: str) -> None:
         (L.ReLU(max_value=6.0), ["clip"]),
         (L.ReLU(negative_slope=0.1), ["leaky_relu"]),
         (L.ReLU(max_value=2.0, negative_slope=0.1), ["leaky_relu", "clip"]),
-        (L.ReLU(threshold=0.5), ["float"]),
+        (L.ReLU(threshold=0.5), ["function"]),
+        (L.ReLU(2.0, negative_slope=0.2, threshold=0.5), ["function"]),
         (L.LeakyReLU(0.3), ["leaky_relu"]),
         (L.ELU(), ["elu"]),
-        (L.ELU(0.5), ["float"]),
+        (L.ELU(0.5), ["function"]),
         (L.Softmax(), ["softmax"]),
         (L.Softmax(axis=1), ["transpose", "softmax", "transpose"]),
         (L.PReLU(), ["prelu"]),
@@ -72,7 +74,7 @@ def test_operations_with_settings() -> None:
         (lambda x: k.softmax(x, axis=1), ["transpose", "softmax", "transpose"]),
         (lambda x: A.relu(x, max_value=3.0), ["clip"]),
         (k.hard_silu, ["hard_swish"]),
-        (lambda x: k.elu(x, 0.5), ["float"]),
+        (lambda x: k.elu(x, 0.5), ["function"]),
     ]:
         assert ops(traced(build(function, (5, 6)))) == expected
 

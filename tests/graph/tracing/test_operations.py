@@ -14,6 +14,8 @@ from tests.support.tracing import build, ops, traced
 k = keras.ops
 IMAGE = (6, 8, 3)
 VECTOR = np.array([0.5, -1.0, 2.0], np.float32)
+POSITIVE = ("log", "log1p", "log2", "log10", "sqrt", "rsqrt")
+BOUNDED = ("arcsin", "arccos", "arctanh")
 ROWS = np.random.default_rng(0).normal(size=(6, 1, 3)).astype("float32")
 
 
@@ -36,9 +38,27 @@ ROWS = np.random.default_rng(0).normal(size=(6, 1, 3)).astype("float32")
         (lambda x: k.minimum(1.0, x), ["clip"]),
         (lambda x: x + x, ["add"]),
         (lambda x: k.square(x), ["mul"]),
-        (lambda x: x / (x * x + 1.0), ["mul", "affine", "float"]),
-        (lambda x: 1.0 / x, ["float"]),
-        (lambda x: k.exp(x), ["float"]),
+        (lambda x: x / (x * x + 1.0), ["mul", "affine", "function", "mul"]),
+        (lambda x: 1.0 / x, ["function"]),
+        *(
+            (getattr(k, name), ["function"])
+            for name in ("exp", "exp2", "expm1", "abs", "sign", "floor", "ceil", "trunc")
+        ),
+        *((getattr(k, name), ["function"]) for name in ("sin", "cos", "tan", "sinh", "cosh", "arctan", "arcsinh")),
+        *((getattr(k, name), ["function"]) for name in ("cbrt", "erf", "reciprocal")),
+        *((lambda x, name=n: getattr(k, name)(0.1 + x * x), ["mul", "affine", "function"]) for n in POSITIVE),
+        *((lambda x, name=n: getattr(k, name)(0.9 * k.tanh(x)), ["tanh", "affine", "function"]) for n in BOUNDED),
+        (lambda x: k.round(x, 1), ["function"]),
+        (lambda x: k.power(x, 2), ["mul"]),
+        (lambda x: k.power(x, 3.0), ["function"]),
+        (lambda x: k.power(2.0, x), ["function"]),
+        (lambda x: k.mod(x, 0.7), ["function"]),
+        (lambda x: x // 0.3, ["function"]),
+        (lambda x: k.where(x > 0.1, x, x * 0.5), ["function", "affine", "select"]),
+        (lambda x: k.where(0.1 >= x, 1.0, -1.0), ["function", "function"]),
+        (lambda x: k.where(k.logical_and(x > 0, x < 1), x, 0.0), ["function"] * 3 + ["const", "select"]),
+        (lambda x: k.cast(k.logical_not(x != 0.0), "float32"), ["function", "function", "function"]),
+        (lambda x: k.cast(x * x > x, "float32"), ["mul", "sub", "function", "function"]),
         (lambda x: k.stop_gradient(x), []),
         (lambda x: k.cast(x, "float32"), []),
     ],

@@ -36,6 +36,8 @@ WRITTEN: dict[str, Callable[[Any], Any]] = {
     "layer over all": lambda x: layer(x, (1, 2)),
     "of moments, gamma on the root": of_moments,
     "of a variance": lambda x: (x - mean(x)) * K.rsqrt(K.var(x, axis=-1, keepdims=True) + 0.1),
+    "divided": lambda x: (x - mean(x)) / K.sqrt(K.var(x, axis=-1, keepdims=True) + 0.1),
+    "a power": lambda x: (x - mean(x)) * (K.var(x, axis=-1, keepdims=True) + 0.1) ** -0.5,
     "difference of squares": lambda x: (x - mean(x)) * K.rsqrt(mean(K.square(x)) - K.square(mean(x)) + 0.1),
     "root mean square": lambda x: x * K.rsqrt(mean(x * x) + 1e-6) * GAMMA,
     "scaled": lambda x: x * K.rsqrt(3.0 * mean(x * x) + 0.5),
@@ -54,7 +56,7 @@ OTHERS: dict[str, Callable[[Any], Any]] = {
 def test_is_recognized(name: str) -> None:
     model = build(WRITTEN[name], LINE)
     graph = prepare_graph(model)
-    assert ops(graph).count("normalize") == 1 and not {"rsqrt", "sub", "float"} & set(ops(graph))
+    assert ops(graph).count("normalize") == 1 and not {"rsqrt", "function", "sub", "float"} & set(ops(graph))
     assert_equal(graph, model)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from kquant.errors import ExportError
@@ -67,6 +69,11 @@ def mul(op: Operator, x: Values) -> np.ndarray:
 def extremum(function: np.ufunc) -> Compute:
     """MAXIMUM or MINIMUM of the stored integers: operands and result share one grid."""
     return lambda op, x: function(x[0], x[1])
+
+
+def select(op: Operator, x: Values) -> np.ndarray:
+    """SELECT_V2 of the stored integers."""
+    return np.where(np.asarray(x[0]), np.asarray(x[1]), np.asarray(x[2]))
 
 
 def requantize(op: Operator, value: np.ndarray, multiply: Multiply = multiply_double_rounding) -> np.ndarray:
@@ -148,6 +155,18 @@ def mean(op: Operator, x: Values) -> np.ndarray:
     by: Multiplier = fold_divisor(quantize_multiplier(np.float64(source.s) / np.float64(out.s)), count)
     total = _centered(source, value).sum(axis=axes, keepdims=keep)
     return saturate(multiply_double_rounding(total, by) + out.z, out.dtype)
+
+
+def place(function: Callable[..., np.ndarray]) -> Compute:
+    """ARG_MAX or ARG_MIN: the first place of the extreme."""
+    return lambda op, x: function(np.asarray(x[0]), axis=int(np.asarray(x[1]).reshape(()))).astype(np.int32)
+
+
+def top_k(op: Operator, x: Values) -> tuple[np.ndarray, np.ndarray]:
+    """TOPK_V2: the largest of the last axis and their places; of equal ones the first comes first."""
+    value, k = np.asarray(x[0]), int(np.asarray(x[1]).reshape(()))
+    places = np.argsort(-value.astype(np.float64), axis=-1, kind="stable")[..., :k]
+    return np.take_along_axis(value, places, -1), places.astype(np.int32)
 
 
 def reduce_extremum(function: np.ufunc) -> Compute:

@@ -78,11 +78,19 @@ def strided_slice(op: Operator, x: Values) -> np.ndarray:
     return np.asarray(x[0])[(*index, ..., *(tail or []))].copy()  # may have rank 0
 
 
+def cast(op: Operator, x: Values) -> np.ndarray:
+    """CAST."""
+    return np.asarray(x[0]).astype(op.outputs[0].dtype)
+
+
 def gather(op: Operator, x: Values) -> np.ndarray:
-    """GATHER without batch dimensions."""
-    if op.option("batchDims"):
-        raise ExportError(f"{op}: batch dimensions are not supported by the integer reference")
-    return np.take(np.asarray(x[0]), np.asarray(x[1]), axis=op.option("axis"))
+    """GATHER; batch dimensions are those in front of the last axis."""
+    value, indices, axis, batch = np.asarray(x[0]), np.asarray(x[1]), op.option("axis"), op.option("batchDims", 0)
+    if not batch:
+        return np.take(value, indices, axis=axis)
+    if not batch == axis == value.ndim - 1 == indices.ndim - 1:
+        raise ExportError(f"{op}: batch dimensions other than all but the last are not in the integer reference")
+    return np.take_along_axis(value, indices, -1)
 
 
 def concatenation(op: Operator, x: Values) -> np.ndarray:

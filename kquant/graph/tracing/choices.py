@@ -1,0 +1,90 @@
+"""Lowering of comparisons, of truth values, and of choices between tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from kquant.graph.ir import Node
+from kquant.graph.tracing.builder import Builder, NotLowered, lowers_op, sample_constant
+from kquant.graph.tracing.functions import function, number_of
+from kquant.graph.tracing.operations import two_inputs
+
+LARGE = 1e4  # a number so far off stands for infinity; one grid cannot hold it beside others
+
+
+def _comparison(name: str) -> Callable[[Builder, Any, Any, Any], Node]:
+    mirrored = {"greater": "less", "less": "greater", "greater_equal": "less_equal", "less_equal": "greater_equal"}
+
+    def lower(b: Builder, op: Any, x1: Any, x2: Any) -> Node:
+        if any(isinstance(x, Node) and x.dtype != "float32" for x in (x1, x2)):
+            raise NotLowered("it compares integers")
+        if isinstance(x1, Node) and isinstance(x2, Node):
+            difference = two_inputs(b, "sub", x1, x2, "difference")
+            return function(b, difference, lambda t: t.call(name, t, 0.0), dtype="bool")
+        x, value, kind = (x1, x2, name) if isinstance(x1, Node) else (x2, x1, mirrored.get(name, name))
+        bound = number_of(value, "a bound")
+        return function(b, x, lambda t: t.call(kind, t, bound), dtype="bool")
+
+    return lower
+
+
+for _name, _kind in (
+    ("Greater", "greater"),
+    ("GreaterEqual", "greater_equal"),
+    ("Less", "less"),
+    ("LessEqual", "less_equal"),
+    ("Equal", "equal"),
+    ("NotEqual", "not_equal"),
+):
+    lowers_op(_name)(_comparison(_kind))
+
+
+def _logical(name: str, count: int) -> Callable[..., Node]:
+    def lower(b: Builder, op: Any, *xs: Any) -> Node:
+        if not all(isinstance(x, Node) and x.dtype == "bool" and x.shape == xs[0].shape for x in xs):
+            raise NotLowered("operands that are no truth values of one shape")
+        return b.emit("function", *xs, steps=((name, *range(count)),), dtype="bool")
+
+    return lower
+
+
+lowers_op("LogicalAnd")(_logical("logical_and", 2))
+lowers_op("LogicalOr")(_logical("logical_or", 2))
+lowers_op("LogicalNot")(_logical("logical_not", 1))
+
+
+@lowers_op("Where")
+def where(b: Builder, op: Any, condition: Any, x1: Any = None, x2: Any = None) -> Node:
+    if x1 is None or x2 is None or not isinstance(condition, Node) or condition.dtype != "bool":
+        raise NotLowered("a choice without a computed condition, or without values")
+    values = [_choice(b, condition, x) for x in (x1, x2)]
+    if all(v.op == "const" for v in values):
+        numbers = [number_of(v.weights["value"], "a choice between constants") for v in values]
+        return _from_truth(b, condition, *numbers)
+    return b.emit("select", condition, *values)
+
+
+def _choice(b: Builder, condition: Node, value: Any) -> Node:
+    if isinstance(value, Node):
+        if value.dtype != "float32" or len(value.shape) != len(condition.shape):
+            raise NotLowered("a choice between integers, or with other ranks")
+        return value
+    array = sample_constant(condition, value)
+    if not (np.abs(array) < LARGE).all():
+        raise NotLowered(f"a choice with {float(array.reshape(-1)[np.argmax(np.abs(array))]):g}, a mask")
+    return b.const(array)
+
+
+def _from_truth(b: Builder, x: Node, yes: float, no: float) -> Node:
+    return b.emit("function", x, steps=(("select", 0, float(yes), float(no)),))
+
+
+@lowers_op("Cast")
+def cast(b: Builder, op: Any, x: Node) -> Node:
+    """Between float types (all are float32 here), and of truth values to numbers."""
+    if "float" not in str(op.dtype) or (x.dtype == "int32" and x.op != "input"):
+        raise NotLowered(f"a cast from {x.dtype} to {op.dtype}")
+    return _from_truth(b, x, 1.0, 0.0) if x.dtype == "bool" else x
