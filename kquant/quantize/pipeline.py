@@ -30,6 +30,7 @@ from kquant.quantize.bias_correction import correct_biases
 from kquant.quantize.calibrate import make_grids, observe, smallest_outputs, weight_grids
 from kquant.quantize.data import CalibrationData
 from kquant.quantize.input_moments import estimate_inputs
+from kquant.quantize.masks import prepare_masks
 from kquant.quantize.moments import propagate
 from kquant.quantize.normalization import prepare_normalization
 from kquant.quantize.plan import Plan, make_plan
@@ -64,9 +65,10 @@ def quantize_after_training(
     if log.takes("absorb_bias"):
         graph, note = _absorb(graph, data, progress)
         log.note("absorb_bias", note)
-    graph, note = prepare_normalization(graph, data, progress)
-    if note:
-        log.note("normalization", note)
+    for name, prepare in (("masks", prepare_masks), ("normalization", prepare_normalization)):
+        graph, note = prepare(graph, data, progress)
+        if note:
+            log.note(name, note)
     plan = make_plan(graph, config)
     weights = weight_grids(plan)
     integers: dict[str, np.ndarray] = {}

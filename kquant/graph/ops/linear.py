@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from kquant.graph.ir import Node
+from kquant.graph.ir import Node, Shape
 from kquant.graph.moments import SIGMAS, Array, Moments
 from kquant.graph.ops.blocks import Linear
 from kquant.graph.ops.functions import Program
 from kquant.graph.ops.record import Op, Tensor, Weight, collect
+from kquant.graph.scaling import Channels, Scaling
 
 Tensors = Mapping[str, Tensor]
 
@@ -90,6 +91,14 @@ def _product_moments(node: Node, sources: Sequence[Node], xs: Sequence[Moments])
     return Moments.normal(a.mean.sum() * b.mean, np.sqrt(variance))
 
 
+def _into_first(node: Node, sources: Sequence[Shape], s: Scaling) -> Sequence[Scaling] | None:
+    """A factor that all entries share, to the first operand."""
+    if np.ptp(s.scale) or s.offset.any():
+        return None
+    sizes = [int(shape[-1] or 0) for shape in sources]
+    return Scaling.factors(np.full(sizes[0], s.scale[0])), Scaling.factors(np.ones(sizes[1]))
+
+
 def _outputs_on_one_axis(w: Any) -> Any:
     """[h, w, c, m] as [h, w, c * m]."""
     reshape = np.reshape if isinstance(w, np.ndarray) else tf.reshape
@@ -145,7 +154,13 @@ RECORDS = collect(
         bias="offset",
         program=_uniform,
     ),
-    Op(name="batch_matmul", compute=lambda n, xs, w: tf.matmul(*xs), fuses_clip=True, moments=_product_moments),
+    Op(
+        name="batch_matmul",
+        compute=lambda n, xs, w: tf.matmul(*xs),
+        fuses_clip=True,
+        channels=Channels(in_front=_into_first, constant=lambda n, x: np.full_like(x, np.nan)),
+        moments=_product_moments,
+    ),
     Op(
         name="embedding",
         compute=lambda n, xs, w: tf.gather(w["table"], tf.cast(xs[0], tf.int32)),

@@ -270,9 +270,15 @@ def scale_offset(b: Builder, x: Node, scale: Any, offset: Any, suffix: str = "")
         if all(a.size in (1, channels) for a in (scale, offset)):
             weights = {"scale": _per_channel(scale, channels), "offset": _per_channel(offset, channels)}
             return b.emit("affine", x, weights=weights, suffix=suffix)
-    if np.any(scale != 1):
+    if np.any(scale != 1) or _enlarges(x, scale):
         x = b.emit("mul", x, b.const(scale), suffix=suffix)
-    return b.emit("add", x, b.const(offset), suffix=suffix) if np.any(offset != 0) else x
+    return b.emit("add", x, b.const(offset), suffix=suffix) if np.any(offset != 0) or _enlarges(x, offset) else x
+
+
+def _enlarges(x: Node, constant: np.ndarray) -> bool:
+    """Whether a tensor broadcasts against a constant of more entries."""
+    sizes = zip(reversed(x.shape[1:]), reversed(constant.shape), strict=False)
+    return any(size == 1 and other > 1 for size, other in sizes)
 
 
 def sample_constant(x: Node, value: Any) -> np.ndarray:

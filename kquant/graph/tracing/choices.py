@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from kquant.graph.ir import Node
-from kquant.graph.tracing.builder import Builder, NotLowered, lowers_op, sample_constant
+from kquant.graph.tracing.builder import Builder, NotLowered, as_array, lowers_op, sample_constant, scale_offset
 from kquant.graph.tracing.functions import function, number_of
 from kquant.graph.tracing.operations import two_inputs
 
+HIDDEN = 1e9
 LARGE = 1e4  # a number so far off stands for infinity; one grid cannot hold it beside others
 
 
@@ -60,11 +61,21 @@ lowers_op("LogicalNot")(_logical("logical_not", 1))
 def where(b: Builder, op: Any, condition: Any, x1: Any = None, x2: Any = None) -> Node:
     if x1 is None or x2 is None or not isinstance(condition, Node) or condition.dtype != "bool":
         raise NotLowered("a choice without a computed condition, or without values")
+    for scores, hidden, seen in ((x1, x2, 1.0), (x2, x1, 0.0)):
+        if isinstance(scores, Node) and not isinstance(hidden, Node) and np.max(as_array(hidden)) <= -LARGE:
+            return _hide(b, scores, _from_truth(b, condition, seen, 1.0 - seen))
     values = [_choice(b, condition, x) for x in (x1, x2)]
     if all(v.op == "const" for v in values):
         numbers = [number_of(v.weights["value"], "a choice between constants") for v in values]
         return _from_truth(b, condition, *numbers)
     return b.emit("select", condition, *values)
+
+
+def _hide(b: Builder, scores: Node, seen: Node) -> Node:
+    """The scores where `seen` is 1, and a number that softmax takes for -infinity elsewhere."""
+    if len(scores.shape) != len(seen.shape):
+        raise NotLowered("a mask with another rank than the scores")
+    return b.emit("add", scores, scale_offset(b, seen, HIDDEN, -HIDDEN, "mask"))
 
 
 def _choice(b: Builder, condition: Node, value: Any) -> Node:
@@ -84,7 +95,9 @@ def _from_truth(b: Builder, x: Node, yes: float, no: float) -> Node:
 
 @lowers_op("Cast")
 def cast(b: Builder, op: Any, x: Node) -> Node:
-    """Between float types (all are float32 here), and of truth values to numbers."""
+    """Between float types (all are float32 here), of truth values to numbers, and of numbers to truth values."""
+    if str(op.dtype) == "bool":
+        return x if x.dtype == "bool" else function(b, x, lambda t: t.call("not_equal", t, 0.0), dtype="bool")
     if "float" not in str(op.dtype) or (x.dtype == "int32" and x.op != "input"):
         raise NotLowered(f"a cast from {x.dtype} to {op.dtype}")
     return _from_truth(b, x, 1.0, 0.0) if x.dtype == "bool" else x

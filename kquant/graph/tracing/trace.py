@@ -24,6 +24,7 @@ from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import op_of
 from kquant.graph.tracing import (  # noqa: F401  they fill the tables
     activations,
+    attention,
     choices,
     layers,
     linear,
@@ -45,10 +46,12 @@ from kquant.graph.tracing.keras_graph import (
 )
 from kquant.graph.tracing.registry import registered_lowering
 
+# They read masks
+_ATTENTION = {"MultiHeadAttention", "GroupedQueryAttention", "Attention", "AdditiveAttention", "DotProductAttention"}
 # They read integers: ids, or pixels that they turn into numbers
-_READS_INTEGERS = {"Embedding", "Rescaling", "Normalization", "Cast", "TakeAlongAxis", "OneHot"}
+_READS_INTEGERS = {"Embedding", "Rescaling", "Normalization", "Cast", "TakeAlongAxis", "OneHot"} | _ATTENTION
 # or truth values
-_READS_TRUTHS = {"Cast", "Where", "LogicalAnd", "LogicalOr", "LogicalNot"}
+_READS_TRUTHS = {"Cast", "Where", "LogicalAnd", "LogicalOr", "LogicalNot", "Softmax"} | _ATTENTION
 # or values of any type that was computed, which they move
 _MOVES = {"Reshape", "Squeeze", "ExpandDims", "Transpose", "Swapaxes", "Moveaxis", "GetItem", "Slice", "Flatten"}
 
@@ -316,7 +319,7 @@ def _settle_input_types(graph: Graph) -> Graph:
     for name in graph.inputs:
         readers = graph.consumers(name)
         # a mask compares the ids with zero, in any type
-        ids = [n for n in readers if op_of(n).lookup or n.origin_type == "NotEqual"]
+        ids = [n for n in readers if op_of(n).lookup or (n.op == "float" and n.origin_type == "NotEqual")]
         numbers = [n for n in readers if n not in ids and n.op != "float"]
         if name in graph.outputs or not ids + numbers:
             continue
