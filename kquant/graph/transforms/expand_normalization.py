@@ -23,6 +23,7 @@ import numpy as np
 
 from kquant.graph.ir import Graph, Node, Shape
 
+GROUPS = 4.0  # where the largest channel is so many times the median, the large ones are squared apart
 STAGES = 4.0  # sums of squares that differ by this factor get two stages
 NEGLIGIBLE = 1e-3  # an epsilon that is smaller than this part of every sum of squares is left out
 Spreads = Mapping[str, tuple[float, float]]  # normalization -> the smallest and largest sum of squares above epsilon
@@ -56,18 +57,25 @@ class _Writer:
     def write(self, spread: tuple[float, float] | None) -> list[Node]:
         """Its nodes, the last of which has its name."""
         d = self._deviation()
-        scaled = d if self._even() else self._emit("scaled", "mul", (d, self._const("scale", self.scale)), d.shape)
-        rows = (*scaled.shape[:-1], 1, self.channels)
-        row = self._emit("row", "reshape", (scaled,), rows)
-        column = self._emit("column", "reshape", (scaled,), (*rows[:-2], self.channels, 1))
+        rows, one = (*d.shape[:-1], 1, self.channels), (*d.shape[:-1], 1)
+        operands = self._operands(d, rows)
         low, high = spread or (0.0, 0.0)
-        floor, one = low / 2, (*d.shape[:-1], 1)
+        floor = low / 2
         adds = not self.node.attrs["limit"] and self.epsilon > NEGLIGIBLE * floor
         offset = self.epsilon if adds else 0.0
         floor = floor if adds else max(floor, self.epsilon)
 
         def root(suffix: str, lo: float, hi: float | None) -> Node:
-            v = self._emit(f"squares{suffix}", "batch_matmul", (row, column), (*rows[:-2], 1, 1), clip=(lo, hi))
+            parts = len(operands) > 1
+            squares = [
+                self._emit(
+                    f"squares{suffix}{k}", "batch_matmul", o, (*rows[:-2], 1, 1), clip=(None if parts else lo, hi)
+                )
+                for k, o in zip(("", "_rest"), operands, strict=False)
+            ]
+            v = squares[0]
+            if parts:
+                v = self._emit(f"sum{suffix}", "add", tuple(squares), v.shape, clip=(lo, hi))
             v = self._emit(f"variance{suffix}", "reshape", (v,), one)
             if adds:
                 v = self._emit(f"epsilon{suffix}", "add", (v, self._const(f"offset{suffix}", [offset])), one)
@@ -78,6 +86,21 @@ class _Writer:
         k = float(np.sqrt(floor * high))
         below, above = root("_low", floor, k), root("_high", k, None)
         return self._finish(d, self._emit("roots", "mul", (below, above), one), float(np.sqrt(k + offset)))
+
+    def _operands(self, d: Node, rows: Shape) -> list[tuple[Node, Node]]:
+        """The factors whose products are the sum of squares: of all channels, or of the large ones, and the rest."""
+        parts = [self.scale]
+        large = self.scale > np.sqrt(self.scale.max() * np.median(self.scale))
+        if self.scale.max() > GROUPS * np.median(self.scale):
+            parts = [np.where(large, self.scale, 0), np.where(large, 0, self.scale)]
+        pairs = []
+        for suffix, scale in zip(("", "_rest"), parts, strict=False):
+            scaled = d
+            if not self._even():
+                scaled = self._emit(f"scaled{suffix}", "mul", (d, self._const(f"scale{suffix}", scale)), d.shape)
+            row = self._emit(f"row{suffix}", "reshape", (scaled,), rows)
+            pairs.append((row, self._emit(f"column{suffix}", "reshape", (scaled,), (*rows[:-2], self.channels, 1))))
+        return pairs
 
     def _even(self) -> bool:
         return bool(np.all(self.scale == 1))
