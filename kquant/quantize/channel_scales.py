@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from kquant.config.quant_config import QuantConfig
 from kquant.graph.ir import Graph
 from kquant.graph.ops.normalization import deviations
 from kquant.graph.transforms.channel_scales import candidates, scale_channels, scales_of
@@ -15,12 +16,13 @@ from kquant.quantize.data import CalibrationData
 
 
 def prepare_channels(
-    graph: Graph, data: CalibrationData | None, progress: bool = True, *, exponent: float = 1.0
+    graph: Graph, config: QuantConfig, data: CalibrationData | None, progress: bool = True
 ) -> tuple[Graph, str]:
     """The graph with scales per channel where they gain bits, and what was done ("" for nothing)."""
     names = candidates(graph)
     if data is None or not data.repeatable or not names:
         return graph, ""
+    exponent = 1.0 if config.weights is None or config.weights.bits >= 8 else 0.5
     reach = _observe(graph, names, data, progress)
     scales = {n: s for n in names if (s := scales_of(reach[n], exponent)) is not None}
     if not scales:

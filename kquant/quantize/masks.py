@@ -7,13 +7,25 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from kquant.config.quant_config import QuantConfig
 from kquant.graph.ir import Graph, Node
-from kquant.graph.transforms.bound_masks import LARGE, Seen, as_affine, bound_masks, masked_scores, truths
+from kquant.graph.transforms.bound_masks import (
+    BELOW_LARGEST,
+    BELOW_SMALLEST,
+    LARGE,
+    Seen,
+    as_affine,
+    bound_masks,
+    masked_scores,
+    truths,
+)
 from kquant.quantize.calibrate import over_data
 from kquant.quantize.data import CalibrationData
 
 
-def prepare_masks(graph: Graph, data: CalibrationData | None, progress: bool = True) -> tuple[Graph, str]:
+def prepare_masks(
+    graph: Graph, config: QuantConfig, data: CalibrationData | None, progress: bool = True
+) -> tuple[Graph, str]:
     """The graph with bounded masks, and what was done ("" without any)."""
     sites = masked_scores(graph)
     if not sites:
@@ -21,7 +33,9 @@ def prepare_masks(graph: Graph, data: CalibrationData | None, progress: bool = T
     if data is None or not data.repeatable:
         return bound_masks(graph), f"{len(sites)} to -100: the scores are not known"
     graph, dropped = _without_truths(graph, data, progress)
-    bounded = bound_masks(graph, _observe(graph, data, progress))
+    bits = 8 if config.activations is None else config.activations.bits
+    seen = _observe(graph, data, progress, BELOW_SMALLEST if bits <= 8 else BELOW_LARGEST)
+    bounded = bound_masks(graph, seen)
     note = f"{len(sites)} to what the softmax can see"
     return bounded, note + (f"; {dropped} of zeros and ones as the data has them" if dropped else "")
 
@@ -48,7 +62,7 @@ def _does_nothing(affine: Node) -> bool:
     return bool(np.all(affine.weights["scale"] == 1)) and not affine.weights["offset"].any()
 
 
-def _observe(graph: Graph, data: CalibrationData, progress: bool) -> dict[str, Seen]:
+def _observe(graph: Graph, data: CalibrationData, progress: bool, below: float) -> dict[str, Seen]:
     """What the scores in front of every softmax with a mask are; nothing of masks with other values than two."""
     sites = masked_scores(graph)
     names = [name for site in sites for name in (site.scores, site.sums[-1])]
@@ -69,7 +83,7 @@ def _observe(graph: Graph, data: CalibrationData, progress: bool) -> dict[str, S
     for found in over_data(graph, names, data, extremes, progress, "observing"):
         low = np.minimum(low, found.numpy())
     return {
-        site.softmax: Seen(float(smallest), float(-most), float(least))
+        site.softmax: Seen(float(smallest), float(-most), float(least), below)
         for site, (smallest, least, most) in zip(sites, low, strict=True)
         if np.isfinite([smallest, least, most]).all()
     }

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from kquant.config.quant_config import QuantConfig
 from kquant.graph.ir import Graph
 from kquant.graph.ops.normalization import deviations
 from kquant.graph.transforms.expand_normalization import Spreads, expand_normalization
@@ -14,7 +15,9 @@ from kquant.quantize.calibrate import over_data
 from kquant.quantize.data import CalibrationData
 
 
-def prepare_normalization(graph: Graph, data: CalibrationData | None, progress: bool = True) -> tuple[Graph, str]:
+def prepare_normalization(
+    graph: Graph, config: QuantConfig, data: CalibrationData | None, progress: bool = True
+) -> tuple[Graph, str]:
     """The graph with its normalizations written out, and what was done ("" without any)."""
     names = [n.name for n in graph if n.op == "normalize"]
     if not names:

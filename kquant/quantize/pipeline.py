@@ -73,7 +73,7 @@ def quantize_after_training(
         graph, note = _absorb(graph, data, progress)
         log.note("absorb_bias", note)
     for name, prepare in _PREPARATIONS:
-        graph, note = prepare(graph, data, progress)
+        graph, note = prepare(graph, config, data, progress)
         if note:
             log.note(name, note)
     plan = make_plan(graph, config)

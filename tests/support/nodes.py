@@ -73,6 +73,7 @@ EXAMPLES: dict[str, Example] = {
     ),
     **{op: example(op, IMAGE, IMAGE) for op in ("add", "sub", "mul", "maximum", "minimum")},
     "batch_matmul": example("batch_matmul", (3, 4), (4, 5)),
+    "batch_matmul, adjoint": example("batch_matmul", (3, 4), (5, 4), adjoint=True),
     "clip": example("clip", IMAGE, lo=0.0, hi=None),
     "clip, both": example("clip", IMAGE, lo=-0.5, hi=0.8),
     "leaky_relu": example("leaky_relu", IMAGE, alpha=0.1),

@@ -91,6 +91,7 @@ GRAPHS: dict[str, Callable[[], Graph]] = {
     "mul": lambda: two("mul"),
     "mul_const": lambda: _with_const("mul", (1, 1, 3), clip=(-1.0, 1.0)),
     "batch_matmul": lambda: chain((2, 5, 5), op("batch_matmul", (2, 5, 5), inputs=("x", "y"))),
+    "batch_matmul_adjoint": lambda: chain((2, 5, 6), op("batch_matmul", (2, 5, 5), inputs=("x", "y"), adjoint=True)),
     "maximum": lambda: two("maximum"),
     "minimum_const": lambda: _with_const("minimum", (3,)),
     "concat": _concat,

@@ -8,8 +8,9 @@
 | dense | | kernel [cin, cout], bias [cout]; contracts the last axis, any rank |
 | affine | | scale [c], offset [c]: x * scale + offset on the last axis (batch norm at inference) |
 | embedding | | table [rows, depth]; reads int32 ids |
-| batch_matmul | | two inputs [..., n, k] and [..., k, m], equal in front: their matrix products |
+| batch_matmul | adjoint (or false) | two inputs [..., n, k], [..., k, m], the same in front: their products |
 
+The second input of an adjoint batch_matmul is [..., m, k].
 padding is "same" or "valid". conv2d_transpose produces the node's own shape (output padding). The kernel of a depthwise
 convolution is quantized as [h, w, c * m], since each of the c * m outputs has a scale of its own.
 """
@@ -87,6 +88,10 @@ def _product_moments(node: Node, sources: Sequence[Node], xs: Sequence[Moments])
     """Sums of k products of independent numbers: E[a b] = E[a] E[b], Var[a b] = (Va + a^2) (Vb + b^2) - a^2 b^2."""
     a, b = xs
     second = [np.square(x.mean) + np.square(x.std) for x in xs]
+    if node.attrs.get("adjoint"):  # the channels of both are summed over; a tensor's own product is its squares
+        own, product = len(set(node.inputs)) == 1, a.mean * b.mean
+        mean = np.full(node.shape[-1] or 1, (second[0] if own else product).sum())
+        return Moments.normal(mean, np.sqrt((second[0] * second[1] - np.square(product)).sum()) * np.ones_like(mean))
     variance = second[0].sum() * second[1] - np.square(a.mean).sum() * np.square(b.mean)
     return Moments.normal(a.mean.sum() * b.mean, np.sqrt(variance))
 
@@ -156,7 +161,7 @@ RECORDS = collect(
     ),
     Op(
         name="batch_matmul",
-        compute=lambda n, xs, w: tf.matmul(*xs),
+        compute=lambda n, xs, w: tf.matmul(*xs, transpose_b=n.attrs.get("adjoint", False)),
         fuses_clip=True,
         channels=Channels(in_front=_into_first, constant=lambda n, x: np.full_like(x, np.nan)),
         moments=_product_moments,

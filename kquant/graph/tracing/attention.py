@@ -48,7 +48,7 @@ def attend(b: Builder, q: Node, k: Node, v: Node, scale: float, masks: Sequence[
     (_, queries, heads, width), (_, keys, groups, _) = q.shape, k.shape
     q = transpose(b, scale_offset(b, q, scale, 0.0, "scale"), (0, 2, 1, 3), "query_heads")
     q = reshape(b, q, (None, groups, (heads or 0) // (groups or 1) * (queries or 0), width), "query_groups")
-    scores = b.emit("batch_matmul", q, transpose(b, k, (0, 2, 3, 1), "key_heads"), suffix="scores")
+    scores = b.emit("batch_matmul", q, transpose(b, k, (0, 2, 1, 3), "key_heads"), suffix="scores", adjoint=True)
     scores = reshape(b, scores, (None, heads, queries, keys), "score_heads")
     weights = b.emit("softmax", masked(b, scores, masks), suffix="weights")
     grouped = reshape(b, weights, (*q.shape[:3], keys), "weight_groups")
@@ -199,7 +199,7 @@ def attention(
         scores = _additive(b, q, k, factor, as_array(layer.concat_score_weight))
     else:
         q = scale_offset(b, q, factor, 0.0, "scale") if np.any(factor != 1) else q
-        scores = b.emit("batch_matmul", q, transpose(b, k, (0, 2, 1), "keys"), suffix="scores")
+        scores = b.emit("batch_matmul", q, k, suffix="scores", adjoint=True)
     weights = b.emit("softmax", masked(b, scores, masks), suffix="weights")
     y = b.emit("batch_matmul", weights, v)
     return [y, weights] if return_attention_scores else y

@@ -46,17 +46,24 @@ class MaskedScores:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the data says of masked scores: the smallest and largest, and the smallest of the rows' largest ones; of the
-    keys that are seen, but for `most`, the largest of all."""
+    """What the data says of scores with a mask.
+
+    Attributes:
+        smallest: of the keys that are seen.
+        most: the largest, of all keys.
+        least_largest: the smallest of the rows' largest ones, of the keys that are seen.
+        below: how far below all that are seen a masked key is to lie.
+    """
 
     smallest: float
     most: float
     least_largest: float
+    below: float = BELOW_LARGEST
 
     @property
     def floor(self) -> float:
         """Where masked keys may saturate."""
-        return max(self.smallest - BELOW_SMALLEST, self.least_largest - BELOW_LARGEST)
+        return max(self.smallest - self.below, self.least_largest - BELOW_LARGEST)
 
     @property
     def amplitude(self) -> float:
@@ -122,7 +129,8 @@ def bound_masks(graph: Graph, seen: Mapping[str, Seen] = MappingProxyType({})) -
         graph: any float graph.
         seen: softmax -> what is known of its scores; of others nothing is.
     """
-    nodes, amplitudes = dict(graph.nodes), {}
+    nodes = dict(graph.nodes)
+    amplitudes: dict[str, float] = {}
     for site in masked_scores(graph):
         known = seen.get(site.softmax)
         for leaf in site.leaves:
@@ -167,5 +175,5 @@ def as_affine(graph: Graph, node: Node) -> Node:
     """A function that reads zeros and ones as what it is then."""
     ends = ends_of(graph, node)
     assert ends is not None, "a function of numbers"
-    zero, one = (np.broadcast_to(e, node.shape[-1:]).astype(np.float32) for e in ends)
+    zero, one = (np.broadcast_to(e, int(node.shape[-1] or 1)).astype(np.float32) for e in ends)
     return node.with_(op="affine", attrs={}, weights={"scale": one - zero, "offset": zero})

@@ -131,8 +131,8 @@ def _sum(graph: Graph, node: Node, scales: Mapping[str, np.ndarray]) -> tuple[No
                 extra.append(source.with_(name=made, shape=value.shape, weights={"value": value}))
             else:
                 weights = {"scale": factor.astype(np.float32), "offset": np.zeros(len(factor), np.float32)}
-                place = {"origin": node.origin, "origin_type": node.origin_type}
-                extra.append(Node(name=made, op="affine", inputs=(name,), shape=source.shape, weights=weights, **place))
+                affine = source.with_(name=made, op="affine", inputs=(name,), attrs={}, weights=weights, stats={})
+                extra.append(affine.with_(origin=node.origin, origin_type=node.origin_type))
             name = made
         inputs.append(name)
     return node.with_(inputs=tuple(inputs)), extra

@@ -67,10 +67,9 @@ class _Writer:
 
         def root(suffix: str, lo: float, hi: float | None) -> Node:
             parts = len(operands) > 1
+            clip, square = (None if parts else lo, hi), (*rows[:-2], 1, 1)
             squares = [
-                self._emit(
-                    f"squares{suffix}{k}", "batch_matmul", o, (*rows[:-2], 1, 1), clip=(None if parts else lo, hi)
-                )
+                self._emit(f"squares{suffix}{k}", "batch_matmul", (o, o), square, adjoint=True, clip=clip)
                 for k, o in zip(("", "_rest"), operands, strict=False)
             ]
             v = squares[0]
@@ -87,20 +86,20 @@ class _Writer:
         below, above = root("_low", floor, k), root("_high", k, None)
         return self._finish(d, self._emit("roots", "mul", (below, above), one), float(np.sqrt(k + offset)))
 
-    def _operands(self, d: Node, rows: Shape) -> list[tuple[Node, Node]]:
-        """The factors whose products are the sum of squares: of all channels, or of the large ones, and the rest."""
+    def _operands(self, d: Node, rows: Shape) -> list[Node]:
+        """Rows whose products with themselves add up to the sum of squares: of all channels, or of large and others."""
         parts = [self.scale]
         large = self.scale > np.sqrt(self.scale.max() * np.median(self.scale))
         if self.scale.max() > GROUPS * np.median(self.scale):
             parts = [np.where(large, self.scale, 0), np.where(large, 0, self.scale)]
-        pairs = []
+        factors = []
         for suffix, scale in zip(("", "_rest"), parts, strict=False):
             scaled = d
             if not self._even():
                 scaled = self._emit(f"scaled{suffix}", "mul", (d, self._const(f"scale{suffix}", scale)), d.shape)
             row = self._emit(f"row{suffix}", "reshape", (scaled,), rows)
-            pairs.append((row, self._emit(f"column{suffix}", "reshape", (scaled,), (*rows[:-2], self.channels, 1))))
-        return pairs
+            factors.append(row)
+        return factors
 
     def _even(self) -> bool:
         return bool(np.all(self.scale == 1))
