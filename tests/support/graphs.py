@@ -20,6 +20,7 @@ KERNELS = {
 }
 _FIXED = {"softmax": (1 / 256, -128), "logistic": (1 / 256, -128), "tanh": (1 / 128, 0)}
 _TIED = frozenset({"reshape", "transpose", "slice", "pad", "max_pool2d", "avg_pool2d", "resize", "reduce_max"})
+_TIED |= {"reduce_min", "gather", "top_k"}
 _TO_OUTPUT = frozenset({"concat", "maximum", "minimum"})
 
 

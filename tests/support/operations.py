@@ -63,6 +63,10 @@ def _relu(lo: float | None, hi: float | None) -> Graph:
     return chain(IMAGE, op("clip", IMAGE, lo=lo, hi=hi))
 
 
+def _function(*steps: tuple[str | float, ...]) -> Graph:
+    return chain(IMAGE, op("function", IMAGE, steps=steps))
+
+
 OUT = (None, 6, 7, 4)
 GRAPHS: dict[str, Callable[[], Graph]] = {
     "conv": lambda: chain(IMAGE, conv(shape=OUT)),
@@ -107,6 +111,9 @@ GRAPHS: dict[str, Callable[[], Graph]] = {
     "gelu": lambda: chain(IMAGE, op("gelu", IMAGE, approximate=False)),
     "elu": lambda: chain(IMAGE, op("elu", IMAGE)),
     "hard_swish": lambda: chain(IMAGE, op("hard_swish", IMAGE)),
+    "function": lambda: _function(("exp", 0), ("add", 1, 1.0), ("log", 2), ("tanh", 3), ("mul", 0, 4)),
+    "function_jumps": lambda: _function(("floor", 0), ("greater", 0, 0.3), ("select", 2, 0, -0.7), ("add", 1, 3)),
+    "function_infinite": lambda: _function(("add", 0, 5.0), ("div", 1.0, 1), ("abs", 0), ("sqrt", 3), ("sub", 2, 4)),
     "max_pool_same": lambda: _pool("max_pool2d", "same"),
     "max_pool_valid": lambda: _pool("max_pool2d", "valid"),
     "avg_pool_same": lambda: _pool("avg_pool2d", "same"),
@@ -114,6 +121,10 @@ GRAPHS: dict[str, Callable[[], Graph]] = {
     "mean": lambda: chain(IMAGE, op("mean", (3,), axes=(1, 2), keepdims=False)),
     "mean_keepdims": lambda: chain(IMAGE, op("mean", (6, 1, 3), axes=(2,), keepdims=True)),
     "reduce_max": lambda: chain(IMAGE, op("reduce_max", (3,), axes=(1, 2), keepdims=False)),
+    "reduce_min": lambda: chain(IMAGE, op("reduce_min", (6, 1, 3), axes=(2,), keepdims=True)),
+    "gather": lambda: chain(IMAGE, op("gather", (6, 9, 3), axis=2, indices=(6, 0, 1, 1, 1, 3, 5, 2, 4))),
+    "gather_channels": lambda: chain(IMAGE, op("gather", (6, 7, 4), axis=3, indices=(2, 0, 1, 1))),
+    "top_k": lambda: chain(IMAGE, op("top_k", (6, 7, 2), k=2)),
     "reshape": lambda: chain(IMAGE, op("reshape", (42, 3))),
     "transpose": lambda: chain(IMAGE, op("transpose", (3, 6, 7), perm=(0, 3, 1, 2))),
     "slice": lambda: chain(
@@ -128,7 +139,7 @@ GRAPHS: dict[str, Callable[[], Graph]] = {
     "bilinear": lambda: _resize("bilinear", True),
     "bilinear_corner": lambda: _resize("bilinear", False),
 }  # fmt: skip
-INT8_ONLY = {"prelu", "gelu", "elu", "hard_swish"}
+INT8_ONLY = {"prelu", "gelu", "elu", "hard_swish", "function", "function_jumps", "function_infinite"}
 
 
 def _linear_transposed() -> Graph:

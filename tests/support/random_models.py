@@ -153,9 +153,52 @@ def _activation(d: Drawer, x: Tensor) -> Tensor:
     return layers.Activation(d.activation() or "relu")(x)
 
 
+def _function(d: Drawer, x: Tensor) -> Tensor:
+    """Functions of one tensor, in layers and in plain operations."""
+    return d.pick(
+        lambda t: layers.Activation(d.pick("mish", "softplus", "selu", "softsign", "celu", "soft_shrink"))(t),
+        lambda t: layers.ReLU(threshold=0.3, negative_slope=d.pick(0.0, 0.1))(t),
+        lambda t: ops.sqrt(ops.abs(t) + 0.1),
+        lambda t: t * ops.tanh(ops.log(1.0 + ops.exp(ops.clip(t, -4.0, 4.0)))),
+        lambda t: ops.sin(t) + d.pick(0.0, 1.0) * t,
+        lambda t: ops.where(t > 0.2, t, 0.3 * t),
+        lambda t: t / (1.0 + ops.square(t)),
+        lambda t: ops.power(ops.abs(t), 1.5) * ops.sign(t),
+    )(x)
+
+
+def _selection(d: Drawer, x: Tensor) -> Tensor:
+    """Entries along an axis, in other orders and numbers."""
+    axis = d.pick(1, 2, 3)
+    return d.pick(
+        lambda t: ops.flip(t, axis),
+        lambda t: ops.roll(t, d.pick(-1, 1), axis),
+        lambda t: ops.take(t, [0, -1, 0], axis),
+        lambda t: ops.tile(t, (1, 1, 1, 2)) if t.shape[-1] < 9 else t,
+        lambda t: ops.where(ops.flip(t, axis) > 0.0, t, t + 0.1 * layers.Conv2D(t.shape[-1], 1)(t)),
+        lambda t: ops.sort(t, axis),
+        lambda t: ops.take_along_axis(t, ops.argmax(t, axis, keepdims=True), axis),
+    )(x)
+
+
+def _statistic(d: Drawer, x: Tensor) -> Tensor:
+    """Reductions, and what becomes of a tensor beside them."""
+    axis = d.pick(1, 2, 3)
+    return d.pick(
+        lambda t: t - ops.min(t, axis, keepdims=True),
+        lambda t: t + ops.var(t, axis, keepdims=True),
+        lambda t: ops.cumsum(t, axis) * 0.5,
+        lambda t: ops.log_softmax(t, axis),
+        lambda t: layers.AdaptiveAveragePooling2D((2, 3))(t),
+        lambda t: layers.Resizing(5, 4, interpolation=d.pick("bicubic", "lanczos3"))(t),
+        lambda t: layers.Conv2D(t.shape[-1], 1)(t) / (1.5 + ops.abs(t)),
+    )(x)
+
+
 IMAGE_STEPS: tuple[Step, ...] = (
     *(_conv, _conv, _conv, _depthwise, _depthwise, _separable, _transposed, _pool, _pad, _crop, _resize, _residual),
     *(_residual, _branches, _extremes, _squeeze_excite, _prelu, _constant, _nested, _shared, _norm, _activation),
+    *(_function, _function, _selection, _statistic),
 )
 
 
@@ -173,6 +216,10 @@ def _sequence_step(d: Drawer, x: Tensor) -> Tensor:
         lambda t: layers.UpSampling1D(2)(t) if t.shape[1] < 16 else t,
         lambda t: layers.ZeroPadding1D(1)(t),
         lambda t: layers.LayerNormalization()(t),
+        lambda t: layers.Activation(d.pick("mish", "log_softmax", "exponential"))(ops.clip(t, -3.0, 3.0)),
+        lambda t: ops.top_k(t, d.pick(1, t.shape[-1]))[0],
+        lambda t: ops.cumsum(t, 1),
+        lambda t: ops.einsum("bij,bkj->bik", t, ops.tanh(t)),
     )(x)
 
 

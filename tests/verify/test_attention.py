@@ -109,3 +109,35 @@ def test_masked_attention_trains() -> None:
     losses = qat.fit(data, RNG.normal(size=(SAMPLES, 2 * T, 5)), epochs=4, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
     assert kquant.verify_tflite(qat, kquant.export_tflite(qat).content, data).ok
+
+
+def _embedded(ids: Any) -> Any:
+    """The mask goes along with the tensors: no argument of a call."""
+    x = L.Embedding(50, C, mask_zero=True)(ids)
+    return L.Dense(3)(L.LayerNormalization()(x + L.MultiHeadAttention(2, 8)(x, x)))
+
+
+def _explicit(ids: Any) -> Any:
+    x, mask = L.Embedding(50, C)(ids), K.not_equal(ids, 0)
+    weights = K.softmax(K.where(K.expand_dims(mask, 1), scores(x, x), -1e9))
+    seen_ids = K.cast(mask, "float32")[:, :, None]
+    return K.sum(K.matmul(weights, x) * seen_ids, 1) / K.sum(seen_ids, 1)
+
+
+@pytest.mark.parametrize("function, dtype", [(_embedded, "int32"), (_embedded, "float32"), (_explicit, "int32")])
+def test_masks_of_ids(function: Callable[[Any], Any], dtype: str) -> None:
+    inputs = keras.Input((S,), dtype=dtype)
+    model = keras.Model(inputs, function(inputs))
+    ids = np.where(SEEN > 0, RNG.integers(1, 50, SEEN.shape), 0).astype(dtype)
+    runner = check(model, [ids], "w8a8", 27.0)
+    out_of_range = ids.copy()
+    out_of_range[0, 0] = 50
+    with pytest.raises(Exception, match="(?i)gather|invoke|index"):
+        runner.predict(out_of_range)
+
+
+def test_a_mask_that_cannot_be_followed_is_refused() -> None:
+    x = L.Masking()(keras.Input((T, C), name="x"))
+    y = L.MultiHeadAttention(2, 8, name="attention")(x, x)
+    with pytest.raises(kquant.ModelError, match="attention.*attention_mask"):
+        kquant.quantize_model(keras.Model(x._keras_history.operation.input, y), QUERY, "w8a8", progress=False)

@@ -126,7 +126,7 @@ def _gelu(node: Node, x: Term) -> Term:
 
 
 def _merge_functions(first: Node, node: Node) -> Node:
-    steps = inline(node.attrs["steps"], [first.attrs["steps"]], 1)
+    steps = inline(node.attrs["steps"], [first.attrs["steps"]], len(first.inputs))
     return node.with_(inputs=first.inputs).with_attrs(steps=steps)
 
 

@@ -7,7 +7,7 @@
 | conv2d_transpose | strides, padding | kernel [h, w, cout, cin], bias [cout] |
 | dense | | kernel [cin, cout], bias [cout]; contracts the last axis, any rank |
 | affine | | scale [c], offset [c]: x * scale + offset on the last axis (batch norm at inference) |
-| embedding | | table [rows, depth]; reads int32 ids |
+| embedding | clamp (or false): ids beyond the last row read it | table [rows, depth]; reads int32 ids |
 | batch_matmul | adjoint (or false) | two inputs [..., n, k], [..., k, m], the same in front: their products |
 
 The second input of an adjoint batch_matmul is [..., m, k].
@@ -96,6 +96,11 @@ def _product_moments(node: Node, sources: Sequence[Node], xs: Sequence[Moments])
     return Moments.normal(a.mean.sum() * b.mean, np.sqrt(variance))
 
 
+def _rows(node: Node, xs: Sequence[Tensor], w: Tensors) -> Tensor:
+    ids, table = tf.cast(xs[0], tf.int32), w["table"]
+    return tf.gather(table, tf.minimum(ids, table.shape[0] - 1) if node.attrs.get("clamp") else ids)
+
+
 def _into_first(node: Node, sources: Sequence[Shape], s: Scaling) -> Sequence[Scaling] | None:
     """A factor that all entries share, to the first operand."""
     if np.ptp(s.scale) or s.offset.any():
@@ -168,7 +173,7 @@ RECORDS = collect(
     ),
     Op(
         name="embedding",
-        compute=lambda n, xs, w: tf.gather(w["table"], tf.cast(xs[0], tf.int32)),
+        compute=_rows,
         weight=Weight(name="table"),
         values="table",
         given=True,

@@ -24,6 +24,7 @@ from kquant.graph.tracing.builder import (
     scale_offset,
     transpose,
 )
+from kquant.graph.tracing.choices import as_number
 from kquant.graph.tracing.functions import function
 from kquant.graph.tracing.operations import two_inputs
 
@@ -79,7 +80,9 @@ def mask_of(b: Builder, value: Any, shape: Sequence[int | None]) -> list[Mask]:
     if not isinstance(value, Node):
         array = (np.asarray(keras.ops.convert_to_numpy(value)) != 0).astype(np.float32)
         return [array.reshape(array.shape[1:]) if array.ndim == len(shape) and array.shape[0] == 1 else array]
-    if value.dtype == "bool":
+    if value.dtype == "bool" and (number := as_number(b, value)) is not None:
+        seen = number
+    elif value.dtype == "bool":
         seen = b.emit("function", value, steps=(("select", 0, 1.0, 0.0),), suffix="mask_as_number")
     else:
         seen = function(b, value, lambda t: t.call("select", t.call("not_equal", t, 0.0), 1.0, 0.0), "mask_as_number")

@@ -27,7 +27,7 @@ def _celu(x: Term, alpha: float) -> Term:
     return x.maximum(0.0) + alpha * (x.minimum(0.0) / alpha).elu()
 
 
-def _selu(x: Term) -> Term:
+def selu(x: Term) -> Term:
     alpha, scale = 1.6732632423543772, 1.0507009873554805
     return scale * (x.maximum(0.0) + alpha * x.minimum(0.0).elu())
 
@@ -99,7 +99,7 @@ _OF_ONE: dict[str, Callable[[Term, Any], Term]] = {
     "Softplus": lambda x, op: softplus(x),
     "Mish": lambda x, op: x * softplus(x).tanh(),
     "Softsign": lambda x, op: x / (1.0 + x.abs()),
-    "Selu": lambda x, op: _selu(x),
+    "Selu": lambda x, op: selu(x),
     "Celu": lambda x, op: _celu(x, float(op.alpha)),
     "LogSigmoid": lambda x, op: -softplus(-x),
     "TanhShrink": lambda x, op: x - x.tanh(),

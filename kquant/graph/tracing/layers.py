@@ -21,7 +21,8 @@ from kquant.graph.tracing.builder import (
     transpose,
 )
 from kquant.graph.tracing.linear import from_2d, output_shape, pair, to_2d
-from kquant.graph.tracing.operations import average_pool, concat, max_pool, resize, two_inputs
+from kquant.graph.tracing.maps import resize_image
+from kquant.graph.tracing.operations import average_pool, concat, max_pool, resize, slice_axis, two_inputs
 
 L = keras.layers
 
@@ -156,9 +157,28 @@ def up_sampling(b: Builder, layer: Any, x: Node) -> Node:
 
 @lowers_layer(L.Resizing)
 def resizing(b: Builder, layer: Any, x: Node) -> Node:
-    if layer.crop_to_aspect_ratio or layer.pad_to_aspect_ratio or layer.antialias:
-        raise NotLowered("resizing that keeps the aspect ratio, or with antialiasing")
-    return resize(b, x, (layer.height, layer.width), layer.interpolation)
+    if layer.crop_to_aspect_ratio or layer.pad_to_aspect_ratio:
+        raise NotLowered("resizing that keeps the aspect ratio")
+    return resize_image(b, x, (layer.height, layer.width), layer.interpolation, layer.antialias)
+
+
+@lowers_layer(L.CenterCrop)
+def center_crop(b: Builder, layer: Any, data: Node) -> Node:
+    sizes = [int(d or 0) for d in data.shape[1:3]]
+    wanted = (layer.height, layer.width)
+    if len(data.shape) != 4 or any(size < crop for size, crop in zip(sizes, wanted, strict=True)):
+        raise NotLowered("a crop that is larger than the image, or of one image")
+    for axis, (size, crop) in enumerate(zip(sizes, wanted, strict=True), 1):
+        if size != crop:
+            start = (size - crop) // 2
+            data = slice_axis(b, data, axis, start, start + crop, f"crop_{axis}")
+    return data
+
+
+@lowers_layer(L.SpectralNormalization)
+def spectral_normalization(b: Builder, layer: Any, inputs: Node) -> Node:
+    """The layer within, whose weight training has normalized."""
+    return b.trace_function(b, layer.layer, [inputs])[0]
 
 
 @lowers_layer(L.Reshape, L.Flatten)

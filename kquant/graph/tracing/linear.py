@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -289,6 +290,47 @@ def _split_bias(
     return np.broadcast_to(rows, columns).reshape(-1), None
 
 
+def contract_two(b: Builder, equation: str, x: Node, y: Node) -> Node:
+    """einsum(equation, x, y) of two tensors, as products of matrices.
+
+    Raises:
+        NotLowered: the batch is not first in all three, or a label is summed over in one of them alone.
+    """
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    xs, _, ys = left.partition(",")
+    if not arrow or "." in equation or any(len(set(t)) != len(t) for t in (xs, ys, out)):
+        raise NotLowered(f"the equation {equation!r} is not a product of matrices")
+    sizes = {**dict(zip(xs, x.shape, strict=True)), **dict(zip(ys, y.shape, strict=True))}
+    both = [c for c in xs if c in ys]
+    batch, summed = [c for c in both if c in out], [c for c in both if c not in out]
+    free_x, free_y = [c for c in xs if c not in ys], [c for c in ys if c not in xs]
+    if not batch or not xs[0] == ys[0] == out[0:1] or set(out) != {*batch, *free_x, *free_y}:
+        raise NotLowered(f"the equation {equation!r} is not a product of matrices of each sample")
+
+    def matrices(t: Node, labels: str, rows: list[str], columns: list[str], suffix: str) -> Node:
+        t = transpose(b, t, [labels.index(c) for c in (*batch, *rows, *columns)], f"{suffix}_order")
+        groups = [math.prod(int(sizes[c] or 1) for c in batch[1:])] if batch[1:] else []
+        shape = [None, *groups, *(math.prod(int(sizes[c] or 1) for c in part) for part in (rows, columns))]
+        return reshape(b, t, shape, f"{suffix}_matrices")
+
+    z = b.emit("batch_matmul", matrices(x, xs, free_x, summed, "first"), matrices(y, ys, summed, free_y, "second"))
+    z = reshape(b, z, [sizes[c] for c in (*batch, *free_x, *free_y)], "split")
+    return transpose(b, z, [[*batch, *free_x, *free_y].index(c) for c in out], "order")
+
+
+@lowers_layer(L.Dot)
+def dot_layer(b: Builder, layer: Any, inputs: Sequence[Any]) -> Node:
+    x, y = inputs
+    if layer.normalize or not (isinstance(x, Node) and isinstance(y, Node)):
+        raise NotLowered("a product of normalized vectors, or with a constant")
+    axes = layer.axes if isinstance(layer.axes, list | tuple) else (layer.axes, layer.axes)
+    first, second = (int(a) % len(t.shape) for a, t in zip(axes, inputs, strict=True))
+    xs, ys = list("bcdefgh"[: len(x.shape)]), list("bijklmn"[: len(y.shape)])
+    xs[first] = ys[second] = "z"
+    out = "b" + "".join(c for c in (*xs[1:], *ys[1:]) if c != "z")
+    return reshape(b, contract_two(b, f"{''.join(xs)},{''.join(ys)}->{out}", x, y), output_shape(b))
+
+
 @lowers_op("Matmul")
 def matmul(b: Builder, op: Any, x1: Any, x2: Any) -> Node:
     if isinstance(x1, Node) and isinstance(x2, Node):
@@ -318,8 +360,10 @@ def dot(b: Builder, op: Any, x1: Any, x2: Any) -> Node:
 
 @lowers_op("Einsum")
 def einsum(b: Builder, op: Any, *operands: Any) -> Node:
-    if len(operands) != 2 or isinstance(operands[0], Node) == isinstance(operands[1], Node):
-        raise NotLowered("it is not a product with one constant")
+    if len(operands) != 2 or not any(isinstance(o, Node) for o in operands):
+        raise NotLowered("it is not a product of two")
+    if all(isinstance(o, Node) for o in operands):
+        return contract_two(b, op.subscripts, *operands)
     if isinstance(operands[0], Node):
         return contract(b, op.subscripts, operands[0], as_array(operands[1]))
     left, _, out = op.subscripts.partition("->")

@@ -283,10 +283,3 @@ def resize(b: Builder, x: Node, size: Sequence[int], method: str) -> Node:
     if method not in ("nearest", "bilinear") or len(x.shape) != 4:
         raise NotLowered(f"resizing with {method!r}")
     return b.emit("resize", x, size=tuple(int(s) for s in size), method=method, half_pixel_centers=True)
-
-
-@lowers_op("Resize")
-def resize_op(b: Builder, op: Any, images: Node) -> Node:
-    if op.crop_to_aspect_ratio or op.pad_to_aspect_ratio or op.antialias:
-        raise NotLowered("resizing that keeps the aspect ratio, or with antialiasing")
-    return resize(b, images, op.size, op.interpolation)

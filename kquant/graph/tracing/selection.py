@@ -45,11 +45,17 @@ def take(b: Builder, op: Any, x: Any, indices: Any) -> Node:
 def take_along_axis(b: Builder, op: Any, x: Any, indices: Any) -> Node:
     if not (isinstance(x, Node) and isinstance(indices, Node)) or op.axis is None or x.dtype != "float32":
         raise NotLowered("it selects with constants, or in a flat tensor")
-    there, back = axis_last(len(x.shape), op.axis)
-    moved = [transpose(b, t, there, f"last_{k}") for k, t in enumerate((x, indices))]
-    if moved[0].shape[:-1] != moved[1].shape[:-1]:
+    axis, rank = op.axis % len(x.shape), len(x.shape)
+    there, back = axis_last(rank, axis)
+    single = indices.shape[axis] == 1  # an axis of one entry moves by a reshape, of any type
+    values = transpose(b, x, there, "last")
+    places = (
+        reshape(b, indices, [indices.shape[a] for a in there]) if single else transpose(b, indices, there, "places")
+    )
+    if values.shape[:-1] != places.shape[:-1]:
         raise NotLowered(f"indices of shape {indices.shape} into shape {x.shape}")
-    return transpose(b, b.emit("take_along", *moved), back)
+    taken = b.emit("take_along", values, places)
+    return reshape(b, taken, indices.shape) if single else transpose(b, taken, back)
 
 
 @lowers_op("Flip")

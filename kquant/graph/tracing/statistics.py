@@ -1,13 +1,12 @@
-"""Lowering of reductions that are compositions, of orders, and of maps along an axis."""
+"""Lowering of reductions that are compositions, and of orders."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import numpy as np
-
 from kquant.graph.ir import Node
-from kquant.graph.tracing.builder import Builder, NotLowered, axis_last, lowers_op, reshape, transpose
+from kquant.graph.tracing.builder import Builder, NotLowered, lowers_op, reshape
 from kquant.graph.tracing.functions import function
 from kquant.graph.tracing.operations import reduce, slice_axis
 
@@ -93,29 +92,8 @@ def _log_sum(b: Builder, x: Node, axes: tuple[int, ...]) -> tuple[Node, Node]:
     below = b.emit("sub", x, _largest(b, x, axes), suffix="below")
     exps = function(b, below, lambda t: t.exp(), "exp")
     mean = b.emit("mean", exps, axes=axes, keepdims=True, suffix="mean")
-    count = float(np.prod([x.shape[a] for a in axes]))
+    count = float(math.prod(int(x.shape[a] or 1) for a in axes))
     return below, function(b, mean, lambda t: (t * count).log(), "log")
-
-
-def along(b: Builder, x: Node, axis: int, matrix: np.ndarray, suffix: str) -> Node:
-    """The product of every line along an axis with a constant matrix [entries, entries of the output].
-
-    A product of two tensors, one a constant, since constants keep 8 bits whatever those of the weights.
-    """
-    axis %= len(x.shape)
-    if axis == 0 or len(x.shape) < 3:
-        raise NotLowered("a linear map of the batch, or of a vector")
-    there, back = axis_last(len(x.shape), axis)
-    y = b.emit("batch_matmul", transpose(b, x, there, f"{suffix}_last"), b.const(matrix), suffix=suffix)
-    return transpose(b, y, back, f"{suffix}_back")
-
-
-@lowers_op("Cumsum")
-def cumulative_sum(b: Builder, op: Any, x: Node) -> Node:
-    if op.axis is None:
-        raise NotLowered("it sums over the batch")
-    size = int(x.shape[op.axis] or 0)
-    return along(b, x, op.axis, np.triu(np.ones((size, size))), "sum")
 
 
 @lowers_op("Argmax", "Argmin")

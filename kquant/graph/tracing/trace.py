@@ -28,13 +28,16 @@ from kquant.graph.tracing import (  # noqa: F401  they fill the tables
     choices,
     layers,
     linear,
+    maps,
     normalization,
     operations,
     selection,
     statistics,
 )
 from kquant.graph.tracing.builder import Builder, NotLowered, Scope, find_lowering, is_builtin, without_batch
+from kquant.graph.tracing.choices import COMPARISONS
 from kquant.graph.tracing.float_call import FloatCall, Slot
+from kquant.graph.tracing.implicit_masks import ImplicitMasks
 from kquant.graph.tracing.keras_graph import (
     fixed_batch,
     functional_form,
@@ -44,12 +47,15 @@ from kquant.graph.tracing.keras_graph import (
     recorded_calls,
     untouched,
 )
+from kquant.graph.tracing.raw_functions import raw_program
 from kquant.graph.tracing.registry import registered_lowering
 
 # They read masks
 _ATTENTION = {"MultiHeadAttention", "GroupedQueryAttention", "Attention", "AdditiveAttention", "DotProductAttention"}
 # They read integers: ids, or pixels that they turn into numbers
-_READS_INTEGERS = {"Embedding", "Rescaling", "Normalization", "Cast", "TakeAlongAxis", "OneHot"} | _ATTENTION
+_READS_INTEGERS = (
+    {"Embedding", "Rescaling", "Normalization", "Cast", "TakeAlongAxis", "OneHot"} | _ATTENTION | COMPARISONS
+)
 # or truth values
 _READS_TRUTHS = {"Cast", "Where", "LogicalAnd", "LogicalOr", "LogicalNot", "Softmax"} | _ATTENTION
 # or values of any type that was computed, which they move
@@ -95,6 +101,7 @@ class _Tracer:
 
     def __init__(self) -> None:
         self.builder = Builder(self.trace_function)
+        self.masks = ImplicitMasks()
 
     def input(self, tensor: Any) -> Node:
         """The "input" node of a model input."""
@@ -138,6 +145,7 @@ class _Tracer:
         scope, nodes = self.builder.scope, self.builder.nodes
         _check_operation(operation, scope)
         args, kwargs = _bind(operation, args, kwargs)
+        kwargs |= self.masks.arguments(self.builder, operation, args, kwargs)
         before = len(nodes)
         try:
             result = keras.tree.flatten(self._lower(operation, args, kwargs))
@@ -146,6 +154,7 @@ class _Tracer:
                 del nodes[name]
             self.builder.scope = scope
             return [self._float(operation, args, kwargs, outputs, str(reason))]
+        self.masks.follow(operation, args, result)
         for node, tensor in zip(result, outputs, strict=True):
             declared = None if isinstance(operation, keras.layers.Activation) else tuple(tensor.shape[1:])
             # (Activation declares the shape of its input, whatever its function makes)
@@ -215,7 +224,10 @@ class _Tracer:
                 result = function(*symbolic_args, **symbolic_kwargs)
                 traced = keras.Function(list(inputs.values()), keras.tree.flatten(result))
             except Exception as error:
-                raise NotLowered(f"its computation cannot be traced: {_first_line(error)}") from error
+                steps = raw_program(function, nodes[0]) if len(nodes) == 1 and not kwargs else None
+                if steps is None:
+                    raise NotLowered(f"its computation cannot be traced: {_first_line(error)}") from error
+                return [builder.emit("function", nodes[0], steps=steps)]
         by_name = {n.name: n for n in nodes}
         return self.walk(traced, [by_name[k] for k in inputs], f"{scope.name}/", f"{scope.origin}/", True)
 
@@ -319,7 +331,9 @@ def _settle_input_types(graph: Graph) -> Graph:
     for name in graph.inputs:
         readers = graph.consumers(name)
         # a mask compares the ids with zero, in any type
-        ids = [n for n in readers if op_of(n).lookup or (n.op == "float" and n.origin_type == "NotEqual")]
+        places = [n for n in readers if n.op == "take_along" and n.inputs[0] != name]
+        compares = [n for n in readers if n.op == "float" and n.origin_type == "NotEqual"]
+        ids = [*places, *(n for n in readers if op_of(n).lookup or n in compares)]
         numbers = [n for n in readers if n not in ids and n.op != "float"]
         if name in graph.outputs or not ids + numbers:
             continue

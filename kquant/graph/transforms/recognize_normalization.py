@@ -35,7 +35,7 @@ class _Squares:
 def recognize_normalization(graph: Graph) -> Graph:
     """The same function with a "normalize" for each normalization that is written out."""
     graph = _factors_last(graph)
-    for root in [n for n in graph if _is_root(n)]:
+    for root in [n for n in graph if _is_root(graph, n)]:
         squares = _squares(graph, graph[graph[root.name].inputs[0]])
         if squares is None or squares.factor <= 0 or squares.offset < 0:
             continue
@@ -47,7 +47,7 @@ def recognize_normalization(graph: Graph) -> Graph:
 
 def _factors_last(graph: Graph) -> Graph:
     """d * (root * gamma) as (d * root) * gamma, for a constant gamma."""
-    for root in [n for n in graph if _is_root(n)]:
+    for root in [n for n in graph if _is_root(graph, n)]:
         for scaled in [n for n in graph.consumers(root.name) if n.op == "mul" and "clip" not in n.attrs]:
             gamma, product = _other(scaled, root.name), graph.sole_consumer(scaled.name)
             if not gamma or graph[gamma].op != "const" or product is None or product.op != "mul":
@@ -62,11 +62,11 @@ def _factors_last(graph: Graph) -> Graph:
     return graph
 
 
-def _is_root(node: Node) -> bool:
+def _is_root(graph: Graph, node: Node) -> bool:
     """Whether it is 1 / sqrt(x), however it is written."""
     if node.op == "rsqrt":
         return True
-    if node.op != "function" or len(node.inputs) != 1 or node.dtype != "float32":
+    if node.op != "function" or len(node.inputs) != 1 or {node.dtype, graph[node.inputs[0]].dtype} != {"float32"}:
         return False
     return bool(np.allclose(run(node.attrs["steps"], [tf.constant(_POINTS)]), _POINTS**-0.5, rtol=1e-5))
 

@@ -44,7 +44,7 @@ def _drop(graph: Graph, node: Node) -> Graph | None:
 def _merge(graph: Graph, node: Node) -> Graph | None:
     """Let a reshape, transpose or clip read through the one before it."""
     record = op_of(node)
-    if record.merge is None:
+    if record.merge is None or len(node.inputs) != 1:
         return None
     first = graph[node.inputs[0]]
     if first.op != node.op or (record.elementwise and graph.sole_consumer(first.name) is None):
@@ -55,7 +55,7 @@ def _merge(graph: Graph, node: Node) -> Graph | None:
 
 def _sink_reshape(graph: Graph, node: Node) -> Graph | None:
     """f(reshape(x)) = reshape(f(x)) for elementwise f, and for an affine if the reshape keeps the last axis."""
-    if not (op_of(node).elementwise or node.op == "affine"):
+    if not (op_of(node).elementwise or node.op == "affine") or len(node.inputs) != 1:
         return None
     moved = graph[node.inputs[0]]
     if moved.op != "reshape" or graph.sole_consumer(moved.name) is None:
@@ -64,7 +64,7 @@ def _sink_reshape(graph: Graph, node: Node) -> Graph | None:
     if node.op == "affine" and source.shape[-1] != moved.shape[-1]:
         return None
     first = node.with_(inputs=(source.name,), shape=source.shape)
-    then = moved.with_(inputs=(first.name,), stats={})
+    then = moved.with_(inputs=(first.name,), dtype=node.dtype, stats={})
     nodes: list[Node] = []
     for n in graph:
         if n.name == node.name:

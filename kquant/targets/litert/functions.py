@@ -41,7 +41,7 @@ def look_up(call: Call) -> Tensor:
     """The entries of the table at the integers of the input."""
     x, out = call.inputs[0], call.out
     table = tf.cast(_table(call.node, x, out), tf.float32)
-    index = tf.cast(x.centered + x.zero_point, tf.int32) - _FIRST
+    index = tf.clip_by_value(tf.cast(x.centered + x.zero_point, tf.int32) - _FIRST, 0, _ENTRIES - 1)
     return exact(compute(call.node, [x.value]) / out.scale, tf.gather(table, index))
 
 

@@ -51,6 +51,7 @@ def _only_8(op: str) -> dict[int, Arithmetic]:
 
 
 _INT4 = {8: (4,)}
+_FUNCTION = litert.KERNELS["function"].operators
 # operation -> fields that differ from the records of LiteRT's reference kernels
 _CHANGES: Mapping[str, Mapping[str, Any]] = {
     "conv2d": {"weights": _INT4},
@@ -64,11 +65,16 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
     "rsqrt": {"arithmetic": {**_only_8("rsqrt"), 16: rsqrt_by_table(RECIPROCAL_ROOTS, tf.float64)}},
     "reduce_max": {"arithmetic": _only_8("reduce_max")},
     "resize": {"arithmetic": _only_8("resize")},
+    "reduce_min": {"arithmetic": _only_8("reduce_min")},
+    "gather": {"arithmetic": _only_8("gather")},
+    "take_along": {"arithmetic": _only_8("take_along")},
     "embedding": {"arithmetic": _only_8("embedding")},
+    # in float, what has no table
+    "function": {"operators": {k: v for k, v in _FUNCTION.items() if k not in ("POW", "SIGN", "ATAN2")}},
     "transpose": {"max_rank": 5},
     "slice": {"max_rank": 4},
 }
-_MISSING = frozenset({"gelu"})
+_MISSING = frozenset({"gelu", "top_k", "top_k_indices"})
 
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {op: replace(k, **_CHANGES.get(op, {})) for op, k in litert.REFERENCE_KERNELS.items() if op not in _MISSING}

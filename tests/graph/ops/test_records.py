@@ -43,7 +43,8 @@ def test_records_are_complete(name: str) -> None:
 def test_the_grid_is_tied_as_the_kernels_of_tflite_tie_it() -> None:
     of_input = {n for n, record in OPS.items() if record.grid is Tie.OF_INPUT}
     shared = {n for n, record in OPS.items() if record.grid is Tie.SHARED}
-    assert of_input == {"reshape", "transpose", "slice", "pad", "max_pool2d", "avg_pool2d", "resize", "reduce_max"}
+    pooled, chosen = {"max_pool2d", "avg_pool2d", "reduce_max", "reduce_min"}, {"gather", "take_along", "top_k"}
+    assert of_input == {"reshape", "transpose", "slice", "pad", "resize"} | pooled | chosen
     assert shared == {"concat", "maximum", "minimum", "select"}
 
 
@@ -92,7 +93,7 @@ def test_equivariant_functions_commute_with_positive_factors(name: str) -> None:
 
 COMMUTES = (
     "max_pool2d; avg_pool2d; avg_pool2d, all; mean; reduce_max; reshape; reshape, flat; transpose; slice; "
-    "slice, channels; resize; resize, nearest"
+    "slice, channels; resize; resize, nearest; reduce_min; gather; gather, channels"
 ).split("; ")
 
 
@@ -185,6 +186,7 @@ def _trivial(node: Node, xs: list[np.ndarray]) -> list[Node]:
     changes = {
         "reshape": {},
         "transpose": {"perm": tuple(range(len(shape)))},
+        "gather": {"axis": 1, "indices": tuple(range(shape[1] if shape else 0))},
         "slice": {"begin": zeros, "end": shape, "strides": (1,) * len(shape)},
         "pad": {"paddings": tuple((0, 0) for _ in shape)},
     }
@@ -195,6 +197,7 @@ MERGED = {
     "reshape": [{}, {}],
     "transpose": [{"perm": (0, 3, 1, 2)}, {"perm": (0, 2, 1, 3)}],
     "clip": [{"lo": -0.5, "hi": 1.0}, {"lo": 0.0, "hi": None}],
+    "function": [{"steps": (("exp", 0), ("add", 0, 1))}, {"steps": (("mul", 0, 0.5), ("mul", 0, 1))}],
     "clip, apart": [{"lo": 1.0, "hi": None}, {"lo": None, "hi": 0.5}],
 }
 
@@ -241,7 +244,7 @@ NOT_OF_THE_MEAN = {
 FUNCTIONS = [
     n
     for n, (node, xs) in EXAMPLES.items()
-    if xs and not (op_of(node).lookup or op_of(node).inserts) and n not in NOT_OF_THE_MEAN
+    if xs and not (op_of(node).lookup or op_of(node).inserts or op_of(node).ordinal) and n not in NOT_OF_THE_MEAN
 ]
 
 
@@ -251,7 +254,7 @@ def test_moments_of_a_constant_are_the_value(name: str) -> None:
     node, xs = EXAMPLES[name]
     record = op_of(node)
     values = [np.linspace(-1, 2, x.shape[-1]) + k for k, x in enumerate(xs)]
-    if name in {"transpose, channels", "mean, channels", "concat, rows", "select"}:
+    if name in {"transpose, channels", "mean, channels", "concat, rows", "select", "top_k", "take_along"}:
         values = [np.full_like(v, 0.3) for v in values]
     if name == "rsqrt":
         values = [np.square(v) + 0.1 for v in values]

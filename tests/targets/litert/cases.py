@@ -385,6 +385,7 @@ def moves(rng: Rng) -> dict[str, Case]:
         "mirror pad reflect": made((3, 9, 8, 11), "MIRROR_PAD", [const("p", pads)], "MirrorPadOptions", mode=0),
         "mirror pad symmetric": made((3, 9, 8, 11), "MIRROR_PAD", [const("p", pads)], "MirrorPadOptions", mode=1),
         "gather": made((3, 6, 4, 8), "GATHER", [const("i", [4, 0, 2, 2])], "GatherOptions", axis=2),
+        "reduce min": made((3, 1, 5, 8), "REDUCE_MIN", [const("a", [1])], "ReducerOptions", keepDims=True),
         "reduce max": made((3, 1, 5, 8), "REDUCE_MAX", [const("a", [1])], "ReducerOptions", keepDims=True),
         "reduce max flattened": made((3, 8), "REDUCE_MAX", [const("a", [1, -2])], "ReducerOptions", keepDims=False),
     }  # fmt: skip

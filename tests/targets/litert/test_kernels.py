@@ -25,6 +25,7 @@ from tests.support.operations import GRAPHS, INT8_ONLY, LINEAR
 from tests.support.toy import asked
 
 MOVES = {"reshape", "transpose", "slice", "pad", "pad_value", "pad_reflect", "pad_symmetric", "nearest_corner"}
+MOVES |= {"gather", "gather_channels", "top_k", "reduce_min"}
 CASES = [(name, c) for name in GRAPHS for c in (8, 16) if c == 8 or name not in INT8_ONLY]
 
 

@@ -1,0 +1,125 @@
+"""Whole models of operations that choose, order and count: simulation, file and Keras say the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+import kquant
+
+k, L = keras.ops, keras.layers
+SHAPE = (8, 6, 4)
+
+
+def built(function: Callable[[Any], Any]) -> tuple[keras.Model, np.ndarray]:
+    keras.utils.set_random_seed(0)
+    x = inputs = keras.Input(SHAPE)
+    model = keras.Model(inputs, function(L.Conv2D(4, 1)(x)))
+    return model, np.random.default_rng(0).normal(size=(32, *SHAPE)).astype(np.float32)
+
+
+def quantized(function: Callable[[Any], Any], config: str = "w8a8") -> tuple[Any, Any, np.ndarray, list[np.ndarray]]:
+    """(quantized model, export report, data, outputs of the float model), parity checked."""
+    model, data = built(function)
+    q = kquant.quantize_model(model, data, config=config, progress=False)
+    report = kquant.export_tflite(q)
+    parity = kquant.verify_tflite(q, report.content, data)
+    assert parity.ok, str(parity)
+    return q, report, data, [np.asarray(y) for y in keras.tree.flatten(model.predict(data, verbose=0))]
+
+
+def decibels(expected: np.ndarray, found: np.ndarray) -> float:
+    noise = np.square(expected.astype(np.float64) - found).mean()
+    return float(10 * np.log10(np.square(expected.astype(np.float64)).mean() / (noise + 1e-30)))
+
+
+CASES: dict[str, Callable[[Any], Any]] = {
+    "where": lambda x: k.where(k.flip(x, 1) > 0.1, x, L.Conv2D(4, 1)(x) * 0.1 + x),
+    "minimum": lambda x: k.min(x, axis=(1, 2)),
+    "variance": lambda x: k.var(x, axis=-1, keepdims=True),
+    "deviation": lambda x: k.std(x, axis=(1, 2)),
+    "cumulative": lambda x: k.cumsum(x, axis=1),
+    "logarithms": lambda x: k.log_softmax(3.0 * x),
+    "log of a sum": lambda x: k.logsumexp(x, axis=-1),
+    "largest": lambda x: k.top_k(x, 2)[0],
+    "sorted": lambda x: k.sort(x, axis=1),
+    "taken": lambda x: k.take(x, [[3, 0], [-1, 2]], axis=1),
+    "taken along": lambda x: k.take_along_axis(x, k.argmax(x, axis=2, keepdims=True), axis=2),
+    "rolled": lambda x: k.roll(x, (1, -2), axis=(1, 2)),
+    "repeated": lambda x: k.tile(k.repeat(x, 2, axis=2), (1, 2, 1, 1)),
+    "patches": lambda x: k.image.extract_patches(x, 3, strides=2, padding="same"),
+    "adaptive": L.AdaptiveAveragePooling2D((3, 4)),
+    "adaptive maximum": L.AdaptiveMaxPooling2D((3, 4)),
+    "bicubic": L.Resizing(11, 9, interpolation="bicubic"),
+    "antialiased": lambda x: k.image.resize(x, (5, 3), antialias=True),
+    "cropped": L.CenterCrop(5, 6),
+    "gated": lambda x: k.glu(x) + 0.5,
+    "products": lambda x: k.einsum("bijc,bijd->bcd", x, k.tanh(x)),
+    "dot": lambda x: L.Dot(axes=(1, 1))([L.Reshape((48, 4))(x), L.Reshape((48, 4))(k.tanh(x))]),
+    "divided": lambda x: L.Conv2D(4, 1)(x) / (1.5 + k.abs(x)),
+    "normalized weights": L.SpectralNormalization(L.Conv2D(3, 2)),
+}
+
+
+def test_in_integers() -> None:
+    q, report, data, expected = quantized(lambda x: [function(x) for function in CASES.values()])
+    assert not report.float_ops
+    found, simulated = kquant.TFLiteModel(report.content).predict(data), q.predict(data, verbose=0)
+    for name, real, file, ours in zip(CASES, expected, found, simulated, strict=True):
+        np.testing.assert_array_equal(file, ours, err_msg=name)
+        assert decibels(real, file) > 28, name
+
+
+@pytest.mark.parametrize("config", ["w8a8", "w8a16"])
+def test_places_are_integers(config: str) -> None:
+    def places(x: Any) -> Any:
+        best = k.argmax(x, axis=-1)
+        return [best, best[:, 1:3], k.argmin(x, axis=1, keepdims=True), k.top_k(x, 2)[1], x > 0.5]
+
+    q, report, data, expected = quantized(places, config)
+    found = kquant.TFLiteModel(report.content).predict(data)
+    simulated = [np.asarray(y) for y in q.predict(data, verbose=0)]
+    for real, file, ours in zip(expected, found, simulated, strict=True):
+        assert file.dtype == ours.dtype == real.dtype and file.shape == real.shape
+        np.testing.assert_array_equal(file, ours)
+        assert np.mean(file == real) > 0.95
+    as_bytes = kquant.export_tflite(q, output_type="int8").content  # places have no grid: they stay what they are
+    for file, ours in zip(kquant.TFLiteModel(as_bytes).predict(data), simulated, strict=True):
+        np.testing.assert_array_equal(file, ours)
+
+
+def test_a_model_with_functions_is_saved_and_trained(tmp_path: Path) -> None:
+    def head(x: Any) -> Any:
+        return L.Dense(3)(L.Flatten()(k.softplus(x) * k.where(x > 0, 1.0, k.sin(x))))
+
+    model, data = built(head)
+    trained = kquant.prepare_qat(model, data, progress=False)
+    trained.compile("sgd", "mse")
+    losses = trained.fit(data, np.zeros((len(data), 3), np.float32), epochs=3, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    trained.save(tmp_path / "model.keras")
+    content = kquant.export_tflite(trained).content
+    assert kquant.export_tflite(keras.models.load_model(tmp_path / "model.keras")).content == content
+    assert kquant.verify_tflite(trained, content, data).ok
+
+
+def test_sixteen_bits_have_no_table() -> None:
+    model, data = built(k.softplus)
+    q = kquant.quantize_model(model, data, config="w8a16", progress=False)
+    report = kquant.export_tflite(q)
+    ((layer, reason),) = report.float_ops
+    assert "softplus" in layer and reason == "litert has no 16-bit kernel for function"
+    assert kquant.verify_tflite(q, report.content, data).ok
+
+
+def test_a_mask_beside_numbers_stays_float() -> None:
+    """One grid cannot hold -1e9 and the numbers."""
+    model, data = built(lambda x: k.where(x > 0, x, -1e9))
+    q = kquant.quantize_model(model, data, progress=False)
+    (skip,) = q.quantization.skipped
+    assert "where" in skip.layer
