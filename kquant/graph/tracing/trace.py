@@ -153,7 +153,9 @@ class _Tracer:
             for name in list(nodes)[before:]:
                 del nodes[name]
             self.builder.scope = scope
-            return [self._float(operation, args, kwargs, outputs, str(reason))]
+            node = self._float(operation, args, kwargs, outputs, str(reason))
+            self.masks.follow(operation, args, [node])
+            return [node]
         self.masks.follow(operation, args, result)
         for node, tensor in zip(result, outputs, strict=True):
             declared = None if isinstance(operation, keras.layers.Activation) else tuple(tensor.shape[1:])
