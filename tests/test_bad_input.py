@@ -205,7 +205,7 @@ class Opaque(layers.Layer):
     def call(self, x):
         import tensorflow as tf
 
-        return tf.convert_to_tensor(np.asarray(tf.get_static_value(x))) if False else tf.raw_ops.Softplus(features=x)
+        return tf.convert_to_tensor(np.asarray(tf.get_static_value(x))) if False else tf.raw_ops.Softmax(logits=x)
 
 
 def test_an_unknown_layer_stays_float_and_is_reported():

@@ -156,7 +156,7 @@ def _activation(d: Drawer, x: Tensor) -> Tensor:
 def _function(d: Drawer, x: Tensor) -> Tensor:
     """Functions of one tensor, in layers and in plain operations."""
     return d.pick(
-        lambda t: layers.Activation(d.pick("mish", "softplus", "selu", "softsign", "celu", "soft_shrink"))(t),
+        lambda t: layers.Activation(d.pick("mish", "softplus", "selu", "softsign", "celu", "log_sigmoid"))(t),
         lambda t: layers.ReLU(threshold=0.3, negative_slope=d.pick(0.0, 0.1))(t),
         lambda t: ops.sqrt(ops.abs(t) + 0.1),
         lambda t: t * ops.tanh(ops.log(1.0 + ops.exp(ops.clip(t, -4.0, 4.0)))),
@@ -189,7 +189,7 @@ def _statistic(d: Drawer, x: Tensor) -> Tensor:
         lambda t: t + ops.var(t, axis, keepdims=True),
         lambda t: ops.cumsum(t, axis) * 0.5,
         lambda t: ops.log_softmax(t, axis),
-        lambda t: layers.AdaptiveAveragePooling2D((2, 3))(t),
+        lambda t: ops.max(t, axis, keepdims=True) - t,
         lambda t: layers.Resizing(5, 4, interpolation=d.pick("bicubic", "lanczos3"))(t),
         lambda t: layers.Conv2D(t.shape[-1], 1)(t) / (1.5 + ops.abs(t)),
     )(x)

@@ -80,7 +80,12 @@ def adaptive_average(b: Builder, op: Any, inputs: Node) -> Node:
     return _adaptive(b, op, inputs)
 
 
-@lowers_layer(L.AdaptiveAveragePooling1D, L.AdaptiveAveragePooling2D)
+def _known(*names: str) -> list[type]:
+    """The layers that this version of Keras has."""
+    return [getattr(L, name) for name in names if hasattr(L, name)]
+
+
+@lowers_layer(*_known("AdaptiveAveragePooling1D", "AdaptiveAveragePooling2D"))
 def adaptive_average_layer(b: Builder, layer: Any, inputs: Node) -> Node:
     return _adaptive(b, layer, inputs)
 
@@ -90,7 +95,7 @@ def adaptive_maximum(b: Builder, op: Any, inputs: Node) -> Node:
     return _adaptive(b, op, inputs, maximum=True)
 
 
-@lowers_layer(L.AdaptiveMaxPooling1D, L.AdaptiveMaxPooling2D)
+@lowers_layer(*_known("AdaptiveMaxPooling1D", "AdaptiveMaxPooling2D"))
 def adaptive_maximum_layer(b: Builder, layer: Any, inputs: Node) -> Node:
     return _adaptive(b, layer, inputs, maximum=True)
 

@@ -56,6 +56,8 @@ for _name, _op in {
     "Multiply": "mul",
     "Maximum": "maximum",
     "Minimum": "minimum",
+    "Fmax": "maximum",
+    "Fmin": "minimum",
 }.items():
     lowers_op(_name)(_binary(_op))
 

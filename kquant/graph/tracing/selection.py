@@ -127,3 +127,16 @@ def one_hot(b: Builder, op: Any, x: Node) -> Node:
     if op.sparse or op.axis not in (-1, len(x.shape)) or (op.dtype and "float" not in str(op.dtype)):
         raise NotLowered("one-hot vectors of another type, or along another axis than the last")
     return b.emit("embedding", x, weights={"table": np.eye(op.num_classes)})
+
+
+@lowers_op("DepthToSpace", "SpaceToDepth")
+def rearrange(b: Builder, op: Any, x: Node) -> Node:
+    """Blocks of pixels side by side in the channels, and back."""
+    if op.data_format == "channels_first" or len(x.shape) != 4:
+        raise NotLowered("blocks with channels first, or of one image")
+    n, (height, width, channels) = int(op.block_size), (int(d or 0) for d in x.shape[1:])
+    if type(op).__name__ == "DepthToSpace":
+        split, whole = (height, width, n, n, channels // n**2), (height * n, width * n, channels // n**2)
+    else:
+        split, whole = (height // n, n, width // n, n, channels), (height // n, width // n, channels * n**2)
+    return reshape(b, transpose(b, reshape(b, x, (None, *split)), (0, 1, 3, 2, 4, 5)), (None, *whole), "")

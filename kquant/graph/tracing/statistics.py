@@ -18,6 +18,12 @@ def reduce_min(b: Builder, op: Any, x: Node, **_: Any) -> Node:
     return reduce(b, op, x, "reduce_min")
 
 
+@lowers_op("Ptp")
+def span(b: Builder, op: Any, x: Node) -> Node:
+    """The largest less the smallest."""
+    return b.emit("sub", *(reduce(b, op, x, kind, kind) for kind in ("reduce_max", "reduce_min")))
+
+
 @lowers_op("Var")
 def variance(b: Builder, op: Any, x: Node) -> Node:
     """The mean of the squares of what is left without the mean."""

@@ -19,6 +19,21 @@ BOUNDED = ("arcsin", "arccos", "arctanh")
 ROWS = np.random.default_rng(0).normal(size=(6, 1, 3)).astype("float32")
 
 
+BLOCKS = ["reshape", "transpose", "reshape"]
+NEWER = {  # than the oldest Keras that is supported
+    "ptp": (lambda x: k.ptp(x, axis=-1), ["reduce_max", "reduce_min", "sub"]),
+    "fmax": (lambda x: k.fmax(x, k.exp(x)), ["function", "maximum"]),
+    "space_to_depth": (lambda x: k.nn.space_to_depth(x, 2), BLOCKS),
+    "depth_to_space": (lambda x: k.nn.depth_to_space(k.concatenate([x] * 4, -1), 2), ["concat", *BLOCKS]),
+}
+
+
+@pytest.mark.parametrize("name", [n for n in NEWER if hasattr(k, n) or hasattr(k.nn, n)])
+def test_newer_operations(name: str) -> None:
+    function, expected = NEWER[name]
+    assert ops(traced(build(function, IMAGE))) == expected
+
+
 @pytest.mark.parametrize(
     ("function", "expected"),
     [
@@ -48,6 +63,17 @@ ROWS = np.random.default_rng(0).normal(size=(6, 1, 3)).astype("float32")
         *((getattr(k, name), ["function"]) for name in ("cbrt", "erf", "reciprocal")),
         *((lambda x, name=n: getattr(k, name)(0.1 + x * x), ["mul", "affine", "function"]) for n in POSITIVE),
         *((lambda x, name=n: getattr(k, name)(0.9 * k.tanh(x)), ["tanh", "affine", "function"]) for n in BOUNDED),
+        (lambda x: k.roll(x, 3, axis=1), ["gather"]),
+        (lambda x: k.roll(x, 6, axis=1), ["gather"]),
+        (lambda x: k.flip(x, (1, -1)), ["gather", "gather"]),
+        (lambda x: k.take(x, [[0, 1], [-1, 2]], axis=2), ["gather", "reshape"]),
+        (lambda x: k.repeat(x, [1, 0, 2], axis=-1), ["gather"]),
+        (lambda x: k.tile(x, (1, 2, 1, 3)), ["gather", "gather"]),
+        (lambda x: k.sort(x, axis=-1), ["top_k", "gather"]),
+        (lambda x: k.argmax(x, axis=1, keepdims=True)[:, 0], ["argmax", "reshape", "reshape"]),
+        (lambda x: k.take_along_axis(x, k.argmin(x, -1, keepdims=True), -1), ["argmin", "reshape", "take_along"]),
+        (lambda x: k.min(x, axis=(1, 2), keepdims=True), ["reduce_min"]),
+        (lambda x: k.cumsum(x, axis=2), ["transpose", "const", "batch_matmul", "transpose"]),
         (lambda x: k.round(x, 1), ["function"]),
         (lambda x: k.power(x, 2), ["mul"]),
         (lambda x: k.power(x, 3.0), ["function"]),
