@@ -214,7 +214,8 @@ def test_masks_are_carried_to_the_layers_that_use_them() -> None:
         return L.GlobalAveragePooling1D()(L.Embedding(5, 3, mask_zero=True)(ids))
 
     graph = traced(build(pooled, (6,), dtype="int32"))
-    assert ops(graph) == ["embedding", "float", "float"]
+    assert ops(graph) == ["embedding", "embedding", "reshape", "function", "float"]
+    assert graph.sole_consumer(graph.outputs[0]) is None and len(graph[graph.outputs[0]].inputs) == 2
 
 
 @pytest.mark.parametrize("make", [lambda: build(Block(name="block"), (5, 5, 4)), lambda: build(Scale(), (3, 5))])
