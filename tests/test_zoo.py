@@ -19,9 +19,6 @@ FLOAT_ISLANDS = {  # layers without an integer form: model -> how many of its no
     "lstm": 1,
     "gru": 1,
     "bidirectional": 2,
-    "transformer": 3,
-    "vision_transformer": 1,
-    "normalizations": 2,
 }
 SLOW = {  # TensorFlow converts what stays float in seconds
     *("lstm", "gru", "bidirectional", "transformer", "vision_transformer", "normalizations"),

@@ -18,6 +18,7 @@ from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import bias_of, op_of, weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.graph.tracing.trace import trace_model
+from kquant.graph.transforms.expand_normalization import expand_normalization
 from kquant.graph.transforms.fold_batch_norm import fold_batch_norm
 from kquant.graph.transforms.fuse_activations import fuse_activations
 from kquant.graph.transforms.simplify import absorb_padding, simplify
@@ -115,8 +116,8 @@ def _with_kernels(plan: Plan, activations: Grids, kernels: Mapping[str, _Kernel]
 
 
 def _prepare(graph: Graph) -> Graph:
-    """As `prepare_graph`: batch normalization folded, activations fused."""
-    return fuse_activations(absorb_padding(simplify(fold_batch_norm(simplify(graph)))))
+    """As `prepare_graph`: batch normalization folded, activations fused; other normalizations written out."""
+    return expand_normalization(fuse_activations(absorb_padding(simplify(fold_batch_norm(simplify(graph))))))
 
 
 def _kernels(traced: Graph, ranges: Mapping[str, Range]) -> dict[str, _Kernel]:

@@ -63,7 +63,7 @@ def observe(plan: Plan, data: CalibrationData, progress: bool = True) -> Observe
         extremes = [[tf.reduce_min(v), tf.reduce_max(v)] for v in values[: len(reduced)]]
         return tf.stack(extremes) if extremes else tf.zeros((0, 2)), values[len(reduced) :]
 
-    for extremes, values in _over_data(graph, [*reduced, *detailed], data, statistics, progress, "calibrating"):
+    for extremes, values in over_data(graph, [*reduced, *detailed], data, statistics, progress, "calibrating"):
         for name, low_high in zip(reduced, extremes.numpy(), strict=True):
             observers[name].update(low_high)
         for name, value in zip(detailed, values, strict=True):
@@ -84,13 +84,13 @@ def smallest_outputs(
         return [tf.reduce_min(tf.reshape(v, (-1, v.shape[-1])), axis=0) for v in values]
 
     found: dict[str, np.ndarray] = {}
-    for values in _over_data(graph, names, data, smallest, progress, "observing"):
+    for values in over_data(graph, names, data, smallest, progress, "observing"):
         for name, value in zip(names, values, strict=True):
             found[name] = np.minimum(found.get(name, np.inf), value.numpy())
     return found
 
 
-def _over_data(
+def over_data(
     graph: Graph, names: Sequence[str], data: CalibrationData, summarize: Callable[[list[Any]], Any], *bar: Any
 ) -> Iterator[Any]:
     """summarize(the tensors `names`), compiled with the float graph, of one slice of the data after another."""
@@ -183,7 +183,8 @@ def _source_range(plan: Plan, name: str, grid: QuantSpec, observers: Mapping[str
             'method="min_max", or set its range=(low, high).'
         )
     low, high = activation_range(own.method, observers[name], replace(grid, percentile=own.percentile))
-    return float(low), float(high)
+    room = plan.target.headroom(node.op, plan.target.container_bits(own.bits))
+    return float(low) * room, float(high) * room
 
 
 def _inserted(plan: Plan, leader: str) -> list[tuple[float, float]]:

@@ -91,6 +91,11 @@ class CalibrationData:
         self._specs = tuple(input_specs)
         return self
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether it can be read more than once, which a generator cannot."""
+        return not self._one_shot
+
     def __iter__(self) -> Iterator[list[Array]]:
         if self._exhausted:
             raise CalibrationError(

@@ -28,13 +28,22 @@ from kquant.quantize.adaround import adaround
 from kquant.quantize.analytic_correction import correct_biases_analytically
 from kquant.quantize.bias_correction import correct_biases
 from kquant.quantize.calibrate import make_grids, observe, smallest_outputs, weight_grids
+from kquant.quantize.channel_scales import prepare_channels
 from kquant.quantize.data import CalibrationData
 from kquant.quantize.input_moments import estimate_inputs
 from kquant.quantize.inputs import declare_ranges
+from kquant.quantize.masks import prepare_masks
 from kquant.quantize.moments import propagate
+from kquant.quantize.normalization import prepare_normalization
 from kquant.quantize.plan import Plan, make_plan
 from kquant.quantize.record import Quantization, Step
 
+# steps without a switch, in order
+_PREPARATIONS = (
+    ("masks", prepare_masks),
+    ("channel scales", prepare_channels),
+    ("normalization", prepare_normalization),
+)
 _NAMED = 8  # at most so many tensors are listed in a message
 
 
@@ -64,6 +73,10 @@ def quantize_after_training(
     if log.takes("absorb_bias"):
         graph, note = _absorb(graph, data, progress)
         log.note("absorb_bias", note)
+    for name, prepare in _PREPARATIONS:
+        graph, note = prepare(graph, config, data, progress)
+        if note:
+            log.note(name, note)
     plan = make_plan(graph, config)
     reference, weights = plan.graph, weight_grids(plan)
     if config.keep_zeros:

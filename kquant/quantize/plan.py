@@ -8,6 +8,7 @@ kernels force onto one grid.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -95,6 +96,8 @@ def make_plan(graph: Graph, config: QuantConfig) -> Plan:
         for leader, names in members.items()
         if leader not in fixed
     }
+    for name in _centered(graph, groups, activations, target):
+        activations[name] = replace(activations[name], symmetric=True, signed=True)
     for name in _logits(graph) & {n for names in sources.values() for n in names}:
         activations[name] = _logits_spec(activations[name], specs[name], config)
     return Plan(
@@ -295,6 +298,15 @@ def _full_grid(grid: tuple[float, int], bits: int) -> Grid:
     scale, zero_point = grid
     half = 2 ** (bits - 1)
     return Grid(np.asarray(scale, np.float32), np.asarray(zero_point, np.int32), -half, half - 1)
+
+
+def _centered(graph: Graph, groups: dict[str, str], integer: Iterable[str], target: Target) -> set[str]:
+    """The tensors that set the grid of an input which a kernel wants with zero point 0."""
+    found = set()
+    for node in graph:
+        if node.name in integer and node.op in target.kernels:
+            found |= {groups[node.inputs[k]] for k in target.kernels[node.op].centered}
+    return {n for n in integer if groups[n] in found}
 
 
 def _weight_specs(graph: Graph, specs: dict[str, LayerSpec], integer: set[str]) -> dict[str, QuantSpec]:

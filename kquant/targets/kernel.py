@@ -42,6 +42,9 @@ class Kernel:
         layout: how its quantized weight is stored, if it has one.
         weights: container of the activations -> the containers below 8 bits that its weights may have.
         output: container of the activations -> the (scale, zero point) that it insists on for its output.
+        headroom: container of the activations -> by what factor the range of its output has to exceed its values, since
+            it interpolates between samples that saturate.
+        centered: inputs that it multiplies many times faster with zero point 0.
         fuses: activations that it applies itself.
         saturates: what it makes lies within the output's grid.
         max_rank: most axes that it takes, None for any number.
@@ -54,6 +57,8 @@ class Kernel:
     layout: Layout | None = None
     weights: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     output: Mapping[int, tuple[float, int]] = field(default_factory=dict)
+    headroom: Mapping[int, float] = field(default_factory=dict)
+    centered: tuple[int, ...] = ()
     fuses: tuple[str, ...] = ("NONE",)
     saturates: bool = False
     max_rank: int | None = None

@@ -108,6 +108,10 @@ class Target:
         """The (scale, zero point) that the kernel of `op` insists on for its output, if it does."""
         return self.kernels[op].output.get(container) if op in self.kernels else None
 
+    def headroom(self, op: str, container: int) -> float:
+        """By what factor the range of the output of `op` has to exceed its values."""
+        return self.kernels[op].headroom.get(container, 1.0) if op in self.kernels else 1.0
+
     def float_only(self, op: str, container: int) -> bool:
         """Whether `op` has no integer kernel for activations in this container."""
         if op in _NOT_COMPUTED:

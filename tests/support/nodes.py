@@ -61,6 +61,7 @@ LINEAR: dict[str, Example] = {
 _POOL = {"pool_size": (2, 3), "strides": (2, 2)}
 _PADS = ((0, 0), (1, 2), (0, 1), (0, 0))
 _SLICE = {"begin": (0, 1, 0, 0), "end": (None, 5, 6, 4), "strides": (1, 2, 1, 1)}
+_NORMALIZE = {"scale": (4,), "gamma": (4,), "beta": (4,)}
 _CHANNELS = {"begin": (0, 0, 0, 1), "end": (None, 5, 6, 4), "strides": (1, 1, 1, 2)}
 EXAMPLES: dict[str, Example] = {
     **LINEAR,
@@ -73,11 +74,15 @@ EXAMPLES: dict[str, Example] = {
     ),
     **{op: example(op, IMAGE, IMAGE) for op in ("add", "sub", "mul", "maximum", "minimum")},
     "batch_matmul": example("batch_matmul", (3, 4), (4, 5)),
+    "batch_matmul, adjoint": example("batch_matmul", (3, 4), (5, 4), adjoint=True),
     "clip": example("clip", IMAGE, lo=0.0, hi=None),
     "clip, both": example("clip", IMAGE, lo=-0.5, hi=0.8),
     "leaky_relu": example("leaky_relu", IMAGE, alpha=0.1),
     "prelu": example("prelu", IMAGE, weights={"alpha": (1, 6, 4)}),
     **{op: example(op, IMAGE) for op in ("logistic", "tanh", "elu", "hard_swish", "softmax")},
+    "rsqrt": (Node(name="n", op="rsqrt", inputs=("a",), shape=(None, *IMAGE)), [np.square(normal(2, *IMAGE)) + 0.1]),
+    "normalize": example("normalize", IMAGE, weights=_NORMALIZE, center=True, epsilon=0.1, limit=False),
+    "normalize, length": example("normalize", IMAGE, weights=_NORMALIZE, center=False, epsilon=0.1, limit=True),
     "function": example("function", IMAGE, steps=(("exp", 0), ("add", 1, 1.0), ("log", 2), ("mul", 0, 3))),
     "function, jumps": example("function", IMAGE, steps=(("greater", 0, 0.25), ("select", 1, 0, -0.5))),
     "select": (

@@ -1,8 +1,8 @@
 """The vocabulary of primitive operations: what each means, in one record (`record.Op`) that every pass reads.
 
 The families list attributes and weights: `boundary` (inputs, constants), `linear`, `elementwise`, `activations`,
-`reductions`, `layout`. Operations with `fuses_clip` may carry the attribute `clip` = (lo, hi): an activation fused
-behind them; hi may be a list with a cap for every entry of the last axis.
+`normalization`, `reductions`, `layout`. Operations with `fuses_clip` may carry the attribute `clip` = (lo, hi): an
+activation fused behind them; hi may be a list with a cap for every entry of the last axis.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import activations, boundary, elementwise, layout, linear, reductions
+from kquant.graph.ops import activations, boundary, elementwise, layout, linear, normalization, reductions
 from kquant.graph.ops.activations import clip_array, clip_of, clip_tensor, with_clip, without_clip
 from kquant.graph.ops.blocks import Linear
 from kquant.graph.ops.layout import LOWEST, pads_zeros
@@ -43,7 +43,13 @@ __all__ = [
 ]
 
 OPS: Mapping[str, Op] = MappingProxyType(
-    boundary.RECORDS | linear.RECORDS | elementwise.RECORDS | activations.RECORDS | reductions.RECORDS | layout.RECORDS
+    boundary.RECORDS
+    | linear.RECORDS
+    | elementwise.RECORDS
+    | activations.RECORDS
+    | normalization.RECORDS
+    | reductions.RECORDS
+    | layout.RECORDS
 )
 
 

@@ -7,9 +7,10 @@
 | conv2d_transpose | strides, padding | kernel [h, w, cout, cin], bias [cout] |
 | dense | | kernel [cin, cout], bias [cout]; contracts the last axis, any rank |
 | affine | | scale [c], offset [c]: x * scale + offset on the last axis (batch norm at inference) |
-| embedding | | table [rows, depth]; reads int32 ids |
-| batch_matmul | | two inputs [..., n, k] and [..., k, m], equal in front: their matrix products |
+| embedding | clamp (or false): ids beyond the last row read it | table [rows, depth]; reads int32 ids |
+| batch_matmul | adjoint (or false) | two inputs [..., n, k], [..., k, m], the same in front: their products |
 
+The second input of an adjoint batch_matmul is [..., m, k].
 padding is "same" or "valid". conv2d_transpose produces the node's own shape (output padding). The kernel of a depthwise
 convolution is quantized as [h, w, c * m], since each of the c * m outputs has a scale of its own.
 """
@@ -23,11 +24,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from kquant.graph.ir import Node
+from kquant.graph.ir import Node, Shape
 from kquant.graph.moments import SIGMAS, Array, Moments
 from kquant.graph.ops.blocks import Linear
 from kquant.graph.ops.functions import Program
 from kquant.graph.ops.record import Op, Tensor, Weight, collect
+from kquant.graph.scaling import Channels, Scaling
 
 Tensors = Mapping[str, Tensor]
 
@@ -86,8 +88,25 @@ def _product_moments(node: Node, sources: Sequence[Node], xs: Sequence[Moments])
     """Sums of k products of independent numbers: E[a b] = E[a] E[b], Var[a b] = (Va + a^2) (Vb + b^2) - a^2 b^2."""
     a, b = xs
     second = [np.square(x.mean) + np.square(x.std) for x in xs]
+    if node.attrs.get("adjoint"):  # the channels of both are summed over; a tensor's own product is its squares
+        own, product = len(set(node.inputs)) == 1, a.mean * b.mean
+        mean = np.full(node.shape[-1] or 1, (second[0] if own else product).sum())
+        return Moments.normal(mean, np.sqrt((second[0] * second[1] - np.square(product)).sum()) * np.ones_like(mean))
     variance = second[0].sum() * second[1] - np.square(a.mean).sum() * np.square(b.mean)
     return Moments.normal(a.mean.sum() * b.mean, np.sqrt(variance))
+
+
+def _rows(node: Node, xs: Sequence[Tensor], w: Tensors) -> Tensor:
+    ids, table = tf.cast(xs[0], tf.int32), w["table"]
+    return tf.gather(table, tf.minimum(ids, table.shape[0] - 1) if node.attrs.get("clamp") else ids)
+
+
+def _into_first(node: Node, sources: Sequence[Shape], s: Scaling) -> Sequence[Scaling] | None:
+    """A factor that all entries share, to the first operand."""
+    if np.ptp(s.scale) or s.offset.any():
+        return None
+    sizes = [int(shape[-1] or 0) for shape in sources]
+    return Scaling.factors(np.full(sizes[0], s.scale[0])), Scaling.factors(np.ones(sizes[1]))
 
 
 def _outputs_on_one_axis(w: Any) -> Any:
@@ -145,10 +164,16 @@ RECORDS = collect(
         bias="offset",
         program=_uniform,
     ),
-    Op(name="batch_matmul", compute=lambda n, xs, w: tf.matmul(*xs), moments=_product_moments),
+    Op(
+        name="batch_matmul",
+        compute=lambda n, xs, w: tf.matmul(*xs, transpose_b=n.attrs.get("adjoint", False)),
+        fuses_clip=True,
+        channels=Channels(in_front=_into_first, constant=lambda n, x: np.full_like(x, np.nan)),
+        moments=_product_moments,
+    ),
     Op(
         name="embedding",
-        compute=lambda n, xs, w: tf.gather(w["table"], tf.cast(xs[0], tf.int32)),
+        compute=_rows,
         weight=Weight(name="table"),
         values="table",
         given=True,

@@ -53,6 +53,7 @@ class Op:
         weight: the weight that carries a grid, if there is one.
         bias: name of the weight that is added to the accumulator, if there is one.
         values: name of the weight whose entries are the values of its output, if there is one.
+        parameters: names of its other weights.
         selects: inputs that are no numbers (ids, truth values) choose among the values of the others.
         ordinal: integers that depend on the order of the values alone, which those of a grid have, too.
         given: its values are given: by the user, or by a weight; no data is needed to know their range.
@@ -79,6 +80,7 @@ class Op:
     weight: Weight | None = None
     bias: str | None = None
     values: str | None = None
+    parameters: tuple[str, ...] = ()
     selects: bool = False
     ordinal: bool = False
     given: bool = False

@@ -130,13 +130,6 @@ def elu_layer(b: Builder, layer: Any, x: Node) -> Node:
     return elu(b, x, float(layer.alpha))
 
 
-@lowers_layer(L.Softmax)
-def softmax_layer(b: Builder, layer: Any, inputs: Node, mask: Any = None) -> Node:
-    if mask is not None:
-        raise NotLowered("a softmax with a mask")
-    return softmax(b, inputs, layer.axis)
-
-
 @lowers_layer(L.PReLU)
 def prelu(b: Builder, layer: Any, x: Node) -> Node:
     return b.emit("prelu", x, weights={"alpha": as_array(layer.alpha)}, variables={"alpha": layer.alpha})

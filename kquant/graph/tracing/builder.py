@@ -307,14 +307,22 @@ def scale_offset(b: Builder, x: Node, scale: Any, offset: Any, suffix: str = "")
             known = {k: v for k, v in sources.items() if v is not ...}
             return b.emit("affine", x, weights=weights, suffix=suffix, variables=known)
     factor, shift = (None if v is ... else v for v in sources.values())
-    if np.any(scale != 1) or factor is not None:
+    if np.any(scale != 1) or factor is not None or _enlarges(x, scale):
         x = b.emit("mul", x, b.const(scale, factor), suffix=suffix)
-    return b.emit("add", x, b.const(offset, shift), suffix=suffix) if np.any(offset != 0) or shift is not None else x
+    if np.any(offset != 0) or shift is not None or _enlarges(x, offset):
+        x = b.emit("add", x, b.const(offset, shift), suffix=suffix)
+    return x
 
 
 def _variable(value: Any) -> Any:
     """The variable that an operand is, None for a number, or ... for what may be computed from variables."""
     return value if isinstance(value, keras.Variable) else None if isinstance(value, int | float) else ...
+
+
+def _enlarges(x: Node, constant: np.ndarray) -> bool:
+    """Whether a tensor broadcasts against a constant of more entries."""
+    sizes = zip(reversed(x.shape[1:]), reversed(constant.shape), strict=False)
+    return any(size == 1 and other > 1 for size, other in sizes)
 
 
 def sample_constant(x: Node, value: Any) -> np.ndarray:

@@ -8,10 +8,21 @@ from typing import Any
 import numpy as np
 
 from kquant.graph.ir import Node
-from kquant.graph.tracing.builder import Builder, NotLowered, lowers_op, sample_constant
+from kquant.graph.tracing.builder import (
+    Builder,
+    NotLowered,
+    as_array,
+    lowers_op,
+    reshape,
+    sample_constant,
+    scale_offset,
+)
 from kquant.graph.tracing.functions import function, number_of
 from kquant.graph.tracing.operations import two_inputs
 
+HIDDEN = 1e9
+_ABOVE = (("greater", 0, 0.5),)
+ROWS = 1024  # of a table of truth values
 LARGE = 1e4  # a number so far off stands for infinity; one grid cannot hold it beside others
 
 
@@ -19,6 +30,8 @@ def _comparison(name: str) -> Callable[[Builder, Any, Any, Any], Node]:
     mirrored = {"greater": "less", "less": "greater", "greater_equal": "less_equal", "less_equal": "greater_equal"}
 
     def lower(b: Builder, op: Any, x1: Any, x2: Any) -> Node:
+        if _compares_ids(b, x1, x2):
+            return ids_compared(b, x1, name, number_of(x2, "a bound"))
         if any(isinstance(x, Node) and x.dtype != "float32" for x in (x1, x2)):
             raise NotLowered("it compares integers")
         if isinstance(x1, Node) and isinstance(x2, Node):
@@ -31,14 +44,34 @@ def _comparison(name: str) -> Callable[[Builder, Any, Any, Any], Node]:
     return lower
 
 
-for _name, _kind in (
-    ("Greater", "greater"),
-    ("GreaterEqual", "greater_equal"),
-    ("Less", "less"),
-    ("LessEqual", "less_equal"),
-    ("Equal", "equal"),
-    ("NotEqual", "not_equal"),
-):
+def _compares_ids(b: Builder, x: Any, bound: Any) -> bool:
+    """Whether an input is compared that holds ids: integers, or what a table is read at."""
+    if not isinstance(x, Node) or x.op != "input" or isinstance(bound, Node):
+        return False
+    return x.dtype == "int32" or any(n.op == "embedding" and n.inputs[0] == x.name for n in b.nodes.values())
+
+
+def ids_compared(b: Builder, ids: Node, name: str, bound: float, suffix: str = "") -> Node:
+    """Truth values from a table of zeros and ones, since all ids above the bound compare alike."""
+    if bound != int(bound) or not 0 <= bound < ROWS:
+        raise NotLowered(f"ids are compared with {bound:g}")
+    rows = np.arange(int(bound) + 2, dtype=np.float64)
+    table = getattr(np, name)(rows, bound).astype(np.float32)[:, None]
+    seen = b.emit("embedding", ids, weights={"table": table}, clamp=True, suffix="seen")
+    seen = reshape(b, seen, ids.shape, "seen_ids")
+    return b.emit("function", seen, steps=_ABOVE, suffix=suffix, dtype="bool")
+
+
+_COMPARED = {
+    "Greater": "greater",
+    "GreaterEqual": "greater_equal",
+    "Less": "less",
+    "LessEqual": "less_equal",
+    "Equal": "equal",
+    "NotEqual": "not_equal",
+}
+COMPARISONS = frozenset(_COMPARED)
+for _name, _kind in _COMPARED.items():
     lowers_op(_name)(_comparison(_kind))
 
 
@@ -60,11 +93,21 @@ lowers_op("LogicalNot")(_logical("logical_not", 1))
 def where(b: Builder, op: Any, condition: Any, x1: Any = None, x2: Any = None) -> Node:
     if x1 is None or x2 is None or not isinstance(condition, Node) or condition.dtype != "bool":
         raise NotLowered("a choice without a computed condition, or without values")
+    for scores, hidden, seen in ((x1, x2, 1.0), (x2, x1, 0.0)):
+        if isinstance(scores, Node) and not isinstance(hidden, Node) and np.max(as_array(hidden)) <= -LARGE:
+            return _hide(b, scores, _from_truth(b, condition, seen, 1.0 - seen))
     values = [_choice(b, condition, x) for x in (x1, x2)]
     if all(v.op == "const" for v in values):
         numbers = [number_of(v.weights["value"], "a choice between constants") for v in values]
         return _from_truth(b, condition, *numbers)
     return b.emit("select", condition, *values)
+
+
+def _hide(b: Builder, scores: Node, seen: Node) -> Node:
+    """The scores where `seen` is 1, and a number that softmax takes for -infinity elsewhere."""
+    if len(scores.shape) != len(seen.shape):
+        raise NotLowered("a mask with another rank than the scores")
+    return b.emit("add", scores, scale_offset(b, seen, HIDDEN, -HIDDEN, "mask"))
 
 
 def _choice(b: Builder, condition: Node, value: Any) -> Node:
@@ -79,12 +122,26 @@ def _choice(b: Builder, condition: Node, value: Any) -> Node:
 
 
 def _from_truth(b: Builder, x: Node, yes: float, no: float) -> Node:
+    if (seen := as_number(b, x)) is not None:
+        return scale_offset(b, seen, yes - no, no)
     return b.emit("function", x, steps=(("select", 0, float(yes), float(no)),))
+
+
+def as_number(b: Builder, truth: Node) -> Node | None:
+    """The zeros and ones that a truth value of ids was made of; None for others."""
+    node = truth
+    while node.op == "reshape":
+        node = b.nodes[node.inputs[0]]
+    source = b.nodes[node.inputs[0]] if node.op == "function" and node.attrs["steps"] == _ABOVE else node
+    table = b.nodes[source.inputs[0]] if source.op == "reshape" else source
+    return reshape(b, source, truth.shape, "seen_axes") if table.attrs.get("clamp") else None
 
 
 @lowers_op("Cast")
 def cast(b: Builder, op: Any, x: Node) -> Node:
-    """Between float types (all are float32 here), and of truth values to numbers."""
+    """Between float types (all are float32 here), of truth values to numbers, and of numbers to truth values."""
+    if str(op.dtype) == "bool":
+        return x if x.dtype == "bool" else function(b, x, lambda t: t.call("not_equal", t, 0.0), dtype="bool")
     if "float" not in str(op.dtype) or x.dtype == "int32":  # of an input, see `inputs.settle_inputs`
         raise NotLowered(f"a cast from {x.dtype} to {op.dtype}")
     return _from_truth(b, x, 1.0, 0.0) if x.dtype == "bool" else x

@@ -19,23 +19,29 @@ from typing import Any
 import keras
 import numpy as np
 
+from kquant.config.text import first_line, snake
 from kquant.errors import ModelError
 from kquant.graph.backend import check_backend
 from kquant.graph.ir import Graph, Node, Shape
 from kquant.graph.tracing import (  # noqa: F401  they fill the tables
     activations,
+    attention,
     choices,
     layers,
     linear,
     maps,
+    normalization,
     operations,
+    products,
     selection,
     statistics,
     training,
     volumes,
 )
 from kquant.graph.tracing.builder import Builder, NotLowered, Scope, find_lowering, is_builtin, without_batch
+from kquant.graph.tracing.choices import COMPARISONS
 from kquant.graph.tracing.float_call import FloatCall, Slot
+from kquant.graph.tracing.implicit_masks import ImplicitMasks
 from kquant.graph.tracing.inputs import RANGES, settle_inputs
 from kquant.graph.tracing.keras_graph import (
     fixed_batch,
@@ -50,10 +56,14 @@ from kquant.graph.tracing.raw_functions import raw_program
 from kquant.graph.tracing.registry import registered_lowering
 from kquant.graph.tracing.wrappers import channels_first
 
+# They read masks
+_ATTENTION = {"MultiHeadAttention", "GroupedQueryAttention", "Attention", "AdditiveAttention", "DotProductAttention"}
 # They read integers: ids, or pixels that they turn into numbers
-_READS_INTEGERS = {"Embedding", "Rescaling", "Normalization", "Cast", "TakeAlongAxis", "OneHot"}
+_READS_INTEGERS = (
+    {"Embedding", "Rescaling", "Normalization", "Cast", "TakeAlongAxis", "OneHot"} | _ATTENTION | COMPARISONS
+)
 # or truth values
-_READS_TRUTHS = {"Cast", "Where", "LogicalAnd", "LogicalOr", "LogicalNot"}
+_READS_TRUTHS = {"Cast", "Where", "LogicalAnd", "LogicalOr", "LogicalNot", "Softmax"} | _ATTENTION
 # or values of any type that was computed, which they move
 _MOVES = {"Reshape", "Squeeze", "ExpandDims", "Transpose", "Swapaxes", "Moveaxis", "GetItem", "Slice", "Flatten"}
 
@@ -103,6 +113,7 @@ class _Tracer:
 
     def __init__(self, for_training: bool = False) -> None:
         self.builder = Builder(self.trace_function, for_training)
+        self.masks = ImplicitMasks()
 
     def input(self, tensor: Any, known: Sequence[int] | None) -> Node:
         """The "input" node of a model input, whose shape without the batch may be known from elsewhere."""
@@ -144,7 +155,7 @@ class _Tracer:
                 lambda a: values[id(a)] if isinstance(a, keras.KerasTensor) else a, (args, kwargs)
             )
             is_layer = isinstance(operation, keras.layers.Layer)
-            own = operation.name if is_layer or not generated else _snake(type(operation).__name__)
+            own = operation.name if is_layer or not generated else snake(type(operation).__name__)
             unique = self.builder.unique(name + own)
             shapes = output_shapes(operation, args, kwargs, outputs)
             trains = training.of_call(operation, args, kwargs, around)
@@ -158,6 +169,7 @@ class _Tracer:
         scope, nodes = self.builder.scope, self.builder.nodes
         _check_operation(operation, scope)
         args, kwargs = _bind(operation, args, kwargs)
+        kwargs |= self.masks.arguments(self.builder, operation, args, kwargs)
         before = len(nodes)
         try:
             result = keras.tree.flatten(self._lower(operation, args, kwargs))
@@ -165,7 +177,10 @@ class _Tracer:
             for name in list(nodes)[before:]:
                 del nodes[name]
             self.builder.scope = scope
-            return [self._float(operation, args, kwargs, outputs, str(reason))]
+            node = self._float(operation, args, kwargs, outputs, str(reason))
+            self.masks.follow(operation, args, [node])
+            return [node]
+        self.masks.follow(operation, args, result)
         for node, tensor in zip(result, outputs, strict=True):
             declared = None if isinstance(operation, keras.layers.Activation) else tuple(tensor.shape[1:])
             # (Activation declares the shape of its input, whatever its function makes)
@@ -240,7 +255,7 @@ class _Tracer:
             except Exception as error:
                 steps = raw_program(function, nodes[0]) if len(nodes) == 1 and not kwargs else None
                 if steps is None:
-                    raise NotLowered(f"its computation cannot be traced: {_first_line(error)}") from error
+                    raise NotLowered(f"its computation cannot be traced: {first_line(error)}") from error
                 return [builder.emit("function", nodes[0], steps=steps)]
         by_name = {n.name: n for n in nodes}
         return self.walk(traced, [by_name[k] for k in inputs], f"{scope.name}/", f"{scope.origin}/", True)
@@ -327,7 +342,7 @@ def _as_function(model: keras.Model, known: Mapping[str, Sequence[int]]) -> tupl
         except Exception as error:
             raise ModelError(
                 f"Model {model.name!r} ({type(model).__name__}) cannot be traced: its call() fails on symbolic "
-                f"tensors: {_first_line(error)}. Write it with Keras layers and keras.ops only, or move what cannot "
+                f"tensors: {first_line(error)}. Write it with Keras layers and keras.ops only, or move what cannot "
                 "be traced into a Layer of its own, which is then kept in float."
             ) from error
 
@@ -380,11 +395,3 @@ def _channels_first(operation: Any) -> bool:
 def _dtype(tensor: Any) -> str:
     kind = str(tensor.dtype)
     return "float32" if "float" in kind else "bool" if kind == "bool" else "int32"
-
-
-def _snake(name: str) -> str:
-    return "".join("_" + c.lower() if c.isupper() and i else c.lower() for i, c in enumerate(name))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

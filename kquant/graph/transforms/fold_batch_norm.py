@@ -79,6 +79,8 @@ def _took_up(node: Node, affine: Node, behind: bool) -> Node:
 def _into_producer(graph: Graph, name: str, reader: str, s: Scaling) -> Changes | None:
     """Changed nodes so that `name` computes its old output times scale plus offset; None if impossible."""
     node, only = graph[name], graph.sole_consumer(name)
+    if not s.stats and not s.offset.any() and np.all(s.scale == 1):
+        return {}
     if only is None or only.name != reader or "clip" in node.attrs or only.inputs.count(name) > 1:
         return None
     if node.op != "const" and node.shape[-1] != len(s.scale):

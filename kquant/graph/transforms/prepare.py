@@ -13,13 +13,14 @@ from kquant.graph.transforms.fold_batch_norm import fold_batch_norm
 from kquant.graph.transforms.fuse_activations import fuse_activations
 from kquant.graph.transforms.fuse_functions import fuse_functions
 from kquant.graph.transforms.padding import settle_padding
+from kquant.graph.transforms.recognize_normalization import recognize_normalization
 from kquant.graph.transforms.simplify import absorb_padding, simplify
 
 
 def prepare_graph(
     model: keras.Model, for_training: bool = False, shapes: Mapping[str, Sequence[int]] = MappingProxyType({})
 ) -> Graph:
-    """Trace a model, fold its batch normalizations, fuse its activations and its functions of one tensor.
+    """Trace a model, recognize its normalizations, fold those of batches, fuse activations and functions of one tensor.
 
     Args:
         model: see `trace_model`; it is not modified.
@@ -31,5 +32,6 @@ def prepare_graph(
     Raises:
         ModelError: see `trace_model`.
     """
-    graph = fold_batch_norm(simplify(settle_padding(trace_model(model, for_training, shapes))))
+    graph = simplify(settle_padding(trace_model(model, for_training, shapes)))
+    graph = fold_batch_norm(simplify(recognize_normalization(graph)))
     return fuse_functions(fuse_activations(absorb_padding(simplify(graph))))

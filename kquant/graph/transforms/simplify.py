@@ -65,7 +65,7 @@ def _sink_reshape(graph: Graph, node: Node) -> Graph | None:
     if node.op in ("affine", "train_only") and source.shape[-1] != moved.shape[-1]:
         return None
     first = node.with_(inputs=(source.name,), shape=source.shape, batch=source.batch)
-    then = moved.with_(inputs=(first.name,), stats={})
+    then = moved.with_(inputs=(first.name,), dtype=node.dtype, stats={})
     nodes: list[Node] = []
     for n in graph:
         if n.name == node.name:

@@ -74,6 +74,20 @@ class _Buffer(schema.BufferT):
         return schema.BufferEnd(builder)
 
 
+class _Builder(flatbuffers.Builder):  # type: ignore[misc]
+    """Writes equal vectors once: zero points of all channels of all layers are the same zeros."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self._vectors: dict[tuple[str, bytes], int] = {}
+
+    def CreateNumpyVector(self, x: np.ndarray) -> int:  # noqa: N802  its name there
+        key = (x.dtype.str, x.tobytes())
+        if key not in self._vectors:
+            self._vectors[key] = super().CreateNumpyVector(x)
+        return self._vectors[key]
+
+
 def _numbers(enum: type) -> dict[str, int]:
     return {name: value for name, value in vars(enum).items() if isinstance(value, int)}
 
@@ -238,7 +252,7 @@ class FlatbufferBuilder:
         definition.inputs, definition.outputs = _tensor_maps(inputs), _tensor_maps(outputs)
         model.signatureDefs = [definition]
         model.metadata = model_metadata or None
-        builder = flatbuffers.Builder(1024 + sum(len(b.data) + 64 for b in self._buffers if b.data is not None))
+        builder = _Builder(1024 + sum(len(b.data) + 64 for b in self._buffers if b.data is not None))
         builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
         return bytes(builder.Output())
 

@@ -15,9 +15,9 @@ from types import MappingProxyType
 
 from kquant.targets.builtin import Reference
 from kquant.targets.kernel import Kernel
-from kquant.targets.litert import activations, elementwise, functions, layout, linear, reductions
+from kquant.targets.litert import activations, elementwise, functions, layout, linear, normalization, reductions
 
-_FAMILIES = (linear, elementwise, activations, functions, reductions, layout)
+_FAMILIES = (linear, elementwise, activations, functions, normalization, reductions, layout)
 KERNELS: Mapping[str, Kernel] = MappingProxyType({k.op: k for family in _FAMILIES for k in family.KERNELS})
 _ROUNDING = {op: arithmetic for family in _FAMILIES for op, arithmetic in family.REFERENCE.items()}
 REFERENCE_KERNELS: Mapping[str, Kernel] = MappingProxyType(

@@ -118,6 +118,10 @@ def _write_embedding(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> Non
     if e.builder.dtype(ids) != "INT32":
         ids = e.new_tensor(e.graph[node.inputs[0]], f"{node.name}/ids", e.builder.shape(x[0]), None, "INT32")
         e.op("CAST", [x[0]], [ids], inDataType=0, outDataType=2)
+    if node.attrs.get("clamp"):
+        clamped = e.builder.tensor(f"{node.name}/clamped", e.builder.shape(ids), "INT32")
+        e.op("MINIMUM", [ids, e.indices(node, "last", len(node.weights["table"]) - 1)], [clamped])
+        ids = clamped
     if out.q is not None:
         table = e.real_constant(f"{node.name}/table", node.weights["table"], out.q)
         e.weight_types[node.name] = e.builder.dtype(table)

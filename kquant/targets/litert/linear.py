@@ -81,7 +81,8 @@ def _batch_matmul(op: Operator, x: linear.Values) -> np.ndarray:
     out = op.outputs[0]
     by = quantize_multiplier(np.float64(op.given(0).s) * np.float64(op.given(1).s) / np.float64(out.s))
     multiply = multiply_reduced if out.dtype == np.int16 else multiply_double_rounding
-    return saturate(multiply(a @ b, by) + out.z, out.dtype)
+    product = a @ (b.swapaxes(-1, -2) if op.option("adjY", False) else b)
+    return saturate(multiply(product, by) + out.z, out.dtype)
 
 
 def _products(node: Node, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -206,7 +207,14 @@ def _fully_connected_least(use: Use) -> int:
 
 
 def _write_batch_matmul(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
-    e.op("BATCH_MATMUL", x, [out.tensor], adjX=False, adjY=False, asymmetricQuantizeInputs=False)
+    e.op(
+        "BATCH_MATMUL",
+        x,
+        [out.tensor],
+        adjX=False,
+        adjY=bool(node.attrs.get("adjoint")),
+        asymmetricQuantizeInputs=False,
+    )
 
 
 _CONVOLUTION_16 = accumulate(lambda call: reduced)
@@ -304,6 +312,7 @@ KERNELS = (
                 options="BatchMatMulOptions", versions=(1, 2, 3), reference=Reference(compute=_batch_matmul)
             )
         },
+        centered=(1,),
         max_rank=5,
     ),
     Kernel(

@@ -21,8 +21,9 @@ from kquant.targets.litert.activations import softmax_16
 from kquant.targets.litert.elementwise import rescale
 from kquant.targets.litert.fixed_point import Tensor, doubles, integers, scaled
 from kquant.targets.litert.fixed_point import with_gradient_of as with_gradient
+from kquant.targets.litert.normalization import rsqrt_by_table
 from kquant.targets.operand import Call
-from kquant.targets.tflm.reference import DIFFERENT, RECIPROCAL
+from kquant.targets.tflm.reference import DIFFERENT, RECIPROCAL, RECIPROCAL_ROOTS
 
 
 def _mul(call: Call) -> Tensor:
@@ -61,6 +62,7 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
     "clip": {"arithmetic": _both(rescale), "fuses": ("NONE", "RELU")},  # RELU6 does not requantize
     "leaky_relu": {"arithmetic": _both(_leaky_relu)},
     "softmax": {"arithmetic": {**_only_8("softmax"), 16: softmax_16(RECIPROCAL)}},
+    "rsqrt": {"arithmetic": {**_only_8("rsqrt"), 16: rsqrt_by_table(RECIPROCAL_ROOTS, tf.float64)}},
     "reduce_max": {"arithmetic": _only_8("reduce_max")},
     "resize": {"arithmetic": _only_8("resize")},
     "reduce_min": {"arithmetic": _only_8("reduce_min")},

@@ -6,6 +6,7 @@
 | MUL, RELU, LEAKY_RELU | the factor in float32 | the factor in float64 (seen in int16 data only) |
 | RELU6 | requantizes | clamps on the grid of its input |
 | SOFTMAX of int16 | table of 1 / (1 + x) from float64 | from float32 (2 of 513 entries differ by one) |
+| RSQRT of int16 | interpolated table of 513 entries | in fixed point, as for int8, but the factor in float64 |
 
 All others are LiteRT's. Found by comparing files of one operator with the interpreter of the package tflite-micro
 (0.dev20261023); it has no GELU, no RELU_N1_TO_1 of its own, no int16 RESIZE_BILINEAR, and takes int4 weights in
@@ -26,11 +27,12 @@ from kquant.targets.litert.arithmetic import (
     saturate,
 )
 from kquant.targets.litert.reader import Operator
-from kquant.targets.litert.reference import linear, softmax
+from kquant.targets.litert.reference import linear, roots, softmax
 from kquant.targets.litert.reference.linear import Values
 from kquant.targets.litert.tables import lut_513
 
 _F = np.float32
+RECIPROCAL_ROOTS = roots.reciprocal_roots(32767)
 RECIPROCAL = lut_513(lambda v: _F(1) / (_F(1) + v), 0.0, 1.0, np.float32)
 
 
@@ -79,6 +81,14 @@ def softmax_(op: Operator, x: Values) -> np.ndarray:
     return softmax.softmax_16(op, x, RECIPROCAL) if op.given(0).dtype == np.int16 else softmax.softmax(op, x)
 
 
+def rsqrt(op: Operator, x: Values) -> np.ndarray:
+    """RSQRT in fixed point."""
+    if op.given(0).dtype != np.int16:
+        return roots.rsqrt(op, x)
+    unit = np.sqrt(np.float64(op.given(0).s)) * np.float64(op.outputs[0].s)
+    return roots.by_table(op, _offsets(op, x, 0), RECIPROCAL_ROOTS, unit)
+
+
 def _offsets(op: Operator, x: Values, position: int) -> np.ndarray:
     return np.asarray(x[position]).astype(np.int64) - op.given(position).z
 
@@ -95,4 +105,5 @@ DIFFERENT = {
     "RELU6": relu6,
     "LEAKY_RELU": leaky_relu,
     "SOFTMAX": softmax_,
+    "RSQRT": rsqrt,
 }

@@ -141,6 +141,20 @@ def transpose_conv(dtype: str = "INT8", biased: bool = True) -> Callable[[Rng], 
     return case
 
 
+def rsqrt(dtype: str = "INT8") -> Callable[[Rng], Case]:
+    """RSQRT of all integers from the zero point on."""
+
+    def case(rng: Rng) -> Case:
+        source, out = act(rng, "x", (1, 1), dtype), act(rng, "y", (1, 1), dtype)
+        q = np.arange(source.zero_point, _RANGE[dtype][1]).astype(_NUMPY[dtype])
+        least = float(source.scale) * rng.uniform(1, 200 if dtype == "INT16" else 4)
+        s = np.float32(rng.uniform(0.3, 2) / np.sqrt(least) / (32767 if dtype == "INT16" else 255))
+        x, y = like(source, "x", q.shape), T("y", q.shape, dtype, s, out.zero_point)
+        return one([x], y, "RSQRT", version=3 if dtype == "INT16" else 2), [q]
+
+    return case
+
+
 def fully_connected(
     dtype: str = "INT8", bits: int = 8, per_channel: bool = True, keep: bool = True
 ) -> Callable[[Rng], Case]:

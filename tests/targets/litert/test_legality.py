@@ -124,3 +124,10 @@ def test_operations_and_shapes_that_cannot_be_written() -> None:
     deep = (2, 2, 2, 2, 2)
     sliced = op("slice", deep, begin=(0,) * 6, end=(None,) * 6, strides=(1,) * 6)
     refused(chain(deep, sliced), {"x": A, "slice": A}, "'slice': slice takes at most 5 axes, found 6")
+
+
+@pytest.mark.parametrize("first, second, out", [(A, A, WIDE), (WIDE, A, WIDE), (A, WIDE, A), (WIDE, WIDE, A)])
+def test_products_of_mixed_containers_are_refused(first: Grid, second: Grid, out: Grid) -> None:
+    """int8 times int8 to int16 corrupts the heap of the runtime."""
+    graph = chain((3, 3), op("batch_matmul", (3, 3), inputs=("x", "y")))
+    refused(graph, {"x": first, "y": second, "batch_matmul": out}, "'batch_matmul' makes int.*requantize")

@@ -37,6 +37,7 @@ from tests.targets.litert.cases import (
     prelu,
     quantize,
     resize,
+    rsqrt,
     softmax,
     transpose_conv,
     unary,
@@ -53,6 +54,8 @@ def slope(rng: Rng) -> float:
 
 
 CASES: dict[str, Callable[[Rng], Case]] = {
+    "rsqrt": rsqrt(),
+    "rsqrt int16": rsqrt("INT16"),
     "conv": conv(),
     "conv per tensor": conv(per_channel=False),
     "conv grouped": conv(groups=3),

@@ -26,6 +26,7 @@ from tests.targets.litert.cases import (
     prelu,
     quantize,
     resize,
+    rsqrt,
     softmax,
     transpose_conv,
     unary,
@@ -50,8 +51,10 @@ DIFFERENT: dict[str, Callable[[Rng], Case]] = {
     "relu6 int16": unary("RELU6", "INT16", version=3),
     "leaky relu int16": unary("LEAKY_RELU", "INT16", "LeakyReluOptions", 2, alpha=slope),
     "softmax int16": softmax("INT16"),
+    "rsqrt int16": rsqrt("INT16"),
 }
 SAME: dict[str, Callable[[Rng], Case]] = {
+    "rsqrt": rsqrt(),
     "conv": conv(),
     "conv grouped": conv(groups=3),
     "conv int4": conv(bits=4),

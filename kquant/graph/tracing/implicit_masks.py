@@ -1,0 +1,78 @@
+"""Masks that Keras passes along with tensors: an Embedding with `mask_zero` hides the places of id 0.
+
+They are no arguments of the calls that Keras records, so they are followed here, by the names of nodes, to the
+attention layers that read them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from kquant.errors import ModelError
+from kquant.graph.ir import Node
+from kquant.graph.tracing.builder import Builder
+from kquant.graph.tracing.choices import ids_compared
+
+L = keras.layers
+_ATTENTION = (L.MultiHeadAttention, L.GroupQueryAttention)
+
+
+class ImplicitMasks:
+    """The ids whose zeros hide places of a tensor, by the name of its node; None for a mask of another kind."""
+
+    def __init__(self) -> None:
+        self._ids: dict[str, Node | None] = {}
+        self._seen: dict[str, Node] = {}
+
+    def follow(self, operation: Any, args: Any, results: Any) -> None:
+        """Note the masks of what a layer returns."""
+        tensors = [a for a in keras.tree.flatten(args) if isinstance(a, Node)]
+        if not isinstance(operation, L.Layer) or not results or not tensors:
+            return
+        name = results[0].name
+        if isinstance(operation, L.Embedding):
+            if operation.mask_zero:
+                self._ids[name] = tensors[0]
+        elif isinstance(operation, L.Masking):
+            self._ids[name] = None
+        elif isinstance(operation, _ATTENTION) or _passes_on(operation):
+            read = [t.name for t in (tensors[:1] if isinstance(operation, _ATTENTION) else tensors)]
+            masks = {id(self._ids.get(n)) for n in read}
+            if all(n in self._ids for n in read) and len(masks) == 1:
+                self._ids[name] = self._ids[read[0]]
+
+    def arguments(self, b: Builder, operation: Any, args: Any, kwargs: Any) -> dict[str, Node]:
+        """The masks that an attention layer finds with its tensors.
+
+        Raises:
+            ModelError: such a mask is not one of ids.
+        """
+        if not isinstance(operation, _ATTENTION):
+            return {}
+        named = dict(zip(("query", "value", "key"), args, strict=False))
+        if isinstance(kwargs.get("key"), Node):
+            named["key"] = kwargs["key"]
+        found = {}
+        for name, tensor in named.items():
+            if isinstance(tensor, Node) and tensor.name in self._ids and kwargs.get(f"{name}_mask") is None:
+                found[f"{name}_mask"] = self._mask(b, self._ids[tensor.name])
+        return found
+
+    def _mask(self, b: Builder, ids: Node | None) -> Node:
+        """True where the ids are not 0; computed once."""
+        if ids is None or ids.op != "input":
+            raise ModelError(
+                f"Layer {b.scope.origin!r} ({b.scope.origin_type}) reads a mask that Keras passes along with a tensor, "
+                "and that is not of a model's input of ids: give it the mask as attention_mask."
+            )
+        if ids.name not in self._seen:
+            self._seen[ids.name] = ids_compared(b, ids, "not_equal", 0.0, "visible")
+        return self._seen[ids.name]
+
+
+def _passes_on(layer: Any) -> bool:
+    """Whether a layer's output has the mask of its input, or of all its inputs."""
+    plain = type(layer).compute_mask is L.Layer.compute_mask
+    return bool(layer.supports_masking) and (plain or isinstance(layer, (L.Add, L.Subtract, L.Multiply, L.Average)))

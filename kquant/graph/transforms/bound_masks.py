@@ -1,0 +1,179 @@
+"""Additive attention masks, bounded to what a softmax can see.
+
+A mask of -1e9 on the grid of a sum leaves no step for the scores. Beyond 14 below the largest score of a row a key has
+less than a millionth of its weight, so that 0 and -A with a few tens for A mask as well, and the sum need not reach
+below a floor, where all masked keys saturate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import tensorflow as tf
+
+from kquant.graph.ir import Graph, Node
+from kquant.graph.ops import with_clip
+from kquant.graph.ops.functions import run
+
+LARGE = 1e3  # what adds so much to a score is a mask
+WITHOUT_DATA = 100.0  # the mask where nothing is known of the scores
+BELOW_SMALLEST, BELOW_LARGEST = (
+    6.0,
+    14.0,
+)  # how far below visible scores, and below the largest of a row, masked keys lie
+_MOVES = frozenset({"reshape", "transpose", "slice", "gather", "concat"})
+
+
+@dataclass(frozen=True)
+class MaskedScores:
+    """A softmax of scores with masks.
+
+    Attributes:
+        softmax: its node.
+        scores: the tensor in front of all masks.
+        sums: the additions of masks, the last of which the softmax reads.
+        leaves: the constants, and the affines and functions of a tensor of zeros and ones, that the masks come from.
+    """
+
+    softmax: str
+    scores: str
+    sums: tuple[str, ...]
+    leaves: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the data says of scores with a mask.
+
+    Attributes:
+        smallest: of the keys that are seen.
+        most: the largest, of all keys.
+        least_largest: the smallest of the rows' largest ones, of the keys that are seen.
+        below: how far below all that are seen a masked key is to lie.
+    """
+
+    smallest: float
+    most: float
+    least_largest: float
+    below: float = BELOW_LARGEST
+
+    @property
+    def floor(self) -> float:
+        """Where masked keys may saturate."""
+        return max(self.smallest - self.below, self.least_largest - BELOW_LARGEST)
+
+    @property
+    def amplitude(self) -> float:
+        """What brings the largest score below the floor."""
+        return 1.05 * (self.most - self.floor) + 0.5
+
+
+def masked_scores(graph: Graph) -> list[MaskedScores]:
+    """Every softmax of a graph with additive masks in front of it."""
+    return [found for node in graph if node.op == "softmax" and (found := _masked(graph, node)) is not None]
+
+
+def _masked(graph: Graph, softmax: Node) -> MaskedScores | None:
+    name, sums, leaves = softmax.inputs[0], [], []
+    while True:
+        node = graph[name]
+        if graph.sole_consumer(name) is None:
+            break
+        if node.op in ("reshape", "transpose"):
+            name = node.inputs[0]
+            continue
+        found = [(k, _leaves(graph, i)) for k, i in enumerate(node.inputs)] if node.op == "add" else []
+        masks = [(k, leaf) for k, leaf in found if leaf]
+        if len(masks) != 1 or "clip" in node.attrs:
+            break
+        (side, leaf) = masks[0]
+        sums.append(name)
+        leaves += leaf
+        name = node.inputs[1 - side]
+    return MaskedScores(softmax.name, name, tuple(sums[::-1]), tuple(leaves)) if sums else None
+
+
+def _leaves(graph: Graph, name: str) -> list[str]:
+    """What a mask comes from; empty for what is no mask."""
+    node = graph[name]
+    if node.op == "const":
+        value = node.weights["value"]
+        return [name] if value.min() <= -LARGE and value.max() < LARGE else []
+    if (ends := ends_of(graph, node)) is not None:
+        return [name] if min(e.min() for e in ends) <= -LARGE and max(e.max() for e in ends) < LARGE else []
+    if node.op in _MOVES or (node.op == "add" and "clip" not in node.attrs):
+        parts = [_leaves(graph, i) for i in node.inputs]
+        return [leaf for part in parts for leaf in part] if all(parts) else []
+    return []
+
+
+def ends_of(graph: Graph, node: Node) -> tuple[np.ndarray, np.ndarray] | None:
+    """What an affine, or a function of one tensor, makes of 0 (false) and of 1 (true); None for other nodes."""
+    if node.op == "affine" and "clip" not in node.attrs:
+        scale, offset = node.weights["scale"], node.weights["offset"]
+        return offset, scale + offset
+    if node.op == "function" and len(node.inputs) == 1 and node.dtype == "float32":
+        truth = graph[node.inputs[0]].dtype == "bool"
+        found = np.asarray(run(node.attrs["steps"], [tf.constant([False, True] if truth else [0.0, 1.0])]))
+        return found[:1], found[1:]
+    return None
+
+
+def bound_masks(graph: Graph, seen: Mapping[str, Seen] = MappingProxyType({})) -> Graph:
+    """The same function, as far as the softmaxes tell, with bounded masks.
+
+    Args:
+        graph: any float graph.
+        seen: softmax -> what is known of its scores; of others nothing is.
+    """
+    nodes = dict(graph.nodes)
+    amplitudes: dict[str, float] = {}
+    for site in masked_scores(graph):
+        known = seen.get(site.softmax)
+        for leaf in site.leaves:
+            amplitude = known.amplitude if known else WITHOUT_DATA
+            amplitudes[leaf] = max(amplitude, amplitudes.get(leaf, 0.0))
+        for name in site.sums if known else ():
+            assert known is not None
+            nodes[name] = with_clip(nodes[name], known.floor, None)
+    for leaf, amplitude in amplitudes.items():
+        nodes[leaf] = _bounded(nodes[leaf], amplitude)
+    return graph.rebuild(nodes.values())
+
+
+def _bounded(node: Node, amplitude: float) -> Node:
+    """A leaf whose large negative values are -amplitude."""
+
+    def bound(value: np.ndarray) -> np.ndarray:
+        return np.where(value <= -LARGE / 2, -amplitude, value).astype(np.float32)
+
+    if node.op == "const":
+        return node.with_weights(value=bound(node.weights["value"]))
+    if node.op == "function":
+        steps = node.attrs["steps"]
+        return node.with_attrs(steps=(*steps, ("maximum", len(steps), -float(amplitude))))
+    zero = bound(node.weights["offset"])
+    return node.with_weights(offset=zero, scale=bound(node.weights["scale"] + node.weights["offset"]) - zero)
+
+
+def truths(graph: Graph) -> Iterator[Node]:
+    """The functions of numbers in front of masks, and the masks that are such functions."""
+    for site in masked_scores(graph):
+        todo = [graph[leaf].name for leaf in site.leaves]
+        while todo:
+            node = graph[todo.pop()]
+            if node.op == "function" and len(node.inputs) == 1 and graph[node.inputs[0]].dtype == "float32":
+                yield node
+            elif node.op in _MOVES or node.op in ("mul", "affine"):
+                todo += node.inputs
+
+
+def as_affine(graph: Graph, node: Node) -> Node:
+    """A function that reads zeros and ones as what it is then."""
+    ends = ends_of(graph, node)
+    assert ends is not None, "a function of numbers"
+    zero, one = (np.broadcast_to(e, int(node.shape[-1] or 1)).astype(np.float32) for e in ends)
+    return node.with_(op="affine", attrs={}, weights={"scale": one - zero, "offset": zero})

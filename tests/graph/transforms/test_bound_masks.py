@@ -1,0 +1,76 @@
+"""Bounded masks: the softmax computes what it did, scores keep their range, and what is no mask is left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from keras import layers as L
+from keras import ops as K
+
+from kquant.graph.ops import clip_of, evaluate
+from kquant.graph.transforms.bound_masks import Seen, bound_masks, masked_scores
+from kquant.graph.transforms.prepare import prepare_graph
+from tests.support.tracing import build
+
+T = 5
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(4, T, T)).astype(np.float32)
+MASK = (np.arange(T)[None, None] < np.asarray([5, 3, 4, 1])[:, None, None]).astype(np.float32)
+FUTURE = np.triu(np.full((T, T), -1e9, np.float32), 1)
+
+
+def twice(x: Any, m: Any) -> Any:
+    return K.softmax(x + FUTURE + (1 - m) * -1e9)
+
+
+MASKED = {
+    "affine": lambda x, m: K.softmax(x + (1 - m) * -1e9),
+    "constant": lambda x, m: K.softmax(x + FUTURE) + 0.0 * m,
+    "both": twice,
+    "infinite": lambda x, m: K.softmax(K.where(m > 0.5, x, -float("inf"))),
+    "transposed": lambda x, m: L.Softmax(axis=1)(x + K.transpose((1 - m) * -1e4, (0, 2, 1))),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_the_softmax_computes_what_it_did(name: str) -> None:
+    graph = prepare_graph(build(MASKED[name], (T, T), (1, T)))
+    (site,) = masked_scores(graph)
+    x = [X, MASK]
+    scores = np.asarray(evaluate(graph, x, [site.scores])[0])
+    want = np.asarray(evaluate(graph, x)[0])
+    seen = Seen(float(scores.min()), float(scores.max()), float(scores.min()))
+    bounded = bound_masks(graph, {site.softmax: seen})
+    np.testing.assert_allclose(evaluate(bounded, x)[0], want, atol=2e-5)
+    sums = np.asarray(evaluate(bounded, x, [site.sums[-1]])[0])
+    assert sums.min() == np.float32(seen.floor) and sums.max() <= scores.max()
+    assert clip_of(bounded[site.sums[-1]])[0] == seen.floor
+    np.testing.assert_allclose(evaluate(bound_masks(graph), x)[0], want, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, m: K.softmax(x + m * -3.0),
+        lambda x, m: x + (1 - m) * -1e9,
+        lambda x, m: K.softmax(x + 1e6 * m),
+        lambda x, m: K.softmax(x) + (1 - m) * -1e9,
+    ],
+)
+def test_what_is_no_mask_is_left_alone(function: Any) -> None:
+    graph = prepare_graph(build(function, (T, T), (1, T)))
+    assert not masked_scores(graph) and bound_masks(graph).nodes.keys() == graph.nodes.keys()
+
+
+def test_a_mask_that_two_read_serves_both() -> None:
+    def function(x: Any, m: Any) -> Any:
+        bias = (1 - m) * -1e9
+        return K.softmax(x + bias) + K.softmax(20.0 * x + bias)
+
+    graph = prepare_graph(build(function, (T, T), (1, T)))
+    first, second = masked_scores(graph)
+    seen = {first.softmax: Seen(-3.0, 3.0, -3.0), second.softmax: Seen(-60.0, 60.0, -60.0)}
+    bounded = bound_masks(graph, seen)
+    np.testing.assert_allclose(evaluate(bounded, [X, MASK])[0], evaluate(graph, [X, MASK])[0], atol=1e-4)
