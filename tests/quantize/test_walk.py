@@ -186,11 +186,16 @@ def test_values_that_are_not_finite(value: float) -> None:
 
 
 def test_regroup_and_window_keep_the_order() -> None:
-    blocks = [tuple(b) for b in ([np.arange(k, k + n)] for k, n in ((0, 3), (3, 1), (4, 9), (13, 2)))]
+    """Of a tensor with one entry for a sample, and of one with three (frames)."""
+    parts = (1, 3)
+    blocks = [(np.arange(k, k + n), np.arange(3 * k, 3 * (k + n))) for k, n in ((0, 3), (3, 1), (4, 9), (13, 2))]
     for rows in (1, 2, 4, 100):
-        found = [b[0] for b in walk._regroup(iter(blocks), rows)]
+        found, frames = zip(*walk._regroup(iter(blocks), rows, parts), strict=True)
         assert [len(b) for b in found[:-1]] == [rows] * (len(found) - 1)
+        assert [len(f) for f in frames] == [3 * len(b) for b in found]
         np.testing.assert_array_equal(np.concatenate(found), np.arange(15))
+        np.testing.assert_array_equal(np.concatenate(frames), np.arange(45))
     for start, stop in ((0, 15), (2, 4), (3, 14), (0, 100)):
-        found = [b[0] for b in walk._window(iter(blocks), start, stop)]
+        found, frames = zip(*walk._window(iter(blocks), start, stop, parts), strict=True)
         np.testing.assert_array_equal(np.concatenate(found), np.arange(15)[start:stop])
+        np.testing.assert_array_equal(np.concatenate(frames), np.arange(45)[3 * start : 3 * stop])
