@@ -361,13 +361,14 @@ def _named(operation: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dic
     bound = inspect.signature(operation.call).bind(*args, **kwargs)
     first: list[Any] = []
     named: dict[str, Any] = {}
+    places = list(bound.signature.parameters)
     for name, value in bound.arguments.items():
         kind = bound.signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL:
             first += value
         elif kind is inspect.Parameter.VAR_KEYWORD:
             named |= value
-        elif not named and any(isinstance(v, Node) for v in keras.tree.flatten(value)):
+        elif places.index(name) == len(first) and any(isinstance(v, Node) for v in keras.tree.flatten(value)):
             first.append(value)
         else:
             named[name] = value
