@@ -5,7 +5,8 @@ of a tensor x and its simulation x^ is
 
     SQNR = 10 log10(E[x^2] / E[(x - x^)^2])  dB.
 
-A tensor below `LEAST_DB`, all of whose inputs are above it, is where the damage begins.
+A tensor below `LEAST_DB`, all of whose inputs are above it, is where damage begins; it counts where a reader is below,
+too, or the model returns it. (The mean that a normalization subtracts may be lost and missed by nobody.)
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class _Walk:
             for source in {i for i in node.inputs if last[i] == node.name}:
                 for table in (exact, simulated, grids):
                     table.pop(source, None)
-        return found
+        return [d for d in found if _spreads(graph, d.tensor, decibels)]
 
     def _simulate(
         self,
@@ -129,6 +130,18 @@ class _Walk:
 
     def _begins(self, node: Node, decibels: Mapping[str, float]) -> bool:
         return not _fine(decibels, node.name) and _fine(decibels, *node.inputs)
+
+
+def _spreads(graph: Graph, name: str, decibels: Mapping[str, float]) -> bool:
+    """Whether a reader of a destroyed tensor is destroyed, holds it among other values, or the model returns it."""
+    if name in graph.outputs:
+        return True
+    for reader in graph.consumers(name):
+        tie = op_of(reader).grid
+        moved = tie is Tie.OF_INPUT and _spreads(graph, reader.name, decibels)
+        if moved or tie is Tie.SHARED or not _fine(decibels, reader.name):
+            return True
+    return False
 
 
 def _fine(decibels: Mapping[str, float], *names: str) -> bool:

@@ -111,6 +111,20 @@ def test_an_ordinary_network_is_not_reported(config: str) -> None:
     assert quantized(model, config=config).quantization.damage == ()
 
 
+def test_what_is_lost_and_missed_by_nobody_is_not_reported() -> None:
+    """The mean of rows that have hardly one, and what is left without it."""
+    row = keras.Input((256,))
+    model = keras.Model(row, row - ops.mean(row, -1, keepdims=True))
+    data = np.random.default_rng(5).normal(size=(64, 256)).astype(np.float32)
+    data += 1e-5 * np.arange(64)[:, None] - data.mean(-1, keepdims=True)
+    qmodel = quantized(model, data)
+    mean = next(n for n in qmodel.quantized_layers if "mean" in n)
+    expected, found = data.mean(-1), np.asarray(qmodel.inner([mean])(data)).reshape(-1)
+    assert sqnr(expected, found) < 3  # the mean is lost
+    assert sqnr(model.predict(data, verbose=0), qmodel.predict(data, verbose=0)) > 30
+    assert not qmodel.quantization.damage
+
+
 def test_sqnr_is_that_of_uniform_noise() -> None:
     x = np.random.default_rng(0).uniform(-1, 1, 100_000).astype(np.float32)
     step = 2 / 256
