@@ -193,7 +193,8 @@ def insert(
             sources = tuple(i for i in node.inputs if wired[i].op != "const")
             arguments = [values[i] for i in sources]
         if node.op == "float":
-            call = node.call.clone(name=_keras_name(node))
+            copied = node.call.deployed if learning is None else node.call.clone
+            call = copied(name=_keras_name(node))
             if not node.learns and isinstance(call.operation, keras.layers.Layer):
                 call.operation.trainable = False
             values[node.name] = call(arguments)

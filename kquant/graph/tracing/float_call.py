@@ -8,10 +8,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
+import numpy as np
 
-from kquant.errors import ModelError
+from kquant.graph.tracing.borrowed import Borrowed, Loan, NotCopied
 
+_SAME = 1e-3  # how far a copy may be off, relative to the largest output
 _HALVES = ("float16", "bfloat16")
+
+
+def _unchanged(config: Any) -> Any:
+    return config
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ class FloatCall:
         """The same call in single precision, of a copy where the operation computes in half precision.
 
         Raises:
-            ModelError: the operation cannot be serialized.
+            NotCopied: the operation cannot be serialized.
         """
         op = self.operation
         layers = op._flatten_layers() if isinstance(op, keras.layers.Layer) else []
@@ -85,7 +91,7 @@ class FloatCall:
             return self
         return self.clone(change=_in_float32)
 
-    def clone(self, name: str | None = None, change: Callable[[Any], Any] = lambda config: config) -> FloatCall:
+    def clone(self, name: str | None = None, change: Callable[[Any], Any] = _unchanged) -> FloatCall:
         """The same call of a copy of the operation that shares nothing with the user's model.
 
         Args:
@@ -93,9 +99,11 @@ class FloatCall:
             change: f(the operation's serialized form) -> that of the copy.
 
         Raises:
-            ModelError: the operation cannot be serialized.
+            NotCopied: the operation cannot be serialized, or not all of it is.
         """
         op = self.operation
+        if isinstance(op, Borrowed):
+            raise NotCopied(op.loan)
         try:
             config = change(keras.saving.serialize_keras_object(op))
             json.dumps(config)
@@ -105,11 +113,7 @@ class FloatCall:
                 config, custom_objects={type(op).__name__: type(op)}, safe_mode=False
             )
         except Exception as error:
-            raise ModelError(
-                f"Layer {op.name!r} ({type(op).__name__}) stays in float, but Keras cannot serialize it: {error}. "
-                "Give it a get_config() that returns all of its settings, or write a Lambda as a named, registered "
-                "function or as a Layer subclass."
-            ) from error
+            raise NotCopied(Loan(op, _paragraph(error))) from error
         if isinstance(op, keras.layers.Lambda):
             copy.function = op.function  # a deserialized lambda has lost the globals that it refers to
         if isinstance(op, keras.layers.Layer) and op.weights:
@@ -119,13 +123,68 @@ class FloatCall:
             copy.set_weights(op.get_weights())
             for ours, theirs in zip(copy.weights, op.weights, strict=True):
                 ours.trainable = theirs.trainable
-        return replace(self, operation=copy)
+        call = replace(self, operation=copy)
+        if change is _unchanged and not self._equals(call):
+            raise NotCopied(Loan(op, "a layer made from its get_config() computes something else"))
+        return call
+
+    def deployed(self, name: str | None = None) -> FloatCall:
+        """The same call for inference: of a copy, or of a layer that runs the user's own where a copy is none.
+
+        Such a layer can be neither saved nor trained, and says so then.
+
+        Args:
+            name: of the copy.
+        """
+        op = self.operation
+        if isinstance(op, Borrowed):
+            loan = op.loan
+        else:
+            try:
+                return self.clone(name)
+            except NotCopied as error:
+                loan = error.loan
+        return replace(self, operation=Borrowed(loan, name or op.name))
+
+    def _equals(self, copy: FloatCall) -> bool:
+        """Whether a copy computes the same, as far as some inputs tell."""
+        rng = np.random.default_rng(0)
+
+        def example(slot: Slot) -> Any:
+            shape = (2, *(d or 1 for d in slot.shape[1:]))
+            return keras.ops.cast(rng.normal(size=shape) if "float" in slot.dtype else rng.integers(0, 2, shape), slot.dtype)
+
+        slots = {s.index: s for s in keras.tree.flatten((self.args, self.kwargs)) if isinstance(s, Slot)}
+        inputs = [example(slots[k]) for k in sorted(slots)]
+        try:
+            expected, again = self(inputs), self(inputs)
+        except Exception:  # such inputs mean nothing to it
+            return True
+        return _close(expected, copy(inputs)) or not _close(expected, again)  # (random at inference, too)
 
     def _filled(self, tensor: Any) -> tuple[Any, Any]:
         def fill(value: Any) -> Any:
             return tensor(value) if isinstance(value, Slot) else value
 
         return keras.tree.map_structure(fill, (self.args, self.kwargs))
+
+
+def _close(results: Any, others: Any) -> bool:
+    """Whether two (nests of) tensors are equal up to rounding."""
+    for a, b in zip(keras.tree.flatten(results), keras.tree.flatten(others), strict=True):
+        x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        if x.shape != y.shape or not np.array_equal(np.isfinite(x), np.isfinite(y)):
+            return False
+        known = np.isfinite(x)
+        size = np.max(np.abs(x[known]), initial=1e-12)
+        if np.max(np.abs(x[known] - y[known]), initial=0.0) > _SAME * size:
+            return False
+    return True
+
+
+def _paragraph(error: Exception) -> str:
+    """The first paragraph of an error's message, in one line."""
+    return " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
 
 
 def _in_float32(config: Any) -> Any:
