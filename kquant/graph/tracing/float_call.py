@@ -37,15 +37,22 @@ class FloatCall:
         operation: the user's own layer or operation; `clone` before using it in a new model.
         args: positional arguments, with a `Slot` where a tensor goes.
         kwargs: keyword arguments, likewise.
+        output: which of several results it is, nested ones in order.
     """
 
     operation: keras.Operation
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
+    output: int | None = None
 
     @classmethod
-    def of(cls, operation: keras.Operation) -> FloatCall:
-        """The last symbolic call of an operation in a functional model."""
+    def of(cls, operation: keras.Operation, output: int | None = None) -> FloatCall:
+        """The last symbolic call of an operation in a functional model.
+
+        Args:
+            operation: of the model.
+            output: which of several results.
+        """
         arguments = operation._inbound_nodes[-1].arguments
         counter = iter(range(len(arguments.keras_tensors)))
 
@@ -55,12 +62,17 @@ class FloatCall:
             return Slot(next(counter), tuple(value.shape), str(value.dtype))
 
         args, kwargs = arguments.convert(slot)
-        return cls(operation, args, kwargs)
+        return cls(operation, args, kwargs, output)
+
+    def of_output(self, output: int | None) -> FloatCall:
+        """The same call for another of its results."""
+        return replace(self, output=output)
 
     def __call__(self, inputs: Sequence[Any]) -> Any:
         """Run the operation on tensors or KerasTensors, one per slot."""
         args, kwargs = self._filled(lambda s: inputs[s.index])
-        return self.operation(*args, **kwargs)
+        result = self.operation(*args, **kwargs)
+        return result if self.output is None else keras.tree.flatten(result)[self.output]
 
     def parts(self, batches: Sequence[int]) -> int:
         """`Node.batch` of the result: how many entries of its first axis one sample has.
@@ -74,7 +86,8 @@ class FloatCall:
             args, kwargs = self._filled(
                 lambda s: keras.KerasTensor((samples * batches[s.index], *s.shape[1:]), dtype=s.dtype)
             )
-            first = self.operation.compute_output_spec(*args, **kwargs).shape[0]
+            specs = keras.tree.flatten(self.operation.compute_output_spec(*args, **kwargs))
+            first = specs[self.output or 0].shape[0]
         except Exception:  # it wants no such sizes
             return expected
         return first // samples if isinstance(first, int) and first % samples == 0 and first else expected
@@ -120,6 +133,8 @@ class FloatCall:
             args, kwargs = self._filled(lambda s: keras.Input(batch_shape=s.shape, dtype=s.dtype))
             copy(*args, **kwargs)  # creates the variables
             copy._inbound_nodes.clear()
+            if [w.shape for w in copy.weights] != [w.shape for w in op.weights]:
+                raise NotCopied(Loan(op, "a layer made from its get_config() has other weights"))
             copy.set_weights(op.get_weights())
             for ours, theirs in zip(copy.weights, op.weights, strict=True):
                 ours.trainable = theirs.trainable
