@@ -10,11 +10,13 @@ import keras
 import numpy as np
 
 from kquant.graph.ir import Node
+from kquant.graph.tracing.keras_graph import loses_sizes
 
 
 def bind(operation: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call's arguments in the order of the signature, without `training` and empty masks."""
-    bound = inspect.signature(operation.call).bind(*args, **kwargs)
+    # layers take `training` whether their call does or not
+    bound = inspect.signature(operation.call).bind(*args, **{k: v for k, v in kwargs.items() if k != "training"})
     bound.arguments.pop("training", None)
     if bound.arguments.get("mask", 0) is None:
         del bound.arguments["mask"]
@@ -50,27 +52,34 @@ def is_constant(value: Any) -> bool:
     return isinstance(value, np.ndarray)
 
 
-def symbolic(
-    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[Any]]:
-    """A function on symbolic tensors in place of nodes: (node -> tensor, results).
+def symbolic(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, list[Any]]:
+    """A function on symbolic tensors in place of nodes: (keras.Function of these, results).
 
-    What computes with the size of the batch runs with one sample, which other operations then broadcast.
+    What computes with the size of the batch, or loses other sizes where that is open, runs with one sample. Results
+    that depend on no input are no part of the function, which is None where there is no other.
     """
     nodes = nodes_in(list(args), kwargs)
 
-    def attempt(batch: int | None) -> tuple[dict[str, Any], list[Any]]:
+    def attempt(batch: int | None) -> tuple[Any, list[Any]]:
         shapes = {n.name: (batch and batch * n.batch, *n.shape[1:]) for n in nodes}
         inputs = {n.name: keras.Input(batch_shape=shapes[n.name], dtype=n.dtype) for n in nodes}
         symbolic_args, symbolic_kwargs = keras.tree.map_structure(
             lambda a: inputs[a.name] if isinstance(a, Node) else a, (list(args), dict(kwargs))
         )
-        return inputs, keras.tree.flatten(function(*symbolic_args, **symbolic_kwargs))
+        results = keras.tree.flatten(function(*symbolic_args, **symbolic_kwargs))
+        computed = [r for r in results if isinstance(r, keras.KerasTensor)]
+        return keras.Function(list(inputs.values()), computed) if computed else None, results
 
     try:
-        return attempt(None)
+        first = attempt(None)
+        if first[0] is None or not loses_sizes(first[0]):
+            return first
     except Exception as error:
         try:
             return attempt(1)
         except Exception:
             raise error from None
+    try:
+        return attempt(1)
+    except Exception:
+        return first

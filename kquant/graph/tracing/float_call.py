@@ -167,7 +167,9 @@ class FloatCall:
 
         def example(slot: Slot) -> Any:
             shape = (2, *(d or 1 for d in slot.shape[1:]))
-            return keras.ops.cast(rng.normal(size=shape) if "float" in slot.dtype else rng.integers(0, 2, shape), slot.dtype)
+            return keras.ops.cast(
+                rng.normal(size=shape) if "float" in slot.dtype else rng.integers(0, 2, shape), slot.dtype
+            )
 
         slots = {s.index: s for s in keras.tree.flatten((self.args, self.kwargs)) if isinstance(s, Slot)}
         inputs = [example(slots[k]) for k in sorted(slots)]

@@ -98,7 +98,10 @@ def trace_model(
     tracer.builder.scope.learns = bool(model.trainable)
     named = signature(function)
     inputs = [tracer.input(t, shapes.get(name)) for t, name in zip(function.inputs, named["input_names"], strict=True)]
-    outputs = tracer.walk(function, inputs, "", "", generated)
+    try:
+        outputs = tracer.walk(function, inputs, "", "", generated)
+    except NotLowered as reason:  # not even in float
+        raise ModelError(str(reason)) from reason
     graph = Graph(
         nodes=tracer.builder.nodes,
         inputs=tuple(i.name for i in inputs),
@@ -239,8 +242,10 @@ class _Tracer:
 
     def trace_function(
         self, builder: Builder, function: Callable[..., Any], args: Sequence[Any], owner: Any = None, **kwargs: Any
-    ) -> list[Node]:
+    ) -> list[Any]:
         """Call a Python function on symbolic tensors and lower what it does.
+
+        A result that depends on no input is an array, with one entry for the batch.
 
         Args:
             builder: this tracer's builder.
@@ -256,22 +261,18 @@ class _Tracer:
         nodes = nodes_in(list(args), kwargs)
         with untouched(owner if owner is not None else function):
             try:
-                inputs, results = symbolic(function, args, kwargs)
-                computed = [r for r in results if isinstance(r, keras.KerasTensor)]
-                traced = keras.Function(list(inputs.values()), computed) if computed else None
+                traced, results = symbolic(function, args, kwargs)
             except Exception as error:
                 steps = raw_program(function, nodes[0]) if len(nodes) == 1 and not kwargs else None
                 if steps is None:
                     raise NotLowered(f"its computation cannot be traced: {first_line(error)}") from error
                 return [builder.emit("function", nodes[0], steps=steps)]
-        by_name = {n.name: n for n in nodes}
-        if len(computed) < len(results) and builder.scope.trainable and builder.training:
+        constant = not all(isinstance(r, keras.KerasTensor) for r in results)
+        if constant and builder.scope.trainable and builder.training:
             raise NotLowered("it returns what depends on its weights alone")
-        walked = iter(
-            ()
-            if traced is None
-            else self.walk(traced, [by_name[k] for k in inputs], f"{scope.name}/", f"{scope.origin}/", True)
-        )
+        inputs = list({n.name: n for n in nodes}.values())
+        inner = [] if traced is None else self.walk(traced, inputs, f"{scope.name}/", f"{scope.origin}/", True)
+        walked = iter(inner)
         return [next(walked) if isinstance(r, keras.KerasTensor) else np.asarray(r) for r in results]
 
     def _float(self, operation: Any, args: Any, kwargs: Any, outputs: Sequence[Any], reason: str) -> list[Node]:
@@ -297,15 +298,17 @@ class _Tracer:
         for k, (tensor, shape) in enumerate(zip(outputs, scope.shapes, strict=True)):
             declared = tuple(tensor.shape)
             if not declared or None in shape[1:] or declared[0] not in (None, fixed_batch(operation)):
-                raise ModelError(
+                raise NotLowered(
                     f"Layer {scope.origin!r} ({scope.origin_type}) returns shape {declared}: every tensor must start "
                     f"with the batch and have known dimensions behind it ({reason})"
                 )
             call, dtype = whole.of_output(k if len(outputs) > 1 else None), _dtype(tensor)
             batch = call.parts([i.batch for i in inputs])
             suffix = f"output_{k}" if k else ""
-            known = {"shape": shape, "batch": batch, "dtype": dtype, "suffix": suffix}
-            nodes.append(self.builder.emit("float", *inputs, call=call, reason=reason, **known))
+            node = self.builder.emit(
+                "float", *inputs, suffix=suffix, shape=shape, batch=batch, dtype=dtype, call=call, reason=reason
+            )
+            nodes.append(node)
         return nodes
 
 
