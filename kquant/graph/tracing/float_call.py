@@ -74,8 +74,8 @@ class FloatCall:
         result = self.operation(*args, **kwargs)
         return result if self.output is None else keras.tree.flatten(result)[self.output]
 
-    def parts(self, batches: Sequence[int]) -> int:
-        """`Node.batch` of the result: how many entries of its first axis one sample has.
+    def parts(self, batches: Sequence[int]) -> int | None:
+        """`Node.batch` of the result: how many entries of its first axis one sample has; None if that cannot be told.
 
         Args:
             batches: that of every slot's tensor.
@@ -89,7 +89,7 @@ class FloatCall:
             specs = keras.tree.flatten(self.operation.compute_output_spec(*args, **kwargs))
             first = specs[self.output or 0].shape[0]
         except Exception:  # it wants no such sizes
-            return expected
+            return None
         return first // samples if isinstance(first, int) and first % samples == 0 and first else expected
 
     def in_float32(self) -> FloatCall:

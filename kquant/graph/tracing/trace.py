@@ -303,7 +303,11 @@ class _Tracer:
                     f"with the batch and have known dimensions behind it ({reason})"
                 )
             call, dtype = whole.of_output(k if len(outputs) > 1 else None), _dtype(tensor)
-            batch = call.parts([i.batch for i in inputs])
+            batches = [i.batch for i in inputs]
+            batch = call.parts(batches)
+            if batch is None and any(map(is_constant, keras.tree.flatten((args, kwargs)))):
+                raise NotLowered(f"{scope.origin_type} with a constant of one sample: {reason}")
+            batch = max(batches, default=1) if batch is None else batch
             suffix = f"output_{k}" if k else ""
             node = self.builder.emit(
                 "float", *inputs, suffix=suffix, shape=shape, batch=batch, dtype=dtype, call=call, reason=reason
