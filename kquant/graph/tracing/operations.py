@@ -90,7 +90,7 @@ def stop_gradient(b: Builder, op: Any, variable: Node) -> Node:
 
 
 def concat(b: Builder, tensors: Sequence[Any], axis: int, suffix: str = "") -> Node:
-    """Concatenation along an axis other than the batch; constants, such as a class token, are the same in all samples."""
+    """Concatenation along an axis other than the batch; constants (class tokens) are the same in all samples."""
     first = next((t for t in tensors if isinstance(t, Node)), None)
     if first is None:
         raise NotLowered("a concatenation of constants")
