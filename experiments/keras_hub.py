@@ -1,7 +1,7 @@
 """Which models of keras-hub go through: `python -m experiments.keras_hub [NAME ...]`, a row of a table per model.
 
 Every model is built small with random weights, quantized to w8a8, exported, and its file compared with the simulation.
-keras-hub is no dependency: `pip install keras-hub==0.32.0`.
+keras-hub is in the extra `dev` only.
 """
 
 from __future__ import annotations

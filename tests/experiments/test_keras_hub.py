@@ -3,7 +3,7 @@
 import keras
 import pytest
 
-pytest.importorskip("keras_hub", reason="keras-hub is no dependency: pip install keras-hub==0.32.0")
+pytest.importorskip("keras_hub", reason="keras-hub is in the extra dev only")
 
 from experiments.keras_hub import passage  # noqa: E402
 from experiments.keras_hub_models import MODELS, samples  # noqa: E402
