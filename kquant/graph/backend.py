@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+
 from kquant.errors import BackendError
 
+NEWEST = {"tensorflow": (2, 21), "keras": (3, 15)}  # that the tests were run on
 _REMEDY = (
     "kquant needs the TensorFlow backend: set the environment variable KERAS_BACKEND=tensorflow (or the backend in "
     "~/.keras/keras.json) before Keras is imported."
@@ -23,3 +27,14 @@ def check_backend() -> None:
     found = keras.backend.backend()
     if found != "tensorflow":
         raise BackendError(f"Keras runs on the {found!r} backend. {_REMEDY}")
+    import tensorflow as tf
+
+    for name, version in (("tensorflow", tf.__version__), ("keras", keras.__version__)):
+        if is_newer(name, version):
+            tested = ".".join(map(str, NEWEST[name]))
+            warnings.warn(f"kquant was tested with {name} up to {tested}, and this is {version}.", stacklevel=2)
+
+
+def is_newer(name: str, version: str) -> bool:
+    """Whether a version of TensorFlow or Keras is newer than those that kquant was tested with."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2])) > NEWEST[name]

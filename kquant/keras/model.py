@@ -193,11 +193,14 @@ def insert(
             sources = tuple(i for i in node.inputs if wired[i].op != "const")
             arguments = [values[i] for i in sources]
         if node.op == "float":
-            call = node.call.clone(name=_keras_name(node))
+            copied = node.call.deployed if learning is None else node.call.clone
+            call = copied(name=_keras_name(node))
             if not node.learns and isinstance(call.operation, keras.layers.Layer):
                 call.operation.trainable = False
             values[node.name] = call(arguments)
             float_nodes[node.name] = {**node_to_dict(graph[node.name]), "operation": call.operation.name}
+            if call.output is not None:
+                float_nodes[node.name]["output"] = call.output
             continue
         layer = _layer(graph, qgraph, graph[node.name], target, learning, training_dtype, switchable)
         if layer.runs_in_integers:
@@ -328,7 +331,7 @@ def extract(model: keras.Model) -> QuantizedGraph:
     for name in record.order:
         if name in record.float_nodes:
             config = dict(record.float_nodes[name])
-            call = FloatCall.of(operations[config.pop("operation")])
+            call = FloatCall.of(operations[config.pop("operation")], config.pop("output", None))
             nodes[name], activations[name] = node_from_dict(config).with_(weights={}, call=call), None
         elif name in record.plain_inputs:
             nodes[name], activations[name] = node_from_dict(record.plain_inputs[name]), None

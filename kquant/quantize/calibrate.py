@@ -30,6 +30,8 @@ from kquant.quantize.plan import Plan
 
 Observers = dict[str, Any]  # what `ranges.activation_range` reads: observers of the data, or moments
 
+_LARGEST_FACTOR = 128.0  # XNNPACK takes less than 256, and crashes with more
+
 # How each range method looks at a tensor; "batch_norm" does not, its moments come from the graph.
 _OBSERVERS: Mapping[str, Callable[[str], MinMax | Histogram | Rows]] = MappingProxyType(
     {"min_max": MinMax, "mse": Histogram, "percentile": Histogram, "cross_entropy": Rows}
@@ -146,13 +148,37 @@ def make_grids(
         integers: node -> the integers of its weight on that grid, where a step has decided them; others are the nearest
             ones. They are decided anew only where the bias leaves no room for them.
     """
-    leaders = {leader: _activation_grid(plan, leader, statistics) for leader in plan.sources} | plan.fixed
+    leaders = {leader: _activation_grid(plan, leader, statistics) for leader in plan.sources}
+    leaders = _above_products(plan, leaders | plan.fixed, weights)
     activations: dict[str, Grid | None] = {n.name: None for n in plan.graph}
     activations.update({name: leaders[leader] for name, leader in plan.groups.items()})
     chosen: dict[str, Grid | None] = {n: _with_room(plan.graph[n], q, activations) for n, q in weights.items()}
     decided = {n: q for n, q in integers.items() if chosen[n] is weights[n]}
     chosen |= {n.name: activations[n.name] for n in plan.graph if op_of(n).lookup}
     return QuantizedGraph(plan.graph, activations, chosen, decided)
+
+
+def _above_products(plan: Plan, leaders: Mapping[str, Grid], weights: Mapping[str, Grid]) -> dict[str, Grid]:
+    """The grids, none of which is finer than what a product can tell, such as that of a mean that is always zero.
+
+    A product is a multiple of the product of its operands' steps; kernels multiply it by less than `_LARGEST_FACTOR`.
+    """
+    found = dict(leaders)
+    for node in plan.graph:
+        leader = plan.groups.get(node.name)
+        if leader is None or leader in plan.fixed or not node.inputs:
+            continue
+        operands = [found[plan.groups[i]] for i in node.inputs if i in plan.groups]
+        if op_of(node).linear and node.name in weights and operands:
+            step = float(operands[0].scale) * float(np.max(weights[node.name].scale))
+        elif node.op == "batch_matmul" and len(operands) == 2:
+            step = float(operands[0].scale) * float(operands[1].scale)
+        else:
+            continue
+        least = step / _LARGEST_FACTOR
+        if float(found[leader].scale) < least:
+            found[leader] = replace(found[leader], scale=np.full_like(found[leader].scale, least))
+    return found
 
 
 def _with_room(node: Node, weights: Grid, activations: Mapping[str, Grid | None]) -> Grid:

@@ -253,7 +253,7 @@ def test_outputs_keep_their_structure_and_names_through_saving_and_extraction(tm
     expected, real = quantized.predict(x, verbose=0), model.predict(x, verbose=0)
     keras.tree.assert_same_structure(expected, real)
     for found in (loaded, again):
-        assert found.output_names == model.output_names
+        assert list(found.output_names) == list(model.output_names)
         outputs = keras.tree.flatten(found.predict(x, verbose=0))
         for a, b in zip(outputs, keras.tree.flatten(expected), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -269,7 +269,7 @@ def test_a_tensor_twice_an_inner_one_and_the_input_among_the_outputs():
     model = keras.Model(inputs, [y, hidden, y, inputs])
     x = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
     quantized = kquant.quantize_model(model, x, progress=False)
-    assert quantized.output_names == model.output_names == ["scores", "hidden", "scores", "x"]
+    assert list(quantized.output_names) == list(model.output_names) == ["scores", "hidden", "scores", "x"]
     file = kquant.export_tflite(quantized).content
     assert kquant.verify_tflite(quantized, file, x).ok
     for a, b in zip(kquant.TFLiteModel(file).predict(x), quantized.predict(x, verbose=0), strict=True):

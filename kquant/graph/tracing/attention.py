@@ -24,7 +24,7 @@ from kquant.graph.tracing.builder import (
     scale_offset,
     transpose,
 )
-from kquant.graph.tracing.choices import as_number
+from kquant.graph.tracing.choices import as_number, compares_ids, ids_compared
 from kquant.graph.tracing.functions import function
 from kquant.graph.tracing.operations import two_inputs
 
@@ -80,6 +80,8 @@ def mask_of(b: Builder, value: Any, shape: Sequence[int | None]) -> list[Mask]:
     if not isinstance(value, Node):
         array = (np.asarray(keras.ops.convert_to_numpy(value)) != 0).astype(np.float32)
         return [array.reshape(array.shape[1:]) if array.ndim == len(shape) and array.shape[0] == 1 else array]
+    if compares_ids(b, value, 0.0):
+        value = ids_compared(b, value, "not_equal", 0.0, "seen_mask")
     if value.dtype == "bool" and (number := as_number(b, value)) is not None:
         seen = number
     elif value.dtype == "bool":

@@ -43,6 +43,11 @@ def lowers_layer(*classes: type) -> Callable[[Lowering], Lowering]:
     return enter
 
 
+def known_layers(*names: str) -> list[type]:
+    """Those of these layers that this version of Keras has."""
+    return [getattr(keras.layers, name) for name in names if hasattr(keras.layers, name)]
+
+
 def lowers_op(*names: str) -> Callable[[Lowering], Lowering]:
     """Decorator: enter a lowering function for operations, by class name, into `OPERATIONS`."""
 

@@ -30,7 +30,7 @@ def _comparison(name: str) -> Callable[[Builder, Any, Any, Any], Node]:
     mirrored = {"greater": "less", "less": "greater", "greater_equal": "less_equal", "less_equal": "greater_equal"}
 
     def lower(b: Builder, op: Any, x1: Any, x2: Any) -> Node:
-        if _compares_ids(b, x1, x2):
+        if compares_ids(b, x1, x2):
             return ids_compared(b, x1, name, number_of(x2, "a bound"))
         if any(isinstance(x, Node) and x.dtype != "float32" for x in (x1, x2)):
             raise NotLowered("it compares integers")
@@ -44,10 +44,12 @@ def _comparison(name: str) -> Callable[[Builder, Any, Any, Any], Node]:
     return lower
 
 
-def _compares_ids(b: Builder, x: Any, bound: Any) -> bool:
-    """Whether an input is compared that holds ids: integers, or what a table is read at."""
-    if not isinstance(x, Node) or x.op != "input" or isinstance(bound, Node):
+def compares_ids(b: Builder, x: Any, bound: Any) -> bool:
+    """Whether an input is compared that holds ids: integers (moved perhaps), or what a table is read at."""
+    if not isinstance(x, Node) or isinstance(bound, Node):
         return False
+    if x.op != "input":
+        return x.dtype == "int32" and _moved_from(b, x)[0].op == "input"
     return x.dtype == "int32" or any(n.op == "embedding" and n.inputs[0] == x.name for n in b.nodes.values())
 
 
@@ -57,9 +59,21 @@ def ids_compared(b: Builder, ids: Node, name: str, bound: float, suffix: str = "
         raise NotLowered(f"ids are compared with {bound:g}")
     rows = np.arange(int(bound) + 2, dtype=np.float64)
     table = getattr(np, name)(rows, bound).astype(np.float32)[:, None]
-    seen = b.emit("embedding", ids, weights={"table": table}, clamp=True, suffix="seen")
-    seen = reshape(b, seen, ids.shape, "seen_ids")
+    source, moves = _moved_from(b, ids)
+    seen = b.emit("embedding", source, weights={"table": table}, clamp=True, suffix="seen")
+    seen = reshape(b, seen, source.shape, "seen_ids")
+    for move in moves:
+        seen = b.emit(move.op, seen, shape=move.shape, batch=move.batch, suffix="seen_moved", **move.attrs)
     return b.emit("function", seen, steps=_ABOVE, suffix=suffix, dtype="bool")
+
+
+def _moved_from(b: Builder, x: Node) -> tuple[Node, list[Node]]:
+    """The integers that reshapes and transposes made a tensor of, and these, in order."""
+    moves: list[Node] = []
+    while x.op in ("reshape", "transpose"):
+        moves.insert(0, x)
+        x = b.nodes[x.inputs[0]]
+    return x, moves
 
 
 _COMPARED = {
@@ -133,7 +147,9 @@ def as_number(b: Builder, truth: Node) -> Node | None:
     while node.op == "reshape":
         node = b.nodes[node.inputs[0]]
     source = b.nodes[node.inputs[0]] if node.op == "function" and node.attrs["steps"] == _ABOVE else node
-    table = b.nodes[source.inputs[0]] if source.op == "reshape" else source
+    table = source
+    while table.op == "reshape":
+        table = b.nodes[table.inputs[0]]
     return reshape(b, source, truth.shape, "seen_axes") if table.attrs.get("clamp") else None
 
 
@@ -141,7 +157,11 @@ def as_number(b: Builder, truth: Node) -> Node | None:
 def cast(b: Builder, op: Any, x: Node) -> Node:
     """Between float types (all are float32 here), of truth values to numbers, and of numbers to truth values."""
     if str(op.dtype) == "bool":
+        if compares_ids(b, x, 0.0):
+            return ids_compared(b, x, "not_equal", 0.0)
         return x if x.dtype == "bool" else function(b, x, lambda t: t.call("not_equal", t, 0.0), dtype="bool")
+    if "int" in str(op.dtype) and x.dtype == "int32":
+        return x
     if "float" not in str(op.dtype) or x.dtype == "int32":  # of an input, see `inputs.settle_inputs`
         raise NotLowered(f"a cast from {x.dtype} to {op.dtype}")
     return _from_truth(b, x, 1.0, 0.0) if x.dtype == "bool" else x

@@ -57,7 +57,8 @@ def _typed(graph: Graph) -> Graph:
         # a mask compares the ids with zero, in any type
         places = [n for n in readers if n.op == "take_along" and n.inputs[0] != name]
         compares = [n for n in readers if n.op == "float" and n.origin_type == "NotEqual"]
-        ids = [*places, *(n for n in readers if op_of(n).lookup or n in compares)]
+        moves = [n for n in readers if n.op in ("reshape", "transpose") and n.dtype == "int32"]
+        ids = [*places, *(n for n in readers if op_of(n).lookup or n in compares or n in moves)]
         casts = [n for n in readers if n.op == "float" and n.origin_type == "Cast" and n.dtype == "float32"]
         numbers = [n for n in readers if n not in ids and n.op != "float"]
         if len(casts) + len(numbers) == len(readers):

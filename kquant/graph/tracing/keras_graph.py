@@ -53,6 +53,12 @@ def output_shapes(operation: Any, args: Any, kwargs: Any, outputs: Sequence[Any]
     return tuple(without_batch(t.shape) for t in keras.tree.flatten(spec))
 
 
+def loses_sizes(function: Any) -> bool:
+    """Whether some tensor has unknown sizes, besides the batch where it comes first."""
+    outputs = [t for _, _, _, tensors in recorded_calls(function) for t in tensors]
+    return any(None in tuple(t.shape)[1:] for t in outputs)
+
+
 def fixed_batch(operation: Any) -> int | None:
     """The batch size that the model was built with, where it was."""
     tensors = operation._inbound_nodes[-1].input_tensors if operation._inbound_nodes else []

@@ -183,7 +183,7 @@ def up_sampling(b: Builder, layer: Any, x: Node) -> Node:
 def resizing(b: Builder, layer: Any, x: Node) -> Node:
     if layer.crop_to_aspect_ratio or layer.pad_to_aspect_ratio:
         raise NotLowered("resizing that keeps the aspect ratio")
-    return resize_image(b, x, (layer.height, layer.width), layer.interpolation, layer.antialias)
+    return resize_image(b, x, (layer.height, layer.width), layer.interpolation, getattr(layer, "antialias", False))
 
 
 @lowers_layer(L.CenterCrop)

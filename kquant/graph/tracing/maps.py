@@ -9,7 +9,16 @@ import keras
 import numpy as np
 
 from kquant.graph.ir import Node
-from kquant.graph.tracing.builder import Builder, NotLowered, as_array, axis_last, lowers_layer, lowers_op, transpose
+from kquant.graph.tracing.builder import (
+    Builder,
+    NotLowered,
+    as_array,
+    axis_last,
+    known_layers,
+    lowers_layer,
+    lowers_op,
+    transpose,
+)
 from kquant.graph.tracing.linear import pair
 from kquant.graph.tracing.operations import concat, resize, slice_axis
 
@@ -80,12 +89,7 @@ def adaptive_average(b: Builder, op: Any, inputs: Node) -> Node:
     return _adaptive(b, op, inputs)
 
 
-def _known(*names: str) -> list[type]:
-    """The layers that this version of Keras has."""
-    return [getattr(L, name) for name in names if hasattr(L, name)]
-
-
-@lowers_layer(*_known("AdaptiveAveragePooling1D", "AdaptiveAveragePooling2D"))
+@lowers_layer(*known_layers("AdaptiveAveragePooling1D", "AdaptiveAveragePooling2D"))
 def adaptive_average_layer(b: Builder, layer: Any, inputs: Node) -> Node:
     return _adaptive(b, layer, inputs)
 
@@ -95,7 +99,7 @@ def adaptive_maximum(b: Builder, op: Any, inputs: Node) -> Node:
     return _adaptive(b, op, inputs, maximum=True)
 
 
-@lowers_layer(*_known("AdaptiveMaxPooling1D", "AdaptiveMaxPooling2D"))
+@lowers_layer(*known_layers("AdaptiveMaxPooling1D", "AdaptiveMaxPooling2D"))
 def adaptive_maximum_layer(b: Builder, layer: Any, inputs: Node) -> Node:
     return _adaptive(b, layer, inputs, maximum=True)
 

@@ -13,6 +13,7 @@ from kquant.graph.tracing.builder import (
     Builder,
     NotLowered,
     as_array,
+    known_layers,
     lowers_layer,
     lowers_op,
     reshape,
@@ -98,7 +99,7 @@ def _layer_norm(b: Builder, x: Node, gamma: Any, beta: Any, axis: Any, epsilon: 
     )
 
 
-@lowers_layer(L.RMSNormalization)
+@lowers_layer(*known_layers("RMSNormalization"))
 def rms_normalization(b: Builder, layer: Any, x: Node) -> Node:
     return _rms_norm(b, x, layer.scale, layer.axis, layer.epsilon)
 

@@ -90,13 +90,24 @@ def stop_gradient(b: Builder, op: Any, variable: Node) -> Node:
 
 
 def concat(b: Builder, tensors: Sequence[Any], axis: int, suffix: str = "") -> Node:
-    """Concatenation of computed tensors along an axis other than the batch."""
-    if any(not isinstance(t, Node) for t in tensors):
-        raise NotLowered("a concatenation with a constant")
-    axis %= len(tensors[0].shape)
+    """Concatenation along an axis other than the batch; constants (class tokens) are the same in all samples."""
+    first = next((t for t in tensors if isinstance(t, Node)), None)
+    if first is None:
+        raise NotLowered("a concatenation of constants")
+    axis %= len(first.shape)
     if axis == 0:
         raise NotLowered("it concatenates along the batch")
+    tensors = [t if isinstance(t, Node) else _in_every_sample(b, first, t, axis) for t in tensors]
     return tensors[0] if len(tensors) == 1 else b.emit("concat", *tensors, axis=axis, suffix=suffix)
+
+
+def _in_every_sample(b: Builder, like: Node, constant: Any, axis: int) -> Node:
+    """A constant as a tensor with a batch, that of `like`: zero times one of its entries, plus the constant."""
+    values = sample_constant(like, constant)
+    if values.ndim != len(like.shape) - 1:
+        raise NotLowered("a concatenation with a constant of fewer axes")
+    zero = b.emit("mul", slice_axis(b, like, axis, 0, 1, "one"), b.const(np.float32(0)), suffix="zero")
+    return b.emit("add", zero, b.const(values), suffix="constant")
 
 
 @lowers_op("Concatenate")

@@ -38,6 +38,7 @@ from kquant.graph.tracing import (  # noqa: F401  they fill the tables
     training,
     volumes,
 )
+from kquant.graph.tracing.arguments import bind, is_constant, named, nodes_in, symbolic
 from kquant.graph.tracing.builder import Builder, NotLowered, Scope, find_lowering, is_builtin, without_batch
 from kquant.graph.tracing.choices import COMPARISONS
 from kquant.graph.tracing.float_call import FloatCall, Slot
@@ -97,7 +98,10 @@ def trace_model(
     tracer.builder.scope.learns = bool(model.trainable)
     named = signature(function)
     inputs = [tracer.input(t, shapes.get(name)) for t, name in zip(function.inputs, named["input_names"], strict=True)]
-    outputs = tracer.walk(function, inputs, "", "", generated)
+    try:
+        outputs = tracer.walk(function, inputs, "", "", generated)
+    except NotLowered as reason:  # not even in float
+        raise ModelError(str(reason)) from reason
     graph = Graph(
         nodes=tracer.builder.nodes,
         inputs=tuple(i.name for i in inputs),
@@ -168,7 +172,7 @@ class _Tracer:
         """Nodes of one call's outputs, lowered or kept in float."""
         scope, nodes = self.builder.scope, self.builder.nodes
         _check_operation(operation, scope)
-        args, kwargs = _bind(operation, args, kwargs)
+        args, kwargs = bind(operation, args, kwargs)
         kwargs |= self.masks.arguments(self.builder, operation, args, kwargs)
         before = len(nodes)
         try:
@@ -177,9 +181,12 @@ class _Tracer:
             for name in list(nodes)[before:]:
                 del nodes[name]
             self.builder.scope = scope
-            node = self._float(operation, args, kwargs, outputs, str(reason))
-            self.masks.follow(operation, args, [node])
-            return [node]
+            kept = self._float(operation, args, kwargs, outputs, str(reason))
+            self.masks.follow(operation, args, kept)
+            return kept
+        if not all(isinstance(node, Node) for node in result):
+            self.builder.scope = scope
+            return result
         self.masks.follow(operation, args, result)
         for node, tensor in zip(result, outputs, strict=True):
             declared = None if isinstance(operation, keras.layers.Activation) else tuple(tensor.shape[1:])
@@ -192,6 +199,10 @@ class _Tracer:
     def _lower(self, operation: Any, args: Any, kwargs: Any) -> Any:
         scope = self.builder.scope
         is_layer = isinstance(operation, keras.layers.Layer)
+        constants = any(map(is_constant, keras.tree.flatten((args, kwargs))))
+        if constants and not nodes_in(args, kwargs):
+            with untouched(operation):
+                return keras.tree.map_structure(np.asarray, operation(*args, **kwargs))
         registered = registered_lowering(operation) if is_layer else None
         if registered is not None:
             return self.trace_function(self.builder, registered, [operation, *args], owner=operation, **kwargs)
@@ -204,10 +215,12 @@ class _Tracer:
             if is_layer and (not is_builtin(operation) or isinstance(operation, (keras.layers.Lambda, keras.Model))):
                 return self._trace_call(operation, args, kwargs)
             raise NotLowered(f"{type(operation).__name__} has no integer form here")
-        tensors = [a for a in keras.tree.flatten((args, kwargs)) if isinstance(a, Node)]
+        if constants and is_layer:  # operations take constants, layers do not
+            return self._trace_call(operation, args, kwargs)
+        tensors = nodes_in(args, kwargs)
         for kind, readers in (("int32", _READS_INTEGERS), ("bool", _READS_TRUTHS)):
             found = [t for t in tensors if t.dtype == kind]
-            moves = type(operation).__name__ in _MOVES and all(t.op != "input" for t in found)
+            moves = type(operation).__name__ in _MOVES
             if found and not moves and type(operation).__name__ not in readers:
                 raise NotLowered("it computes with integers or truth values")
         if _channels_first(operation):
@@ -229,8 +242,10 @@ class _Tracer:
 
     def trace_function(
         self, builder: Builder, function: Callable[..., Any], args: Sequence[Any], owner: Any = None, **kwargs: Any
-    ) -> list[Node]:
+    ) -> list[Any]:
         """Call a Python function on symbolic tensors and lower what it does.
+
+        A result that depends on no input is an array, with one entry for the batch.
 
         Args:
             builder: this tracer's builder.
@@ -243,35 +258,30 @@ class _Tracer:
             NotLowered: it cannot be called on symbolic tensors.
         """
         scope = builder.scope
-        nodes = [a for a in keras.tree.flatten((list(args), kwargs)) if isinstance(a, Node)]
-        inputs = {n.name: keras.Input(batch_shape=n.shape, dtype=n.dtype) for n in nodes}
-        symbolic_args, symbolic_kwargs = keras.tree.map_structure(
-            lambda a: inputs[a.name] if isinstance(a, Node) else a, (list(args), kwargs)
-        )
+        nodes = nodes_in(list(args), kwargs)
         with untouched(owner if owner is not None else function):
             try:
-                result = function(*symbolic_args, **symbolic_kwargs)
-                traced = keras.Function(list(inputs.values()), keras.tree.flatten(result))
+                traced, results = symbolic(function, args, kwargs)
             except Exception as error:
                 steps = raw_program(function, nodes[0]) if len(nodes) == 1 and not kwargs else None
                 if steps is None:
                     raise NotLowered(f"its computation cannot be traced: {first_line(error)}") from error
                 return [builder.emit("function", nodes[0], steps=steps)]
-        by_name = {n.name: n for n in nodes}
-        return self.walk(traced, [by_name[k] for k in inputs], f"{scope.name}/", f"{scope.origin}/", True)
+        constant = not all(isinstance(r, keras.KerasTensor) for r in results)
+        if constant and builder.scope.trainable and builder.training:
+            raise NotLowered("it returns what depends on its weights alone")
+        inputs = list({n.name: n for n in nodes}.values())
+        inner = [] if traced is None else self.walk(traced, inputs, f"{scope.name}/", f"{scope.origin}/", True)
+        walked = iter(inner)
+        return [next(walked) if isinstance(r, keras.KerasTensor) else np.asarray(r) for r in results]
 
-    def _float(self, operation: Any, args: Any, kwargs: Any, outputs: Sequence[Any], reason: str) -> Node:
-        """One node that runs the user's own operation."""
+    def _float(self, operation: Any, args: Any, kwargs: Any, outputs: Sequence[Any], reason: str) -> list[Node]:
+        """A node for each output that runs the user's own operation."""
         scope = self.builder.scope
         if _channels_first(operation):
             raise ModelError(
                 f"Layer {scope.origin!r} ({scope.origin_type}) stays in float with data_format='channels_first', which "
                 f"the targets do not have ({reason}): rebuild it with channels_last"
-            )
-        if len(outputs) != 1:
-            raise ModelError(
-                f"Layer {scope.origin!r} ({scope.origin_type}) has {len(outputs)} outputs and no integer form "
-                f"({reason}). Split it into layers with one output each, or register it with kquant.register_layer."
             )
         inputs: list[Node] = []
 
@@ -283,16 +293,27 @@ class _Tracer:
                 return np.asarray(keras.ops.convert_to_numpy(value))
             return value
 
-        args, kwargs = keras.tree.map_structure(slot, _named(operation, args, kwargs))
-        declared, shape = tuple(outputs[0].shape), scope.shapes[0]
-        if not declared or None in shape[1:] or declared[0] not in (None, fixed_batch(operation)):
-            raise ModelError(
-                f"Layer {scope.origin!r} ({scope.origin_type}) returns shape {declared}: every tensor must start with "
-                f"the batch and have known dimensions behind it ({reason})"
+        args, kwargs = keras.tree.map_structure(slot, named(operation, args, kwargs))
+        whole, nodes = FloatCall(operation, args, kwargs).in_float32(), []
+        for k, (tensor, shape) in enumerate(zip(outputs, scope.shapes, strict=True)):
+            declared = tuple(tensor.shape)
+            if not declared or None in shape[1:] or declared[0] not in (None, fixed_batch(operation)):
+                raise NotLowered(
+                    f"Layer {scope.origin!r} ({scope.origin_type}) returns shape {declared}: every tensor must start "
+                    f"with the batch and have known dimensions behind it ({reason})"
+                )
+            call, dtype = whole.of_output(k if len(outputs) > 1 else None), _dtype(tensor)
+            batches = [i.batch for i in inputs]
+            batch = call.parts(batches)
+            if batch is None and any(map(is_constant, keras.tree.flatten((args, kwargs)))):
+                raise NotLowered(f"{scope.origin_type} with a constant of one sample: {reason}")
+            batch = max(batches, default=1) if batch is None else batch
+            suffix = f"output_{k}" if k else ""
+            node = self.builder.emit(
+                "float", *inputs, suffix=suffix, shape=shape, batch=batch, dtype=dtype, call=call, reason=reason
             )
-        call, dtype = FloatCall(operation, args, kwargs).in_float32(), _dtype(outputs[0])
-        batch = call.parts([i.batch for i in inputs])
-        return self.builder.emit("float", *inputs, shape=shape, batch=batch, dtype=dtype, call=call, reason=reason)
+            nodes.append(node)
+        return nodes
 
 
 def open_inputs(model: keras.Model) -> list[tuple[str, Shape, str]]:
@@ -345,34 +366,6 @@ def _as_function(model: keras.Model, known: Mapping[str, Sequence[int]]) -> tupl
                 f"tensors: {first_line(error)}. Write it with Keras layers and keras.ops only, or move what cannot "
                 "be traced into a Layer of its own, which is then kept in float."
             ) from error
-
-
-def _bind(operation: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call's arguments in the order of the signature, without `training` and empty masks."""
-    bound = inspect.signature(operation.call).bind(*args, **kwargs)
-    bound.arguments.pop("training", None)
-    if bound.arguments.get("mask", 0) is None:
-        del bound.arguments["mask"]
-    return bound.args, bound.kwargs
-
-
-def _named(operation: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call's arguments as Keras takes them: by position only tensors that come first, all others by name."""
-    bound = inspect.signature(operation.call).bind(*args, **kwargs)
-    first: list[Any] = []
-    named: dict[str, Any] = {}
-    places = list(bound.signature.parameters)
-    for name, value in bound.arguments.items():
-        kind = bound.signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            first += value
-        elif kind is inspect.Parameter.VAR_KEYWORD:
-            named |= value
-        elif places.index(name) == len(first) and any(isinstance(v, Node) for v in keras.tree.flatten(value)):
-            first.append(value)
-        else:
-            named[name] = value
-    return tuple(first), named
 
 
 def _check_operation(operation: Any, scope: Scope) -> None:

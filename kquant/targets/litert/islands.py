@@ -80,7 +80,7 @@ def convert_island(node: Node, shapes: Sequence[Shape], dtypes: Sequence[str]) -
         for k, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
     ]
     # a copy, since a call leaves its trace in the operation
-    call = node.call.clone() if isinstance(node.call, FloatCall) else node.call
+    call = node.call.deployed() if isinstance(node.call, FloatCall) else node.call
     for layer in _layers(call):
         if isinstance(layer, keras.layers.RNN):
             _unroll(layer)

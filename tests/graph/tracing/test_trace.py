@@ -204,9 +204,23 @@ def test_registered_layer() -> None:
         register_layer(lambda x: x)  # type: ignore[arg-type]
 
 
-def test_multi_output_layer_without_integer_form_is_refused() -> None:
-    with pytest.raises(ModelError, match="'rnn'.*outputs"):
-        trace_model(build(lambda x: L.LSTM(3, return_state=True, name="rnn")(x), (4, 2)))
+def test_each_output_of_a_layer_without_integer_form_is_a_node() -> None:
+    class Sums(L.Layer):
+        def call(self, x: Any) -> Any:
+            y = tf.math.cumprod(x, 1)
+            return {"all": y, "last": [y[:, -1], y[:, 0]]}
+
+    x = keras.Input((4, 2))
+    found = Sums(name="sums")(x)
+    model = keras.Model(x, [found["last"][1], found["all"]])
+    graph = trace_model(model)
+    assert [(n.op, n.shape) for n in map(graph.__getitem__, graph.outputs)] == [
+        ("float", (None, 2)),
+        ("float", (None, 4, 2)),
+    ]
+    data = np.random.default_rng(0).normal(size=(3, 4, 2)).astype("float32")
+    for name, expected in zip(graph.outputs, model.predict(data, verbose=0), strict=True):
+        np.testing.assert_allclose(graph[name].call([data]), expected, rtol=1e-6)
 
 
 def test_masks_are_carried_to_the_layers_that_use_them() -> None:

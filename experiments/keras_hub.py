@@ -1,0 +1,84 @@
+"""Which models of keras-hub go through: `python -m experiments.keras_hub [NAME ...]`, a row of a table per model.
+
+Every model is built small with random weights, quantized to w8a8, exported, and its file compared with the simulation.
+keras-hub is in the extra `dev` only.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+from experiments.keras_hub_models import MODELS, samples
+
+SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class Passage:
+    """How a model went through.
+
+    Attributes:
+        name: of the model.
+        operators: of the file.
+        floats: (layer, reason) of those that compute in float.
+        sqnr: of the file's outputs against the float model, in dB; that of the worst output.
+        parity: what `verify_tflite` says.
+    """
+
+    name: str
+    operators: int
+    floats: Sequence[tuple[str, str]]
+    sqnr: float
+    parity: Any
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """Of the table."""
+        types = Counter(reason for _, reason in self.floats)
+        floats = "; ".join(f"{count} x {reason}" for reason, count in types.items())
+        agrees = "yes" if self.parity.ok else "NO"
+        return self.name, str(self.operators), agrees, f"{self.sqnr:.1f}", floats or "-"
+
+
+def sqnr(expected: Any, found: Any) -> float:
+    """Signal to quantization noise of the worst of some outputs, in dB."""
+
+    def of(a: Any, b: Any) -> float:
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        return float(10 * np.log10(np.sum(a**2) / max(np.sum((a - b) ** 2), 1e-30)))
+
+    return min(map(of, keras.tree.flatten(expected), keras.tree.flatten(found)))
+
+
+def passage(name: str, model: keras.Model, data: Any, config: str = "w8a8") -> Passage:
+    """Quantize, export and verify a model."""
+    import kquant
+
+    qmodel = kquant.quantize_model(model, data, config=config, progress=False)
+    report = kquant.export_tflite(qmodel)
+    parity = kquant.verify_tflite(qmodel, report.content, data)
+    found = kquant.TFLiteModel(report.content).predict(data)
+    return Passage(
+        name, sum(report.op_counts.values()), report.float_ops, sqnr(model.predict(data, verbose=0), found), parity
+    )
+
+
+def main(names: Sequence[str]) -> None:
+    """Print the table."""
+    print("| model | operators | file = simulation | dB | in float |\n| --- | --- | --- | --- | --- |")
+    for name in names or MODELS:
+        keras.utils.set_random_seed(0)
+        model = MODELS[name]()
+        print("| " + " | ".join(passage(name, model, samples(model, SAMPLES)).row) + " |", flush=True)
+        keras.backend.clear_session()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,85 @@
+"""The arguments of a call: as a signature orders them, as Keras takes them, and on symbolic tensors."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from kquant.graph.ir import Node
+from kquant.graph.tracing.keras_graph import loses_sizes
+
+
+def bind(operation: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call's arguments in the order of the signature, without `training` and empty masks."""
+    # layers take `training` whether their call does or not
+    bound = inspect.signature(operation.call).bind(*args, **{k: v for k, v in kwargs.items() if k != "training"})
+    bound.arguments.pop("training", None)
+    if bound.arguments.get("mask", 0) is None:
+        del bound.arguments["mask"]
+    return bound.args, bound.kwargs
+
+
+def named(operation: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call's arguments as Keras takes them: by position only tensors that come first, all others by name."""
+    bound = inspect.signature(operation.call).bind(*args, **kwargs)
+    order = list(bound.signature.parameters)
+    first: list[Any] = []
+    by_name: dict[str, Any] = {}
+    for position, (name, value) in enumerate(bound.arguments.items()):
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            first += value
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            by_name |= value
+        elif position == len(first) and name == order[position] and nodes_in(value):
+            first.append(value)
+        else:
+            by_name[name] = value
+    return tuple(first), by_name
+
+
+def nodes_in(*values: Any) -> list[Node]:
+    """The nodes somewhere in some arguments."""
+    return [v for v in keras.tree.flatten(values) if isinstance(v, Node)]
+
+
+def is_constant(value: Any) -> bool:
+    """Whether an argument is a tensor that depends on no input."""
+    return isinstance(value, np.ndarray)
+
+
+def symbolic(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, list[Any]]:
+    """A function on symbolic tensors in place of nodes: (keras.Function of these, results).
+
+    What computes with the size of the batch, or loses other sizes where that is open, runs with one sample. Results
+    that depend on no input are no part of the function, which is None where there is no other.
+    """
+    nodes = nodes_in(list(args), kwargs)
+
+    def attempt(batch: int | None) -> tuple[Any, list[Any]]:
+        shapes = {n.name: (batch and batch * n.batch, *n.shape[1:]) for n in nodes}
+        inputs = {n.name: keras.Input(batch_shape=shapes[n.name], dtype=n.dtype) for n in nodes}
+        symbolic_args, symbolic_kwargs = keras.tree.map_structure(
+            lambda a: inputs[a.name] if isinstance(a, Node) else a, (list(args), dict(kwargs))
+        )
+        results = keras.tree.flatten(function(*symbolic_args, **symbolic_kwargs))
+        computed = [r for r in results if isinstance(r, keras.KerasTensor)]
+        return keras.Function(list(inputs.values()), computed) if computed else None, results
+
+    try:
+        first = attempt(None)
+        if first[0] is None or not loses_sizes(first[0]):
+            return first
+    except Exception as error:
+        try:
+            return attempt(1)
+        except Exception:
+            raise error from None
+    try:
+        return attempt(1)
+    except Exception:
+        return first
