@@ -33,6 +33,7 @@ from kquant.graph.tracing import (  # noqa: F401  they fill the tables
     normalization,
     operations,
     products,
+    recurrent,
     selection,
     statistics,
     training,
@@ -63,7 +64,8 @@ _READS_INTEGERS = (
     {"Embedding", "Rescaling", "Normalization", "Cast", "TakeAlongAxis", "OneHot"} | _ATTENTION | COMPARISONS
 )
 # or truth values
-_READS_TRUTHS = {"Cast", "Where", "LogicalAnd", "LogicalOr", "LogicalNot", "Softmax"} | _ATTENTION
+_MASKED = {"LSTM", "GRU", "SimpleRNN", "RNN", "Bidirectional", "GlobalAveragePooling1D"}
+_READS_TRUTHS = {"Cast", "Where", "LogicalAnd", "LogicalOr", "LogicalNot", "Any", "Softmax"} | _ATTENTION | _MASKED
 # or values of any type that was computed, which they move
 _MOVES = {"Reshape", "Squeeze", "ExpandDims", "Transpose", "Swapaxes", "Moveaxis", "GetItem", "Slice", "Flatten"}
 
@@ -361,13 +363,14 @@ def _named(operation: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dic
     bound = inspect.signature(operation.call).bind(*args, **kwargs)
     first: list[Any] = []
     named: dict[str, Any] = {}
+    order = list(bound.signature.parameters)
     for name, value in bound.arguments.items():
-        kind = bound.signature.parameters[name].kind
+        kind, in_place = bound.signature.parameters[name].kind, not named and order.index(name) == len(first)
         if kind is inspect.Parameter.VAR_POSITIONAL:
             first += value
         elif kind is inspect.Parameter.VAR_KEYWORD:
             named |= value
-        elif not named and any(isinstance(v, Node) for v in keras.tree.flatten(value)):
+        elif in_place and any(isinstance(v, Node) for v in keras.tree.flatten(value)):
             first.append(value)
         else:
             named[name] = value
