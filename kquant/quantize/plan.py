@@ -129,10 +129,20 @@ def resolve(graph: Graph, config: QuantConfig) -> dict[str, LayerSpec]:
         matched.update(spec.matched)
         if node.op == "input":
             spec = replace(spec, activations=spec.activations and config.input_spec)
-        specs[node.name] = spec
+        specs[node.name] = _widened(spec, node, get_target(config.target))
     origins = {n.origin or n.name: n.origin_type for n in graph}
     config.check_matched(matched, sorted(origins), sorted(set(origins.values())))
     return specs
+
+
+def _widened(spec: LayerSpec, node: Node, target: Target) -> LayerSpec:
+    """16 bits for what adds up over many steps, where the target has them and the config asks for at least 8."""
+    wanted = spec.activations
+    if not node.attrs.get("wide") or wanted is None or wanted.bits != 8 or 16 not in target.mixed_activation_bits:
+        return spec
+    if node.op != "input" and target.float_only(node.op, 16):
+        return spec
+    return replace(spec, activations=replace(wanted, bits=16, symmetric=True, signed=True))
 
 
 def _float_reasons(graph: Graph, specs: dict[str, LayerSpec], target: Target) -> dict[str, str]:

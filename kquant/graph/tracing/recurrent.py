@@ -1,7 +1,8 @@
 """Lowering of recurrent layers: every step written out, the product with the inputs once for all steps.
 
 A tensor of one step is [batch, 1, width]. The nodes that play the same part in every step name it in the attribute
-`part_of`: they have one grid, so that all steps are one operation with the same constants.
+`part_of`: they have one grid, so that states go from step to step, and in and out of the model, as they are. What is
+`wide` gets 16 bits where the target has them: the cell of an LSTM adds up over all steps.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def recurrent(b: Builder, layer: Any, sequences: Node, initial_state: Any = None
     scope, length = b.scope, int(sequences.shape[1] or 0)
     step = step_of(b, layer.cell, sequences)
     given = keras.tree.flatten(initial_state)
-    states: States = [reshape(b, s, (None, 1, s.shape[-1]), f"state_{k}") for k, s in enumerate(given) if s is not None]
+    states: States = [_given(b, layer, s, k) for k, s in enumerate(given) if s is not None]
     states = states or [None] * len(keras.tree.flatten(layer.cell.state_size))
     seen = None if mask is None else reshape(b, _as_mask(mask), (None, length, 1), "mask")
     held: Any = None
@@ -116,9 +117,10 @@ def _lstm(b: Builder, cell: Any, x: Node) -> Step:
                 for v, r, s in zip(given, inner, ("gates", "new"), strict=True)]  # fmt: skip
         open_ = _activated(b, cell.recurrent_activation, sums[0], "open")
         i, f, o = (slice_axis(b, open_, 2, k * n, (k + 1) * n, s) for k, s in enumerate(("input", "forget", "output")))
-        new = b.emit("mul", i, _activated(b, cell.activation, sums[1], "candidate"), suffix="written")
+        new = b.emit("mul", i, _activated(b, cell.activation, sums[1], "candidate"), suffix="written", wide=True)
         if c is not None:
-            new = b.emit("add", b.emit("mul", f, c, suffix="kept"), new, suffix="cell")
+            kept = b.emit("mul", f, c, suffix="kept", wide=True)
+            new = b.emit("add", kept, new, suffix="cell", wide=True)
         new = _part(b, new, name, "cell")
         h = b.emit("mul", o, _activated(b, cell.activation, new, "cell_out"), suffix="hidden")
         h = _part(b, h, name, "hidden")
@@ -144,8 +146,8 @@ def _gru(b: Builder, cell: Any, x: Node) -> Step:
         z, r = (slice_axis(b, open_, 2, k * n, (k + 1) * n, s) for k, s in enumerate(("update", "reset")))
         total = ins[1]
         if h is not None and after:
-            old = b.emit("mul", r, _part(b, inner[1](h, "new_inner"), name, "new_inner"), suffix="reset_inner")
-            total = _part(b, b.emit("add", total, old, suffix="new"), name, "new")
+            old = b.emit("mul", r, inner[1](h, "new_inner"), suffix="reset_inner")
+            total = b.emit("add", total, old, suffix="new")
         elif h is not None:
             total = _sum(b, name, total, b.emit("mul", r, h, suffix="reset_hidden"), inner[1], "new")
         g = _activated(b, cell.activation, total, "candidate")
@@ -175,7 +177,8 @@ def _stacked(b: Builder, cell: Any, x: Node) -> Step:
     scope = b.scope
 
     def step(t: int, states: States) -> tuple[Node, States]:
-        here, new, rest = b.scope, [], list(states)
+        here, rest = b.scope, list(states)
+        new: States = []
         y = slice_axis(b, x, 1, t, t + 1, "in")
         for k, (inner, size) in enumerate(zip(cell.cells, sizes, strict=True)):
             b.scope = replace(scope, name=f"{here.name}/{k}")
@@ -234,8 +237,7 @@ def _sum(b: Builder, name: str, given: Node, h: Node | None, inner: Product, par
     """What the input and the state before contribute."""
     if h is None:
         return given
-    total = b.emit("add", given, _part(b, inner(h, f"{part}_inner"), name, f"{part}_inner"), suffix=part)
-    return _part(b, total, name, part)
+    return b.emit("add", given, inner(h, f"{part}_inner"), suffix=part)
 
 
 def _part(b: Builder, node: Node, name: str, part: str) -> Node:
@@ -252,11 +254,18 @@ def _activated(b: Builder, function: Any, x: Node, suffix: str) -> Node:
 
 def _choose(b: Builder, visible: Node, new: Node, old: Node | None, suffix: str) -> Node:
     """`new` where the step is visible, else `old`, on the grid of the part that `new` plays."""
-    part = new.attrs.get("part_of")
-    parts = {} if part is None else {"part_of": part}
+    parts = {k: v for k, v in new.attrs.items() if k in ("part_of", "wide")}
     if old is None:
         old = b.replace(b.const(np.zeros((1, new.shape[-1] or 1))).with_attrs(**parts))
     return b.emit("select", visible, new, old, suffix=suffix, shape=new.shape, **parts)
+
+
+def _given(b: Builder, layer: Any, state: Node, index: int) -> Node:
+    """A state that is given; an input of the model has the grid of the state that the model returns."""
+    if state.op == "input" and isinstance(layer, (L.LSTM, L.GRU, L.SimpleRNN)):
+        state = _part(b, state, b.scope.name, ("hidden", "cell")[index])
+        state = b.replace(state.with_attrs(wide=True)) if index else state
+    return reshape(b, state, (None, 1, state.shape[-1]), f"state_{index}")
 
 
 def _as_mask(mask: Any) -> Node:
@@ -282,7 +291,7 @@ def _flat(b: Builder, x: Node, suffix: str) -> Node:
 
 
 def _warn_of_dropout(b: Builder, cell: Any) -> None:
-    if b.training and (getattr(cell, "dropout", 0.0) or getattr(cell, "recurrent_dropout", 0.0)):
+    if b.training and (cell.dropout or cell.recurrent_dropout):
         warnings.warn(
             f"Layer {b.scope.origin!r}: dropout inside a recurrent layer is left out in training.", stacklevel=2
         )
