@@ -265,7 +265,13 @@ def _given(b: Builder, layer: Any, state: Node, index: int) -> Node:
     if state.op == "input" and isinstance(layer, (L.LSTM, L.GRU, L.SimpleRNN)):
         state = _part(b, state, b.scope.name, ("hidden", "cell")[index])
         state = b.replace(state.with_attrs(wide=True)) if index else state
-    return reshape(b, state, (None, 1, state.shape[-1]), f"state_{index}")
+    return _moved(b, state, (None, 1, state.shape[-1]), f"state_{index}")
+
+
+def _moved(b: Builder, x: Node, shape: tuple[int | None, ...], suffix: str) -> Node:
+    """A reshape that keeps the bits."""
+    y = reshape(b, x, shape, suffix)
+    return b.replace(y.with_attrs(wide=True)) if x.attrs.get("wide") and y is not x else y
 
 
 def _as_mask(mask: Any) -> Node:
@@ -287,7 +293,7 @@ def _zeros(b: Builder, x: Node, start: np.ndarray, name: str) -> Node:
 
 def _flat(b: Builder, x: Node, suffix: str) -> Node:
     """[batch, 1, width] as [batch, width]."""
-    return reshape(b, x, (None, x.shape[-1]), suffix)
+    return _moved(b, x, (None, x.shape[-1]), suffix)
 
 
 def _warn_of_dropout(b: Builder, cell: Any) -> None:

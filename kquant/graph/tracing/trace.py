@@ -61,7 +61,9 @@ from kquant.graph.tracing.wrappers import channels_first
 _ATTENTION = {"MultiHeadAttention", "GroupedQueryAttention", "Attention", "AdditiveAttention", "DotProductAttention"}
 # They read integers: ids, or pixels that they turn into numbers
 _READS_INTEGERS = (
-    {"Embedding", "Rescaling", "Normalization", "Cast", "TakeAlongAxis", "OneHot"} | _ATTENTION | COMPARISONS
+    {"Embedding", "ReversibleEmbedding", "Rescaling", "Normalization", "Cast", "TakeAlongAxis", "OneHot"}
+    | _ATTENTION
+    | COMPARISONS
 )
 # or truth values
 _MASKED = {"LSTM", "GRU", "SimpleRNN", "RNN", "Bidirectional", "GlobalAveragePooling1D"}

@@ -179,7 +179,7 @@ def test_what_cannot_be_traced_is_one_float_node_with_a_reason() -> None:
     graph = traced(build(lambda x: L.Dense(2)(RawTensorFlow(name="raw")(x)), (5,)))
     assert ops(graph) == ["float", "dense"]
     assert graph["raw"].origin_type == "RawTensorFlow" and "traced" in graph["raw"].attrs["reason"]
-    assert ops(traced(build(L.LSTM(4), (6, 8)))) == ["float"]
+    assert ops(traced(build(L.ConvLSTM1D(4, 3), (5, 6, 8)))) == ["float"]
 
 
 def test_lambda_is_traced_where_it_can_be() -> None:
@@ -206,7 +206,7 @@ def test_registered_layer() -> None:
 
 def test_multi_output_layer_without_integer_form_is_refused() -> None:
     with pytest.raises(ModelError, match="'rnn'.*outputs"):
-        trace_model(build(lambda x: L.LSTM(3, return_state=True, name="rnn")(x), (4, 2)))
+        trace_model(build(lambda x: L.ConvLSTM1D(3, 1, return_state=True, name="rnn")(x), (4, 3, 2)))
 
 
 def test_masks_are_carried_to_the_layers_that_use_them() -> None:
