@@ -60,14 +60,11 @@ from kquant.graph.tracing.wrappers import channels_first
 # They read masks
 _ATTENTION = {"MultiHeadAttention", "GroupedQueryAttention", "Attention", "AdditiveAttention", "DotProductAttention"}
 # They read integers: ids, or pixels that they turn into numbers
-_READS_INTEGERS = (
-    {"Embedding", "ReversibleEmbedding", "Rescaling", "Normalization", "Cast", "TakeAlongAxis", "OneHot"}
-    | _ATTENTION
-    | COMPARISONS
-)
+_READS_IDS = {"Embedding", "ReversibleEmbedding", "TakeAlongAxis", "OneHot"}
+_READS_INTEGERS = {"Rescaling", "Normalization", "Cast"} | _READS_IDS | _ATTENTION | COMPARISONS
 # or truth values
-_MASKED = {"LSTM", "GRU", "SimpleRNN", "RNN", "Bidirectional", "GlobalAveragePooling1D"}
-_READS_TRUTHS = {"Cast", "Where", "LogicalAnd", "LogicalOr", "LogicalNot", "Any", "Softmax"} | _ATTENTION | _MASKED
+_MASKED = {"LSTM", "GRU", "SimpleRNN", "RNN", "Bidirectional", "GlobalAveragePooling1D"} | _ATTENTION
+_READS_TRUTHS = {"Cast", "Where", "LogicalAnd", "LogicalOr", "LogicalNot", "Any", "Softmax"} | _MASKED
 # or values of any type that was computed, which they move
 _MOVES = {"Reshape", "Squeeze", "ExpandDims", "Transpose", "Swapaxes", "Moveaxis", "GetItem", "Slice", "Flatten"}
 
@@ -365,14 +362,14 @@ def _named(operation: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dic
     bound = inspect.signature(operation.call).bind(*args, **kwargs)
     first: list[Any] = []
     named: dict[str, Any] = {}
-    order = list(bound.signature.parameters)
+    names = list(bound.signature.parameters)
     for name, value in bound.arguments.items():
-        kind, in_place = bound.signature.parameters[name].kind, not named and order.index(name) == len(first)
+        kind = bound.signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL:
             first += value
         elif kind is inspect.Parameter.VAR_KEYWORD:
             named |= value
-        elif in_place and any(isinstance(v, Node) for v in keras.tree.flatten(value)):
+        elif names.index(name) == len(first) and any(isinstance(v, Node) for v in keras.tree.flatten(value)):
             first.append(value)
         else:
             named[name] = value
