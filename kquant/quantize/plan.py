@@ -89,10 +89,10 @@ def make_plan(graph: Graph, config: QuantConfig) -> Plan:
         bits = target.container_bits(activations[name].bits)
         if (grid := target.fixed_output(node.op, bits)) is not None:
             fixed[leader] = _full_grid(grid, bits)
-        if name == leader or node.op in target.inputs_share_output:
+        if name == leader or node.op in target.inputs_share_output or _part(node):
             members.setdefault(leader, []).append(name)
     sources = {
-        leader: tuple(n for n in names if graph[n].op in target.inputs_share_output) or (leader,)
+        leader: tuple(n for n in names if graph[n].op in target.inputs_share_output or _part(graph[n])) or (leader,)
         for leader, names in members.items()
         if leader not in fixed
     }
@@ -129,10 +129,20 @@ def resolve(graph: Graph, config: QuantConfig) -> dict[str, LayerSpec]:
         matched.update(spec.matched)
         if node.op == "input":
             spec = replace(spec, activations=spec.activations and config.input_spec)
-        specs[node.name] = spec
+        specs[node.name] = _widened(spec, node, get_target(config.target))
     origins = {n.origin or n.name: n.origin_type for n in graph}
     config.check_matched(matched, sorted(origins), sorted(set(origins.values())))
     return specs
+
+
+def _widened(spec: LayerSpec, node: Node, target: Target) -> LayerSpec:
+    """16 bits for what adds up over many steps, where the target has them and the config asks for at least 8."""
+    wanted = spec.activations
+    if not node.attrs.get("wide") or wanted is None or wanted.bits != 8 or 16 not in target.mixed_activation_bits:
+        return spec
+    if node.op != "input" and target.float_only(node.op, 16):
+        return spec
+    return replace(spec, activations=replace(wanted, bits=16, symmetric=True, signed=True))
 
 
 def _float_reasons(graph: Graph, specs: dict[str, LayerSpec], target: Target) -> dict[str, str]:
@@ -184,8 +194,9 @@ def _insert_requantize(
             continue
         inputs = []
         wanted = target.container_bits(_activation_spec(node, specs[node.name]).bits)
+        shares = node.op in target.inputs_share_output and not _one_part(graph, node, reasons, target)
         for source in node.inputs:
-            own = node.op in target.inputs_share_output and not _may_share(graph, source, node, reasons, target)
+            own = shares and not _may_share(graph, source, node, reasons, target)
             if graph[source].dtype == "float32" and (own or container(source, node) != wanted):
                 key = (source, node.name if own else wanted)
                 if key not in converted:
@@ -232,6 +243,23 @@ def _may_share(graph: Graph, source: str, reader: Node, reasons: dict[str, str],
         source, reader = node.inputs[0], node
 
 
+def _part(node: Node) -> str | None:
+    """The part that a node plays in every step of a recurrent layer: those of one part have one grid."""
+    return node.attrs.get("part_of")
+
+
+def _one_part(graph: Graph, node: Node, reasons: dict[str, str], target: Target) -> bool:
+    """Whether all numbers that a node reads have one grid, since they play one part."""
+
+    def part(name: str) -> str | None:
+        while graph[name].op in target.same_scale:
+            name = graph[name].inputs[0]
+        return None if name in reasons else _part(graph[name])
+
+    found = {part(name) for name in node.inputs if graph[name].dtype == "float32"}
+    return len(found) == 1 and None not in found
+
+
 def share_grids(graph: Graph, integer: set[str], target: Target) -> dict[str, str]:
     """Unite tensors that must have one grid: node -> the first member of its group."""
     groups = {n.name: n.name for n in graph if n.name in integer}
@@ -243,11 +271,14 @@ def share_grids(graph: Graph, integer: set[str], target: Target) -> dict[str, st
             if leader in (a, b):
                 groups[name] = first
 
+    parts: dict[str, str] = {}
     for node in graph:
         if node.name in integer and (node.op in target.same_scale or node.op in target.inputs_share_output):
             for source in node.inputs:
                 if source in groups:  # ids and truth values are not
                     unite(source, node.name)
+        if node.name in integer and (part := _part(node)):
+            unite(parts.setdefault(part, node.name), node.name)
     return groups
 
 

@@ -50,7 +50,7 @@ def attention_model() -> keras.Model:
     keras.utils.set_random_seed(3)
     x = inputs = keras.Input((6, 4), name="tokens")
     x = layers.Dense(4, name="before")(x)
-    x = layers.GRU(4, return_sequences=True, name="recurrent")(x)
+    x = layers.EinsumDense("abc,bcd->abd", (6, 4), name="mixed")(x)
     x = layers.LayerNormalization(name="norm")(x)
     return keras.Model(inputs, layers.Dense(2, name="after")(x), name="small_attention")
 

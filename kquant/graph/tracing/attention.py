@@ -26,9 +26,11 @@ from kquant.graph.tracing.builder import (
 )
 from kquant.graph.tracing.choices import as_number, compares_ids, ids_compared
 from kquant.graph.tracing.functions import function
+from kquant.graph.tracing.layers import global_pooling
 from kquant.graph.tracing.operations import two_inputs
 
 L = keras.layers
+HIDDEN = 100.0  # exp(-HIDDEN) is 0
 BIG = 1e9  # `transforms.bound_masks` makes of it what a softmax can see
 Mask = Node | np.ndarray  # 1 where a key is seen, 0 elsewhere; a constant without the batch
 
@@ -240,3 +242,21 @@ def softmax_layer(b: Builder, layer: Any, inputs: Node, mask: Any = None) -> Nod
         assert isinstance(seen, Node)
         x = masked(b, x, [transpose(b, seen, order, "mask_axis_last")])
     return transpose(b, b.emit("softmax", x), [int(i) for i in np.argsort(order)], "axis_back")
+
+
+@lowers_layer(L.GlobalAveragePooling1D)
+def mean_of_seen(b: Builder, layer: Any, inputs: Node, mask: Any = None) -> Node:
+    """The mean over the places, with a mask over those that are seen (over all where none is).
+
+    As a product with weights that are 1 / n at n places: a softmax makes them, in 16 bits since they are small.
+    """
+    if mask is None:
+        return global_pooling(b, layer, inputs)
+    if not isinstance(mask, Node) or len(mask.shape) != 2 or layer.data_format == "channels_first":
+        raise NotLowered("pooling with a mask that is not one truth value for every place")
+    (seen,) = mask_of(b, mask, (None, 1, mask.shape[1]))
+    assert isinstance(seen, Node)
+    hidden = scale_offset(b, seen, HIDDEN, -HIDDEN, "hidden")
+    weights = b.emit("softmax", hidden, suffix="weights", wide=True)
+    y = b.emit("batch_matmul", weights, inputs, wide=True)
+    return y if layer.keepdims else reshape(b, y, (None, inputs.shape[-1]), "pooled")

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
 
+from kquant.errors import ModelError
 from kquant.graph.ir import Node
 from kquant.graph.tracing.builder import (
     Builder,
     NotLowered,
     as_array,
+    lowers_layer,
     lowers_op,
     reshape,
     sample_constant,
     scale_offset,
 )
 from kquant.graph.tracing.functions import function, number_of
-from kquant.graph.tracing.operations import two_inputs
+from kquant.graph.tracing.operations import reduce, two_inputs
 
 HIDDEN = 1e9
 _ABOVE = (("greater", 0, 0.5),)
@@ -165,3 +168,23 @@ def cast(b: Builder, op: Any, x: Node) -> Node:
     if "float" not in str(op.dtype) or x.dtype == "int32":  # of an input, see `inputs.settle_inputs`
         raise NotLowered(f"a cast from {x.dtype} to {op.dtype}")
     return _from_truth(b, x, 1.0, 0.0) if x.dtype == "bool" else x
+
+
+@lowers_op("Any")
+def any_true(b: Builder, op: Any, x: Node) -> Node:
+    """Whether the largest of zeros and ones is above 0."""
+    if x.dtype != "bool":
+        raise NotLowered("of numbers")
+    largest = reduce(b, op, _from_truth(b, x, 1.0, 0.0), "reduce_max", "largest")
+    return b.emit("function", largest, steps=_ABOVE, dtype="bool")
+
+
+@lowers_layer(keras.layers.Masking)
+def masking(b: Builder, layer: Any, inputs: Node) -> Node:
+    """Zeros at the steps all of whose entries are the mask's value; only 0 is on every grid."""
+    if layer.mask_value != 0:
+        raise ModelError(
+            f"Layer {b.scope.origin!r} (Masking) hides steps by the value {layer.mask_value:g}, which is on no grid "
+            "exactly: hide them by 0, or give the layers behind it a mask that is an input."
+        )
+    return inputs

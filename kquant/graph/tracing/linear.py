@@ -19,6 +19,7 @@ from kquant.graph.tracing.builder import (
     lowers_op,
     pad,
     reshape,
+    scale_offset,
     without_batch,
 )
 from kquant.graph.tracing.training import constant_kernel, variables_of
@@ -258,6 +259,23 @@ def dense(b: Builder, layer: Any, x: Node) -> Node:
 def embedding(b: Builder, layer: Any, ids: Node) -> Node:
     weights = {"table": as_array(layer.embeddings)}
     return b.emit("embedding", ids, weights=weights, variables={"table": layer.embeddings})
+
+
+@lowers_layer(L.ReversibleEmbedding)
+def reversible_embedding(b: Builder, layer: Any, inputs: Node, reverse: bool = False) -> Node:
+    """The rows of a table, or the product with it, transposed, perhaps bounded softly."""
+    if not reverse:
+        return embedding(b, layer, inputs)
+    table = layer.embeddings if layer.tie_weights else layer.reverse_embeddings
+    kernel = as_array(table).T if layer.tie_weights else as_array(table)
+    order = (1, 0) if layer.tie_weights else None
+    variables = {"kernel": UserWeight.of(table, kernel, b.scope.learns, order=order), "bias": None}
+    weights = {"kernel": kernel, "bias": np.zeros(kernel.shape[1], np.float32)}
+    y = b.emit("dense", inputs, weights=weights, variables=variables)
+    if layer.logit_soft_cap is None:
+        return y
+    small = scale_offset(b, y, 1.0 / layer.logit_soft_cap, 0.0, "small")
+    return scale_offset(b, b.emit("tanh", small, suffix="tanh"), layer.logit_soft_cap, 0.0, "capped")
 
 
 def output_shape(b: Builder) -> Shape:

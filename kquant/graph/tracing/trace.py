@@ -33,6 +33,7 @@ from kquant.graph.tracing import (  # noqa: F401  they fill the tables
     normalization,
     operations,
     products,
+    recurrent,
     selection,
     statistics,
     training,
@@ -60,11 +61,11 @@ from kquant.graph.tracing.wrappers import channels_first
 # They read masks
 _ATTENTION = {"MultiHeadAttention", "GroupedQueryAttention", "Attention", "AdditiveAttention", "DotProductAttention"}
 # They read integers: ids, or pixels that they turn into numbers
-_READS_INTEGERS = (
-    {"Embedding", "Rescaling", "Normalization", "Cast", "TakeAlongAxis", "OneHot"} | _ATTENTION | COMPARISONS
-)
+_READS_IDS = {"Embedding", "ReversibleEmbedding", "TakeAlongAxis", "OneHot"}
+_READS_INTEGERS = {"Rescaling", "Normalization", "Cast"} | _READS_IDS | _ATTENTION | COMPARISONS
 # or truth values
-_READS_TRUTHS = {"Cast", "Where", "LogicalAnd", "LogicalOr", "LogicalNot", "Softmax"} | _ATTENTION
+_MASKED = {"LSTM", "GRU", "SimpleRNN", "RNN", "Bidirectional", "GlobalAveragePooling1D"} | _ATTENTION
+_READS_TRUTHS = {"Cast", "Where", "LogicalAnd", "LogicalOr", "LogicalNot", "Any", "Softmax"} | _MASKED
 # or values of any type that was computed, which they move
 _MOVES = {"Reshape", "Squeeze", "ExpandDims", "Transpose", "Swapaxes", "Moveaxis", "GetItem", "Slice", "Flatten"}
 
