@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -10,6 +10,7 @@ import numpy as np
 
 from kquant.errors import ModelError
 from kquant.graph.ir import Node
+from kquant.graph.ops import op_of
 from kquant.graph.tracing.builder import (
     Builder,
     NotLowered,
@@ -21,6 +22,7 @@ from kquant.graph.tracing.builder import (
     scale_offset,
 )
 from kquant.graph.tracing.functions import function, number_of
+from kquant.graph.tracing.linear import look_up
 from kquant.graph.tracing.operations import reduce, two_inputs
 
 HIDDEN = 1e9
@@ -53,7 +55,7 @@ def compares_ids(b: Builder, x: Any, bound: Any) -> bool:
         return False
     if x.op != "input":
         return x.dtype == "int32" and _moved_from(b, x)[0].op == "input"
-    return x.dtype == "int32" or any(n.op == "embedding" and n.inputs[0] == x.name for n in b.nodes.values())
+    return x.dtype == "int32" or any(op_of(n).lookup and n.inputs[0] == x.name for n in b.nodes.values())
 
 
 def ids_compared(b: Builder, ids: Node, name: str, bound: float, suffix: str = "") -> Node:
@@ -63,7 +65,7 @@ def ids_compared(b: Builder, ids: Node, name: str, bound: float, suffix: str = "
     rows = np.arange(int(bound) + 2, dtype=np.float64)
     table = getattr(np, name)(rows, bound).astype(np.float32)[:, None]
     source, moves = _moved_from(b, ids)
-    seen = b.emit("embedding", source, weights={"table": table}, clamp=True, suffix="seen")
+    seen = look_up(b, source, table, clamp=True, suffix="seen")
     seen = reshape(b, seen, source.shape, "seen_ids")
     for move in moves:
         seen = b.emit(move.op, seen, shape=move.shape, batch=move.batch, suffix="seen_moved", **move.attrs)
@@ -94,11 +96,23 @@ for _name, _kind in _COMPARED.items():
 
 def _logical(name: str, count: int) -> Callable[..., Node]:
     def lower(b: Builder, op: Any, *xs: Any) -> Node:
-        if not all(isinstance(x, Node) and x.dtype == "bool" and x.shape == xs[0].shape for x in xs):
-            raise NotLowered("operands that are no truth values of one shape")
-        return b.emit("function", *xs, steps=((name, *range(count)),), dtype="bool")
+        if any(isinstance(x, Node) and x.dtype != "bool" for x in xs):
+            raise NotLowered("operands that are no truth values")
+        if all(isinstance(x, Node) and x.shape == xs[0].shape for x in xs):
+            return b.emit("function", *xs, steps=((name, *range(count)),), dtype="bool")
+        return _of_numbers(b, "mul" if name == "logical_and" else "maximum", xs)
 
     return lower
+
+
+def _of_numbers(b: Builder, joined: str, xs: Sequence[Any]) -> Node:
+    """Two truth values of which one is a constant or broadcasts, as zeros and ones."""
+    computed = next(x for x in xs if isinstance(x, Node))
+    numbers = [
+        _from_truth(b, x, 1.0, 0.0, "number") if isinstance(x, Node) else b.const(sample_constant(computed, x) != 0)
+        for x in xs
+    ]
+    return b.emit("function", b.emit(joined, *numbers, suffix="both"), steps=_ABOVE, dtype="bool")
 
 
 lowers_op("LogicalAnd")(_logical("logical_and", 2))
@@ -116,7 +130,7 @@ def where(b: Builder, op: Any, condition: Any, x1: Any = None, x2: Any = None) -
     values = [_choice(b, condition, x) for x in (x1, x2)]
     if all(v.op == "const" for v in values):
         numbers = [number_of(v.weights["value"], "a choice between constants") for v in values]
-        return _from_truth(b, condition, *numbers)
+        return _from_truth(b, condition, numbers[0], numbers[1])
     return b.emit("select", condition, *values)
 
 
@@ -138,10 +152,10 @@ def _choice(b: Builder, condition: Node, value: Any) -> Node:
     return b.const(array)
 
 
-def _from_truth(b: Builder, x: Node, yes: float, no: float) -> Node:
+def _from_truth(b: Builder, x: Node, yes: float, no: float, suffix: str = "") -> Node:
     if (seen := as_number(b, x)) is not None:
         return scale_offset(b, seen, yes - no, no)
-    return b.emit("function", x, steps=(("select", 0, float(yes), float(no)),))
+    return b.emit("function", x, steps=(("select", 0, float(yes), float(no)),), suffix=suffix)
 
 
 def as_number(b: Builder, truth: Node) -> Node | None:

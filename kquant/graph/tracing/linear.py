@@ -257,8 +257,12 @@ def dense(b: Builder, layer: Any, x: Node) -> Node:
 
 @lowers_layer(L.Embedding)
 def embedding(b: Builder, layer: Any, ids: Node) -> Node:
-    weights = {"table": as_array(layer.embeddings)}
-    return b.emit("embedding", ids, weights=weights, variables={"table": layer.embeddings})
+    return look_up(b, ids, as_array(layer.embeddings), variables={"table": layer.embeddings})
+
+
+def look_up(b: Builder, ids: Node, table: np.ndarray, **settings: Any) -> Node:
+    """The rows of a table that integers choose."""
+    return b.emit("embedding", ids, weights={"table": table}, **settings)
 
 
 @lowers_layer(L.ReversibleEmbedding)

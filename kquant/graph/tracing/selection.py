@@ -9,7 +9,7 @@ import numpy as np
 
 from kquant.graph.ir import Node
 from kquant.graph.tracing.builder import Builder, NotLowered, axis_last, lowers_op, pad, reshape, transpose
-from kquant.graph.tracing.linear import pair
+from kquant.graph.tracing.linear import look_up, pair
 
 
 def gather(b: Builder, x: Node, axis: int, indices: Any, suffix: str = "") -> Node:
@@ -126,7 +126,7 @@ def one_hot(b: Builder, op: Any, x: Node) -> Node:
     """Rows of the identity."""
     if op.sparse or op.axis not in (-1, len(x.shape)) or (op.dtype and "float" not in str(op.dtype)):
         raise NotLowered("one-hot vectors of another type, or along another axis than the last")
-    return b.emit("embedding", x, weights={"table": np.eye(op.num_classes)})
+    return look_up(b, x, np.eye(op.num_classes))
 
 
 @lowers_op("DepthToSpace", "SpaceToDepth")

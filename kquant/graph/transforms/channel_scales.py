@@ -24,7 +24,7 @@ from kquant.graph.transforms.rescale import scale_input, scale_output
 
 LEAST = 1e-3  # no scale is smaller than this part of the largest
 WORTH = 1.0  # bits that one grid costs the channels on average, from which on scales pay
-_MAKERS = frozenset({"dense", "normalize", "embedding", "add"})
+_MAKERS = frozenset({"dense", "normalize", "add"})  # and look-ups
 _READERS = frozenset({"dense", "normalize", "add"})
 
 
@@ -35,7 +35,12 @@ def candidates(graph: Graph) -> list[str]:
 
 def _may_scale(graph: Graph, node: Node) -> bool:
     readers = graph.consumers(node.name)
-    if node.op not in _MAKERS or "clip" in node.attrs or node.name in graph.outputs or not readers:
+    if (
+        not (node.op in _MAKERS or op_of(node).lookup)
+        or "clip" in node.attrs
+        or node.name in graph.outputs
+        or not readers
+    ):
         return False
     return len(node.shape) > 2 and all(_reads(r, node) for r in readers)
 
