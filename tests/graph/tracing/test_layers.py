@@ -146,7 +146,7 @@ def test_global_pooling(keepdims: bool) -> None:
         (L.Flatten(), IMAGE, ["reshape"]),
         (L.Permute((3, 1, 2)), IMAGE, ["transpose"]),
         (L.RepeatVector(3), (5,), ["reshape", "concat"]),
-        (L.LSTM(4, stateful=True), LINE, ["float"]),
+        (L.ConvLSTM1D(4, 1), (4, *LINE), ["float"]),
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, L.Layer) else "",
 )
