@@ -14,16 +14,9 @@ import kquant
 from kquant.targets.litert.runtime import TFLiteModel
 from tests.support import zoo
 
-FLOAT_ISLANDS = {  # layers without an integer form: model -> how many of its nodes stay float
-    "text_average": 1,
-    "lstm": 1,
-    "gru": 1,
-    "bidirectional": 2,
-}
-SLOW = {  # TensorFlow converts what stays float in seconds
+SLOW = {  # graphs of many nodes
     *("lstm", "gru", "bidirectional", "transformer", "vision_transformer", "normalizations"),
 }
-WITHOUT_FILE = {"volume"}
 CONFIGS: dict[str, Any] = {
     "w8a8": "w8a8",
     "w8a8-per_tensor": "w8a8-per_tensor",
@@ -41,7 +34,7 @@ CONFIGS: dict[str, Any] = {
     "mse": {"preset": "w8a8", "activations": {"method": "mse"}},
     "percentile": {"preset": "w8a8", "activations": {"method": "percentile", "percentile": 99.9}},
 }
-KINDS = [pytest.param(k, marks=[pytest.mark.slow] * (k in SLOW)) for k in zoo.MODELS if k not in WITHOUT_FILE]
+KINDS = [pytest.param(k, marks=[pytest.mark.slow] * (k in SLOW)) for k in zoo.MODELS]
 
 
 def quantized(name: str, config: Any = "w8a8") -> tuple[keras.Model, keras.Model]:
@@ -50,12 +43,14 @@ def quantized(name: str, config: Any = "w8a8") -> tuple[keras.Model, keras.Model
     return model, kquant.quantize_model(model, zoo.inputs(model), config, progress=False)
 
 
-def check(name: str, config: Any) -> None:
-    """Parity of the file, and equality of the simulation with the default kernels."""
+def check(name: str, config: Any) -> kquant.ExportReport:
+    """Parity of the file, and equality of the simulation with the default kernels; what was exported."""
     model, qmodel = quantized(name, config)
-    report = kquant.verify_tflite(qmodel, kquant.export_tflite(qmodel).content, zoo.inputs(model, seed=2))
+    exported = kquant.export_tflite(qmodel)
+    report = kquant.verify_tflite(qmodel, exported.content, zoo.inputs(model, seed=2))
     assert report.ok, f"{name}\n{report}"
     assert all(e.equal == 1 or e.max_lsb <= 1 and e.equal > 0.99 for e in report.end_to_end), f"{name}\n{report}"
+    return exported
 
 
 def arrays(model: keras.Model, data: Any) -> list[np.ndarray]:
@@ -66,15 +61,16 @@ def arrays(model: keras.Model, data: Any) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_the_file_of_every_kind_of_model_equals_its_simulation(name):
-    check(name, "w8a8")
+def test_the_file_of_every_kind_of_model_equals_its_simulation_and_has_no_float(name):
+    assert check(name, "w8a8").float_ops == ()
 
 
-@pytest.mark.parametrize("name", [k for k in FLOAT_ISLANDS if k not in SLOW])
-def test_what_stays_float_is_counted_and_reported(name):
-    _, qmodel = quantized(name)
-    report = kquant.export_tflite(qmodel)
-    assert len(report.float_ops) == FLOAT_ISLANDS[name]
+def test_what_stays_float_is_counted_and_reported():
+    frames = keras.Input((4, 5, 3))
+    x = layers.Flatten()(layers.ConvLSTM1D(2, 1, name="rain")(frames))
+    data = np.random.default_rng(0).normal(size=(8, 4, 5, 3)).astype(np.float32)
+    report = kquant.export_tflite(kquant.quantize_model(keras.Model(frames, layers.Dense(2)(x)), data, progress=False))
+    assert [node for node, _ in report.float_ops][0] == "rain"
     assert all(node in str(report) and reason for node, reason in report.float_ops)
 
 
@@ -83,7 +79,7 @@ def test_every_config_has_parity(config):
     check("preactivation", CONFIGS[config])
 
 
-PAIRS = list(zip([k for k in zoo.MODELS if k not in SLOW | WITHOUT_FILE], itertools.cycle(CONFIGS)))  # noqa: B905
+PAIRS = list(zip([k for k in zoo.MODELS if k not in SLOW], itertools.cycle(CONFIGS)))  # noqa: B905
 
 
 @pytest.mark.slow
