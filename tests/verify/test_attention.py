@@ -79,7 +79,9 @@ def check(model: keras.Model, data: list[np.ndarray], config: str, least: float)
 
 
 WIDE = ("layer, boolean mask", "added, and causal", "layer", "additive")
-SETTINGS = [("w8a8", 27.0, n) for n in (*ATTENTION, *UNMASKED)] + [("w8a16", 38.0, n) for n in WIDE]
+QUICK = ("layer, boolean mask", "softmax with a mask", "added", "additive")  # others are slow tests
+SETTINGS = [pytest.param("w8a8", 27.0, n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in (*ATTENTION, *UNMASKED)]
+SETTINGS += [pytest.param("w8a16", 38.0, n, marks=pytest.mark.slow) for n in WIDE]
 
 
 @pytest.mark.parametrize("config, least, name", SETTINGS)
