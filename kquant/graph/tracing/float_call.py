@@ -139,7 +139,7 @@ class FloatCall:
             for ours, theirs in zip(copy.weights, op.weights, strict=True):
                 ours.trainable = theirs.trainable
         call = replace(self, operation=copy)
-        if change is _unchanged and not self._equals(call):
+        if change is _unchanged and not self._random() and not self._equals(call):
             raise NotCopied(Loan(op, "a layer made from its get_config() computes something else"))
         return call
 
@@ -160,6 +160,14 @@ class FloatCall:
             except NotCopied as error:
                 loan = error.loan
         return replace(self, operation=Borrowed(loan, name or op.name))
+
+    def _random(self) -> bool:
+        """Whether it draws at random: to run it would draw from the user's own generator."""
+        op = self.operation
+        layers = op._flatten_layers() if isinstance(op, keras.layers.Layer) else []
+        return bool(self.kwargs.get("training")) or any(
+            isinstance(value, keras.random.SeedGenerator) for layer in layers for value in vars(layer).values()
+        )
 
     def _equals(self, copy: FloatCall) -> bool:
         """Whether a copy computes the same, as far as some inputs tell."""
