@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from kquant.graph.tracing.inputs import RANGES
 from kquant.quantize.plan import Plan
-
-BYTES = (0.0, 255.0)
 
 
 def declare_ranges(plan: Plan, statistics: Mapping[str, Any], byte_inputs: Iterable[str]) -> tuple[Plan, list[str]]:
@@ -27,7 +26,7 @@ def declare_ranges(plan: Plan, statistics: Mapping[str, Any], byte_inputs: Itera
     activations, notes = dict(plan.activations), []
     for name in plan.graph.inputs:
         spec, seen = activations.get(name), statistics.get(name)
-        expects = BYTES if name in byte_inputs else plan.graph[name].attrs.get("expects")
+        expects = RANGES["uint8"] if name in byte_inputs else plan.graph[name].attrs.get("expects")
         if spec is None or spec.range is not None or expects is None:
             continue
         low, high = expects

@@ -110,7 +110,7 @@ def _masks(b: Builder, q: Node, k: Node, query: Any, key: Any, pairs: Any, causa
     return masks + ([_causal(q.shape[1], k.shape[1])] if causal else [])
 
 
-@lowers_layer(L.MultiHeadAttention)
+@lowers_layer(L.MultiHeadAttention, L.GroupQueryAttention)
 def multi_head_attention(
     b: Builder,
     layer: Any,
@@ -125,36 +125,13 @@ def multi_head_attention(
     use_causal_mask: bool = False,
 ) -> Any:
     key = value if key is None else key
-    if getattr(layer, "_sliding_window", None) is not None:
+    if any(getattr(layer, name, None) is not None for name in ("_sliding_window", "sliding_window")):
         raise NotLowered("a sliding window")
     q, k, v = _projected(b, layer, query, key, value)
     masks = mask_of(b, key_mask, (None, 1, 1, k.shape[1])) if key_mask is not value_mask else []
     masks += _masks(b, q, k, query_mask, value_mask, attention_mask, use_causal_mask)
-    y, weights = attend(b, q, k, v, float(layer._inverse_sqrt_key_dim), masks)
-    return _output(b, layer, query, y, weights, return_attention_scores)
-
-
-@lowers_layer(L.GroupQueryAttention)
-def group_query_attention(
-    b: Builder,
-    layer: Any,
-    query: Node,
-    value: Node,
-    key: Node | None = None,
-    query_mask: Any = None,
-    value_mask: Any = None,
-    key_mask: Any = None,
-    attention_mask: Any = None,
-    return_attention_scores: bool = False,
-    use_causal_mask: bool = False,
-) -> Any:
-    key = value if key is None else key
-    if getattr(layer, "sliding_window", None) is not None:
-        raise NotLowered("a sliding window")
-    q, k, v = _projected(b, layer, query, key, value)
-    masks = mask_of(b, key_mask, (None, 1, 1, k.shape[1])) if key_mask is not value_mask else []
-    masks += _masks(b, q, k, query_mask, value_mask, attention_mask, use_causal_mask)
-    y, weights = attend(b, q, k, v, float(layer.head_dim) ** -0.5, masks)
+    scale = layer.head_dim**-0.5 if isinstance(layer, L.GroupQueryAttention) else layer._inverse_sqrt_key_dim
+    y, weights = attend(b, q, k, v, float(scale), masks)
     return _output(b, layer, query, y, weights, return_attention_scores)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -133,10 +134,11 @@ def check_island(node: Node, content: bytes, inputs: Sequence[np.ndarray]) -> No
 
 def _example(e: Emitter, name: str) -> np.ndarray:
     """Values as an input of an island may have: within its grid, or of unit variance; small ids, either truth."""
-    node, q, rng = e.graph[name], e.grid(name), np.random.default_rng(0)
+    node, q = e.graph[name], e.grid(name)
+    rng = np.random.default_rng(zlib.crc32(name.encode()))  # other values for every input
     if node.op == "const":
         return np.asarray(node.weights["value"], np.float32)
-    shape = (_EXAMPLES, *(int(d or 1) for d in node.shape[1:]))
+    shape = (_EXAMPLES * node.batch, *(int(d or 1) for d in node.shape[1:]))
     if node.dtype != "float32":
         return rng.integers(0, 2, shape).astype(node.dtype)
     if q is None:
