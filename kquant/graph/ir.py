@@ -162,10 +162,16 @@ class Graph:
         return replace(self, nodes={k: v for k, v in table.items() if k in needed}, outputs=outputs)
 
     def unique_name(self, name: str) -> str:
-        """`name`, with a number appended where the graph has it already."""
-        if name not in self.nodes:
+        """`name`, with a number appended where a node or a weight ("<node>/<key>") has it already."""
+        taken = names_of(self)
+        if name not in taken:
             return name
         k = 1
-        while f"{name}_{k}" in self.nodes:
+        while f"{name}_{k}" in taken:
             k += 1
         return f"{name}_{k}"
+
+
+def names_of(nodes: Iterable[Node]) -> set[str]:
+    """The names that a file has for nodes and for their weights, "<node>/<key>"."""
+    return {name for node in nodes for name in (node.name, *(f"{node.name}/{key}" for key in node.weights))}

@@ -1,4 +1,4 @@
-"""Attention masks bounded by what the data says of the scores."""
+"""Masks bounded by what the data says of the scores."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from kquant.config.quant_config import QuantConfig
 from kquant.graph.ir import Graph, Node
+from kquant.graph.ops import op_of
 from kquant.graph.transforms.bound_masks import (
     BELOW_LARGEST,
     BELOW_SMALLEST,
@@ -36,7 +37,7 @@ def prepare_masks(
     bits = 8 if config.activations is None else config.activations.bits
     seen = _observe(graph, data, progress, BELOW_SMALLEST if bits <= 8 else BELOW_LARGEST)
     bounded = bound_masks(graph, seen)
-    note = f"{len(sites)} to what the softmax can see"
+    note = f"{len(sites)} to what their readers can see"
     return bounded, note + (f"; {dropped} of zeros and ones as the data has them" if dropped else "")
 
 
@@ -63,7 +64,7 @@ def _does_nothing(affine: Node) -> bool:
 
 
 def _observe(graph: Graph, data: CalibrationData, progress: bool, below: float) -> dict[str, Seen]:
-    """What the scores in front of every softmax with a mask are; nothing of masks with other values than two."""
+    """What the scores in front of every reader with a mask are; nothing of masks with other values than two."""
     sites = masked_scores(graph)
     names = [name for site in sites for name in (site.scores, site.sums[-1])]
 
@@ -83,7 +84,7 @@ def _observe(graph: Graph, data: CalibrationData, progress: bool, below: float) 
     for found in over_data(graph, names, data, extremes, progress, "observing"):
         low = np.minimum(low, found.numpy())
     return {
-        site.softmax: Seen(float(smallest), float(-most), float(least), below)
+        site.reader: Seen(float(smallest), float(-most), float(least), below, op_of(graph[site.reader]).largest)
         for site, (smallest, least, most) in zip(sites, low, strict=True)
         if np.isfinite([smallest, least, most]).all()
     }

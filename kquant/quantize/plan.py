@@ -18,6 +18,7 @@ from kquant.config.specs import LayerSpec, QuantSpec
 from kquant.errors import ConfigError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import op_of
+from kquant.graph.transforms.bound_masks import unbounded_masks
 from kquant.grids.grid import Grid
 from kquant.quantize.record import Skip
 from kquant.targets.target import Target, get_target
@@ -148,6 +149,7 @@ def _widened(spec: LayerSpec, node: Node, target: Target) -> LayerSpec:
 def _float_reasons(graph: Graph, specs: dict[str, LayerSpec], target: Target) -> dict[str, str]:
     """Why nodes stay float, in topological order. Constants follow their reader."""
     reasons: dict[str, str] = {}
+    masks = set(unbounded_masks(graph))
     for node in graph:
         if node.dtype != "float32" or node.op == "const":
             continue
@@ -157,6 +159,8 @@ def _float_reasons(graph: Graph, specs: dict[str, LayerSpec], target: Target) ->
             reasons[node.name] = f"{node.origin_type} has no integer kernel in kquant"
         elif spec.float:
             reasons[node.name] = spec.reason
+        elif node.name in masks:
+            reasons[node.name] = "no grid holds its mask beside the numbers, and no softmax or maximum alone reads it"
         elif spec.activations is None:
             reasons[node.name] = spec.reason or "activations are not quantized"
         elif target.float_only(node.op, target.container_bits(spec.activations.bits)):

@@ -119,10 +119,23 @@ def test_sixteen_bits_have_no_table() -> None:
     assert kquant.verify_tflite(q, report.content, data).ok
 
 
-@pytest.mark.xfail(reason="a mask that no softmax reads is taken for one, and its numbers are lost: to be mended")
 def test_a_mask_beside_numbers_stays_float() -> None:
     """One grid cannot hold -1e9 and the numbers."""
     model, data = built(lambda x: k.where(x > 0, x, -1e9))
     q = kquant.quantize_model(model, data, progress=False)
     (skip,) = q.quantization.skipped
-    assert "where" in skip.layer
+    assert "where" in skip.layer and "mask" in skip.reason
+    (found,), want = kquant.TFLiteModel(kquant.export_tflite(q).content).predict(data), model.predict(data, verbose=0)
+    clear = want > 0.02 * want.max()  # others may round to 0
+    assert np.abs(found - want)[clear].max() < 0.02 * want.max() and (found[want < 0] < -9e8).mean() > 0.98
+
+
+@pytest.mark.parametrize("masked", [lambda x: k.where(x > 0, x, -1e9), lambda x: x + k.cast(x <= 0, "float32") * -1e9])
+def test_a_mask_in_front_of_a_maximum_is_an_integer(masked: Any) -> None:
+    """The largest of the numbers that a mask leaves, as in pooling over the tokens of a sentence."""
+    model, data = built(lambda x: k.max(masked(x), axis=1))
+    q = kquant.quantize_model(model, data, progress=False)
+    assert not q.quantization.skipped
+    (found,), want = kquant.TFLiteModel(kquant.export_tflite(q).content).predict(data), model.predict(data, verbose=0)
+    seen = want > 0
+    assert seen.mean() > 0.5 and np.abs(found - want)[seen].max() < 0.02 * want.max()

@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from kquant.errors import ModelError
-from kquant.graph.ir import Node, Shape, sample_size
+from kquant.graph.ir import Node, Shape, names_of, sample_size
 from kquant.graph.ops import OPS, Tie, compute
 from kquant.graph.training import UserWeight
 
@@ -142,13 +142,18 @@ class Builder:
         self.trace_function = trace_function
 
     def unique(self, name: str) -> str:
-        """`name`, with a number appended where it is taken, by a node or by the prefix of nodes."""
-        taken = self.nodes.keys() | {k.rsplit("/", 1)[0] for k in self.nodes}
+        """`name`, with a number appended where it is taken, by a node, a weight or the prefix of nodes."""
+        taken = names_of(self.nodes.values()) | {k.rsplit("/", 1)[0] for k in self.nodes}
         candidate, k = name, 0
         while candidate in taken:
             k += 1
             candidate = f"{name}_{k}"
         return candidate
+
+    def _taken(self, name: str) -> bool:
+        """Whether a node or a weight ("<node>/<key>") has the name."""
+        owner, _, key = name.rpartition("/")
+        return name in self.nodes or (owner in self.nodes and key in self.nodes[owner].weights)
 
     def emit(
         self,
@@ -198,7 +203,7 @@ class Builder:
                     "no integer grid can hold. Repair or retrain the layer."
                 )
         node = Node(
-            name=name if name not in self.nodes else self.unique(name),
+            name=self.unique(name) if self._taken(name) else name,
             op=op,
             inputs=tuple(i.name for i in inputs),
             batch=max((i.batch for i in inputs), default=1) if batch is None else batch,

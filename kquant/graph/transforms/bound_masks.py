@@ -1,8 +1,8 @@
-"""Additive attention masks, bounded to what a softmax can see.
+"""Additive masks, bounded to what their reader can see: a softmax, or what takes the largest of several values.
 
 A mask of -1e9 on the grid of a sum leaves no step for the scores. Beyond 14 below the largest score of a row a key has
 less than a millionth of its weight, so that 0 and -A with a few tens for A mask as well, and the sum need not reach
-below a floor, where all masked keys saturate.
+below a floor, where all masked keys saturate. In front of a maximum that floor is the smallest value that is seen.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import numpy as np
 import tensorflow as tf
 
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import with_clip
+from kquant.graph.ops import op_of, with_clip
 from kquant.graph.ops.functions import run
 
 LARGE = 1e3  # what adds so much to a score is a mask
+UNBOUNDED = 1e6  # what adds so much to other numbers leaves them no step
 WITHOUT_DATA = 100.0  # the mask where nothing is known of the scores
 BELOW_SMALLEST, BELOW_LARGEST = (
     6.0,
@@ -29,16 +30,16 @@ _MOVES = frozenset({"reshape", "transpose", "slice", "gather", "concat"})
 
 @dataclass(frozen=True)
 class MaskedScores:
-    """A softmax of scores with masks.
+    """A softmax, or a maximum, of scores with masks.
 
     Attributes:
-        softmax: its node.
+        reader: its node.
         scores: the tensor in front of all masks.
-        sums: the additions of masks, the last of which the softmax reads.
+        sums: the additions of masks, the last of which the reader reads.
         leaves: the constants, and the affines and functions of a tensor of zeros and ones, that the masks come from.
     """
 
-    softmax: str
+    reader: str
     scores: str
     sums: tuple[str, ...]
     leaves: tuple[str, ...]
@@ -53,16 +54,20 @@ class Seen:
         most: the largest, of all keys.
         least_largest: the smallest of the rows' largest ones, of the keys that are seen.
         below: how far below all that are seen a masked key is to lie.
+        of_largest: only the largest key is read.
     """
 
     smallest: float
     most: float
     least_largest: float
     below: float = BELOW_LARGEST
+    of_largest: bool = False
 
     @property
     def floor(self) -> float:
         """Where masked keys may saturate."""
+        if self.of_largest:
+            return self.smallest
         return max(self.smallest - self.below, self.least_largest - BELOW_LARGEST)
 
     @property
@@ -72,12 +77,20 @@ class Seen:
 
 
 def masked_scores(graph: Graph) -> list[MaskedScores]:
-    """Every softmax of a graph with additive masks in front of it."""
-    return [found for node in graph if node.op == "softmax" and (found := _masked(graph, node)) is not None]
+    """Every softmax and every maximum of a graph with additive masks in front of it."""
+    readers = (node for node in graph if node.op == "softmax" or op_of(node).largest)
+    return [found for node in readers if (found := _masked(graph, node)) is not None]
 
 
-def _masked(graph: Graph, softmax: Node) -> MaskedScores | None:
-    name, sums, leaves = softmax.inputs[0], [], []
+def unbounded_masks(graph: Graph) -> Iterator[str]:
+    """The additions of masks so large that no grid holds them beside other numbers."""
+    for node in graph:
+        if node.op == "add" and "clip" not in node.attrs and any(_leaves(graph, i, UNBOUNDED) for i in node.inputs):
+            yield node.name
+
+
+def _masked(graph: Graph, reader: Node) -> MaskedScores | None:
+    name, sums, leaves = reader.inputs[0], [], []
     while True:
         node = graph[name]
         if graph.sole_consumer(name) is None:
@@ -93,19 +106,19 @@ def _masked(graph: Graph, softmax: Node) -> MaskedScores | None:
         sums.append(name)
         leaves += leaf
         name = node.inputs[1 - side]
-    return MaskedScores(softmax.name, name, tuple(sums[::-1]), tuple(leaves)) if sums else None
+    return MaskedScores(reader.name, name, tuple(sums[::-1]), tuple(leaves)) if sums else None
 
 
-def _leaves(graph: Graph, name: str) -> list[str]:
+def _leaves(graph: Graph, name: str, large: float = LARGE) -> list[str]:
     """What a mask comes from; empty for what is no mask."""
     node = graph[name]
     if node.op == "const":
         value = node.weights["value"]
-        return [name] if value.min() <= -LARGE and value.max() < LARGE else []
+        return [name] if value.min() <= -large and value.max() < LARGE else []
     if (ends := ends_of(graph, node)) is not None:
-        return [name] if min(e.min() for e in ends) <= -LARGE and max(e.max() for e in ends) < LARGE else []
+        return [name] if min(e.min() for e in ends) <= -large and max(e.max() for e in ends) < LARGE else []
     if node.op in _MOVES or (node.op == "add" and "clip" not in node.attrs):
-        parts = [_leaves(graph, i) for i in node.inputs]
+        parts = [_leaves(graph, i, large) for i in node.inputs]
         return [leaf for part in parts for leaf in part] if all(parts) else []
     return []
 
@@ -123,16 +136,16 @@ def ends_of(graph: Graph, node: Node) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def bound_masks(graph: Graph, seen: Mapping[str, Seen] = MappingProxyType({})) -> Graph:
-    """The same function, as far as the softmaxes tell, with bounded masks.
+    """The same function, as far as the readers tell, with bounded masks.
 
     Args:
         graph: any float graph.
-        seen: softmax -> what is known of its scores; of others nothing is.
+        seen: reader -> what is known of its scores; of others nothing is.
     """
     nodes = dict(graph.nodes)
     amplitudes: dict[str, float] = {}
     for site in masked_scores(graph):
-        known = seen.get(site.softmax)
+        known = seen.get(site.reader)
         for leaf in site.leaves:
             amplitude = known.amplitude if known else WITHOUT_DATA
             amplitudes[leaf] = max(amplitude, amplitudes.get(leaf, 0.0))

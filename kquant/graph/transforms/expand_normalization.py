@@ -134,8 +134,9 @@ class _Writer:
         return [*self.nodes[:-1], last]
 
     def _const(self, suffix: str, value: Any) -> Node:
+        """A constant, by a name that no weight of the operation itself has ("<name>/scale")."""
         value = np.asarray(value, np.float32)
-        return self._emit(suffix, "const", (), value.shape, weights={"value": value})
+        return self._emit(f"constant_{suffix}", "const", (), value.shape, weights={"value": value})
 
     def _emit(
         self,

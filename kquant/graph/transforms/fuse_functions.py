@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import clip_of, op_of
 from kquant.graph.ops.functions import Program, inline
+from kquant.graph.transforms.bound_masks import unbounded_masks
 
 
 def fuse_functions(graph: Graph) -> Graph:
@@ -14,15 +15,16 @@ def fuse_functions(graph: Graph) -> Graph:
 
     An 8-bit kernel computes a function of one tensor exactly, whatever it is, with one rounding. So a function takes in
     the elementwise operations in front of it and behind it, as far as the whole is a function of one tensor: in
-    x * tanh(log(1 + exp(x))) all of them. Chains that have kernels of their own are left alone.
+    x * tanh(log(1 + exp(x))) all of them. Chains that have kernels of their own are left alone, and so are large masks.
 
     Args:
         graph: a float graph whose activations are fused.
     """
+    apart = set(unbounded_masks(graph))
     for node in list(graph):
-        if node.name not in graph.nodes or program_of(node) is None or node.dtype != "float32":
+        if node.name not in graph.nodes or program_of(node) is None or node.dtype != "float32" or node.name in apart:
             continue
-        chain = _chain(graph, node)
+        chain = _chain(graph, node, apart)
         if chain is None:
             continue
         steps, source = chain
@@ -44,7 +46,7 @@ def program_of(node: Node) -> Program | None:
     return steps
 
 
-def _chain(graph: Graph, last: Node) -> tuple[Program, str] | None:
+def _chain(graph: Graph, last: Node, apart: Set[str]) -> tuple[Program, str] | None:
     """The longest function of one tensor that ends in `last` and needs a table: its program, and the tensor."""
     order = {name: k for k, name in enumerate(graph.nodes)}
     inside, cut = {last.name: last}, None
@@ -59,6 +61,7 @@ def _chain(graph: Graph, last: Node) -> tuple[Program, str] | None:
         readers = {n.name for n in graph.consumers(name)}
         if (
             name in graph.outputs
+            or name in apart
             or not readers <= inside.keys()
             or node.shape != last.shape
             or not node.inputs

@@ -10,7 +10,7 @@ from keras import layers as L
 from keras import ops as K
 
 from kquant.graph.ops import clip_of, evaluate
-from kquant.graph.transforms.bound_masks import Seen, bound_masks, masked_scores
+from kquant.graph.transforms.bound_masks import Seen, bound_masks, masked_scores, unbounded_masks
 from kquant.graph.transforms.prepare import prepare_graph
 from tests.support.tracing import build
 
@@ -42,7 +42,7 @@ def test_the_softmax_computes_what_it_did(name: str) -> None:
     scores = np.asarray(evaluate(graph, x, [site.scores])[0])
     want = np.asarray(evaluate(graph, x)[0])
     seen = Seen(float(scores.min()), float(scores.max()), float(scores.min()))
-    bounded = bound_masks(graph, {site.softmax: seen})
+    bounded = bound_masks(graph, {site.reader: seen})
     np.testing.assert_allclose(evaluate(bounded, x)[0], want, atol=2e-5)
     sums = np.asarray(evaluate(bounded, x, [site.sums[-1]])[0])
     assert sums.min() == np.float32(seen.floor) and sums.max() <= scores.max()
@@ -64,6 +64,14 @@ def test_what_is_no_mask_is_left_alone(function: Any) -> None:
     assert not masked_scores(graph) and bound_masks(graph).nodes.keys() == graph.nodes.keys()
 
 
+def test_a_large_mask_that_something_else_reads_is_found() -> None:
+    graph = prepare_graph(build(lambda x, m: x + (1 - m) * -1e9, (T, T), (1, T)))
+    assert list(unbounded_masks(graph)) == list(graph.outputs)
+    for function in (lambda x, m: K.softmax(x + (1 - m) * -1e9), lambda x, m: x + m * -3.0, lambda x, m: x - 1e7):
+        graph = prepare_graph(build(function, (T, T), (1, T)))
+        assert not list(unbounded_masks(bound_masks(graph)))
+
+
 def test_a_mask_that_two_read_serves_both() -> None:
     def function(x: Any, m: Any) -> Any:
         bias = (1 - m) * -1e9
@@ -71,6 +79,20 @@ def test_a_mask_that_two_read_serves_both() -> None:
 
     graph = prepare_graph(build(function, (T, T), (1, T)))
     first, second = masked_scores(graph)
-    seen = {first.softmax: Seen(-3.0, 3.0, -3.0), second.softmax: Seen(-60.0, 60.0, -60.0)}
+    seen = {first.reader: Seen(-3.0, 3.0, -3.0), second.reader: Seen(-60.0, 60.0, -60.0)}
     bounded = bound_masks(graph, seen)
     np.testing.assert_allclose(evaluate(bounded, [X, MASK])[0], evaluate(graph, [X, MASK])[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("function", [lambda x: K.max(x, axis=-1), lambda x: K.amax(x, 1)])
+def test_in_front_of_a_maximum_the_smallest_that_is_seen_is_enough(function: Any) -> None:
+    graph = prepare_graph(build(lambda x, m: function(x + (1 - m) * -1e9), (T, T), (1, T)))
+    (site,) = masked_scores(graph)
+    scores, mask = X, np.maximum(MASK, 0)
+    mask[3] = 1  # without a row of hidden keys alone
+    visible = scores[np.broadcast_to(mask, scores.shape) == 1]
+    seen = Seen(float(visible.min()), float(scores.max()), float(visible.min()), of_largest=True)
+    bounded = bound_masks(graph, {site.reader: seen})
+    found, want = (np.asarray(evaluate(g, [scores, mask])[0]) for g in (bounded, graph))
+    np.testing.assert_array_equal(found[want > -1e8], want[want > -1e8])
+    assert clip_of(bounded[site.sums[-1]])[0] == visible.min() == seen.floor

@@ -64,11 +64,16 @@ class IntegerReference:
         return [op for op in self.operators if not self._supports(op)]
 
     def _supports(self, op: Operator) -> bool:
-        """Whether the operator has an integer kernel here: its code is known, and its values are integers."""
+        """Whether the operator has an integer kernel here: its code is known, and its values are integers.
+
+        Of 64 bits only accumulators and indices are, and no kernel computes with those.
+        """
         if op.code not in self._kernels or not op.outputs:
             return False
         tensors = [t for t in (*op.inputs, *op.outputs) if t is not None]
-        return self._kernels[op.code].any_type or all(np.issubdtype(t.dtype, np.integer) for t in tensors)
+        return self._kernels[op.code].any_type or (
+            all(np.issubdtype(t.dtype, np.integer) for t in tensors) and op.outputs[0].dtype != np.int64
+        )
 
     def run(self, inputs: Sequence[np.ndarray] | Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Compute every tensor.
