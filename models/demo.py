@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from absl import app
 
-import kquant_tools  # noqa: F401, first of all: its settings of TensorFlow
+from kquant_tools.quiet import load_delegate  # first of all: with it come settings of TensorFlow
 
 SCHEMES = ("w8a8", "w4a8")
 
@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
     from kquant.config.text import table
     from models import digits_cnn
 
+    load_delegate()
     model, digits = keras.saving.load_model(digits_cnn.PATH), digits_cnn.load_split()
     plain = kquant.export_tflite(kquant.quantize_model(model, config="w8", progress=False), mode="float32").content
     in_keras = accuracy(model.predict(digits.x_test, verbose=0), digits.y_test)

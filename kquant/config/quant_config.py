@@ -62,6 +62,8 @@ class QuantConfig:
             analytic without.
         keep_zeros: weights that are exactly zero, as pruning leaves them, stay zero: in AdaRound and in training.
             Rounding to nearest keeps them anyway.
+        widen: tensors that 8 bits destroy get 16 by themselves, where the target has them and little of the network's
+            time is spent there (`keras.widen`); what the model returns is reported instead.
         logits: range method of the tensor in front of a final softmax, where no rule sets its `method` or
             `range`; None treats it as all others. "cross_entropy" is section 3.1 of the white paper.
         rules: changes for some layers; where several match, later ones win.
@@ -79,6 +81,7 @@ class QuantConfig:
     adaround: AdaRound | bool | None = None
     correct_bias: bool | None = None
     keep_zeros: bool = False
+    widen: bool = True
     logits: str | None = "cross_entropy"
     rules: tuple[Rule, ...] = ()
 
@@ -89,8 +92,9 @@ class QuantConfig:
         for name in ("equalize", "absorb_bias", "correct_bias"):
             if not isinstance(getattr(self, name), bool | None):
                 raise ConfigError(f"{name} must be true, false or None, found {getattr(self, name)!r}.")
-        if not isinstance(self.keep_zeros, bool):
-            raise ConfigError(f"keep_zeros must be true or false, found {self.keep_zeros!r}.")
+        for name in ("keep_zeros", "widen"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, found {getattr(self, name)!r}.")
         if isinstance(self.adaround, Mapping):
             known_keys(self.adaround, AdaRound, "adaround")
             object.__setattr__(self, "adaround", AdaRound(**self.adaround))

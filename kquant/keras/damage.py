@@ -32,6 +32,7 @@ LEAST_DB = 5.0
 _ALONE_DB = 8.0  # a single cause that leaves less than this is the cause
 _OUTSHONE = 20.0  # a channel of an output is lost beside others that are so much larger
 _SHOWN = 8  # in the warning
+Finding = tuple[str, str] | tuple[str, str, str]  # cause, remedy, and the tensor that 16 bits mend
 _CHANNELS = 256  # outputs with more are judged as a whole
 
 
@@ -58,13 +59,16 @@ def sqnr(x: np.ndarray, simulated: np.ndarray) -> float:
     return 10 * float(np.log10(max(signal, 1e-30) / noise))
 
 
-def warn_of(damage: Sequence[Damage], name: str) -> None:
-    """A `QuantizationWarning` that lists what is destroyed in a model, if anything is."""
+def warn_of(damage: Sequence[Damage], widened: str, name: str) -> None:
+    """A `QuantizationWarning` that lists what is destroyed in a model, and what has 16 bits for it, if anything."""
+    text = []
     if damage:
-        lines = [f"  {d}" for d in damage[:_SHOWN]]
-        lines += [f"  ... and {len(damage) - _SHOWN} more, see the report"] if len(damage) > _SHOWN else []
-        text = f"Quantization destroys {len(damage)} tensors of {name!r}:\n" + "\n".join(lines)
-        warnings.warn(text, QuantizationWarning, stacklevel=3)
+        text += [f"Quantization destroys {len(damage)} tensors of {name!r}:", *(f"  {d}" for d in damage[:_SHOWN])]
+        text += [f"  ... and {len(damage) - _SHOWN} more, see the report"] if len(damage) > _SHOWN else []
+    if widened:
+        text.append(f"In {name!r}, 8 bits destroy tensors that have 16 now: {widened}.")
+    if text:
+        warnings.warn("\n".join(text), QuantizationWarning, stacklevel=3)
 
 
 @dataclass
@@ -158,18 +162,23 @@ class _Cause:
     layer: QuantizedLayer | None
 
     def damage(self, decibels: float) -> Damage:
-        cause, remedy = self._own_grid() or self._weights() or self._input() or self._sum()
+        cause, remedy, *widen = self._own_grid() or self._weights() or self._input() or self._sum()
         return Damage(
-            tensor=self.node.name, layer=_layer(self.node), sqnr=round(decibels, 1), cause=cause, remedy=remedy
+            tensor=self.node.name,
+            layer=_layer(self.node),
+            sqnr=round(decibels, 1),
+            cause=cause,
+            remedy=remedy,
+            widen=widen[0] if widen else "",
         )
 
-    def _own_grid(self) -> tuple[str, str] | None:
+    def _own_grid(self) -> Finding | None:
         q, x = self.qgraph.activations.get(self.node.name), np.asarray(self.exact[self.node.name])
         if q is None or sqnr(x, fake_quantize(x, q)) >= _ALONE_DB:
             return None
         return _coarse(self.qgraph, self.node, q, x)
 
-    def _weights(self) -> tuple[str, str] | None:
+    def _weights(self) -> Finding | None:
         q = self.qgraph.weights.get(self.node.name)
         if q is None or op_of(self.node).weight is None or op_of(self.node).lookup:
             return None
@@ -183,7 +192,7 @@ class _Cause:
         more = f"give them 8 bits with the rule {rule}" if q.bits < 8 else "give every channel a scale of its own"
         return f"its weights in {q.bits} bits are another function", f"{more}, or train with kquant.prepare_qat"
 
-    def _input(self) -> tuple[str, str] | None:
+    def _input(self) -> Finding | None:
         worst: tuple[float, str] | None = None
         for k, name in enumerate(self.node.inputs):
             q = self.qgraph.activations.get(name)
@@ -213,9 +222,9 @@ class _Cause:
                 cause,
                 f"narrow the range of {source.name!r}, which 16 bits cannot hold either, or keep both float",
             )
-        return cause, f"{_more_bits(source, q)}, or narrow its range"
+        return cause, f"{_more_bits(source, q)}, or narrow its range", _wide(self.qgraph, source, q)
 
-    def _sum(self) -> tuple[str, str]:
+    def _sum(self) -> Finding:
         return (
             "the errors of the layers in front add up",
             "use more bits, AdaRound, or train with kquant.prepare_qat; kquant.diagnose finds the layers to change",
@@ -225,7 +234,7 @@ class _Cause:
         return sqnr(np.asarray(self.exact[self.node.name]), np.asarray(compute(self.node, inputs, weights)))
 
 
-def _coarse(qgraph: QuantizedGraph, node: Node, q: Grid, x: np.ndarray) -> tuple[str, str]:
+def _coarse(qgraph: QuantizedGraph, node: Node, q: Grid, x: np.ndarray) -> Finding:
     """The cause and remedy where a tensor's own grid is too coarse."""
     step, (low, high) = float(q.scale), _range(q)
     largest, reach = float(np.max(np.abs(x), initial=0.0)), max(abs(low), abs(high))
@@ -233,13 +242,15 @@ def _coarse(qgraph: QuantizedGraph, node: Node, q: Grid, x: np.ndarray) -> tuple
     if others and reach > 4 * largest:
         joined = next((n for n in others if op_of(qgraph.graph[n]).grid is Tie.SHARED), others[0])
         cause = f"its values reach {largest:.3g}, the grid shared with {joined!r} {reach:.3g} in steps of {step:.3g}"
-        return cause, f"return it as an output of its own, not joined with larger values, or {_more_bits(node, q)}"
+        remedy = f"return it as an output of its own, not joined with larger values, or {_more_bits(node, q)}"
+        return cause, remedy, _wide(qgraph, qgraph.graph[joined], q)
     if largest > 1.5 * reach:
         return (
             f"its values reach {largest:.3g}, and its grid ends at {reach:.3g}",
             "calibrate on data that shows all of its values, or use method='min_max' for it",
         )
-    return f"its values are lost in steps of {step:.3g} (range {low:.3g} to {high:.3g})", _more_bits(node, q)
+    cause = f"its values are lost in steps of {step:.3g} (range {low:.3g} to {high:.3g})"
+    return cause, _more_bits(node, q), _wide(qgraph, node, q)
 
 
 def _lost_channels(qgraph: QuantizedGraph, node: Node, x: np.ndarray, simulated: Any) -> list[Damage]:
@@ -276,6 +287,13 @@ def _more_bits(node: Node, q: Grid) -> str:
     bits = 16 if q.bits >= 8 else 8
     rule = f'{{"name": "^{re.escape(_layer(node))}$", "activations": {{"bits": {bits}}}}}'
     return f"give it {bits} bits with the rule {rule}"
+
+
+def _wide(qgraph: QuantizedGraph, node: Node, q: Grid) -> str:
+    """The tensor to which 16 bits are to be given: what is only brought to a grid has that of its reader."""
+    if q.bits != 8:
+        return ""
+    return qgraph.graph.consumers(node.name)[0].name if node.op == "requantize" else node.name
 
 
 def _layer(node: Node) -> str:

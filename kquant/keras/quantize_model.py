@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +18,11 @@ from kquant.graph.tracing.trace import open_inputs
 from kquant.graph.transforms import prepare_graph
 from kquant.keras.damage import find_damage, warn_of
 from kquant.keras.model import QuantizedModel, insert
+from kquant.keras.widen import ROUNDS, step, to_widen
 from kquant.quantize.data import CalibrationData
 from kquant.quantize.pipeline import quantize_after_training
-from kquant.quantize.record import Quantization
+from kquant.quantize.record import Damage, Quantization
+from kquant.targets.target import get_target
 
 InputShape = Sequence[int] | Mapping[str, Sequence[int]] | None
 
@@ -72,15 +74,50 @@ def quantize_model(
         raise ModelError(f"{model.name!r} is already quantized: pass the float model that it was made from.")
     check_backend()
     graph, data = _prepared(model, calibration_data, batch_size, input_shape)
-    qgraph, quantization, reference = quantize_after_training(
-        graph, QuantConfig.load(config), data, seed=seed, progress=progress
-    )
-    qmodel = insert(qgraph, quantization)
-    if data is not None and data.sample is not None:
-        damage = find_damage(qmodel, qgraph, reference, data.sample)
-        qmodel.record = replace(qmodel.record, quantization=replace(quantization, damage=damage))
-        warn_of(damage, model.name)
+    settings = QuantConfig.load(config)
+
+    def quantized(wide: frozenset[str]) -> tuple[QuantizedModel, Graph]:
+        qgraph, quantization, reference = quantize_after_training(
+            graph, settings, data, seed=seed, progress=progress, wide=wide
+        )
+        qmodel = insert(qgraph, quantization)
+        if data is not None and data.sample is not None:
+            damage = find_damage(qmodel, qgraph, reference, data.sample)
+            qmodel.record = replace(qmodel.record, quantization=replace(quantization, damage=damage))
+        return qmodel, qgraph.graph
+
+    qmodel, widened = _widened(quantized, settings, data is not None and data.repeatable)
+    warn_of(qmodel.quantization.damage, widened, model.name)
     return qmodel
+
+
+def _widened(
+    quantized: Callable[[frozenset[str]], tuple[QuantizedModel, Graph]], config: QuantConfig, again: bool
+) -> tuple[QuantizedModel, str]:
+    """The model in which tensors that 8 bits destroy have 16, as far as that helps, and which these are.
+
+    Args:
+        quantized: quantizes with given tensors in 16 bits.
+        config: whether to widen, and for which target.
+        again: the data can be read again.
+    """
+    wide: frozenset[str] = frozenset()
+    mended: tuple[Damage, ...] = ()
+    qmodel, graph = quantized(wide)
+    for _ in range(ROUNDS if config.widen and again else 0):
+        damage = qmodel.quantization.damage
+        more = to_widen(graph, damage, get_target(config.target)) - wide
+        if not more:
+            break
+        trial, trial_graph = quantized(wide | more)
+        if len(trial.quantization.damage) >= len(damage):
+            break
+        wide, mended, qmodel, graph = wide | more, (*mended, *damage), trial, trial_graph
+    if not wide:
+        return qmodel, ""
+    said, record = step(graph, mended, wide), qmodel.quantization
+    qmodel.record = replace(qmodel.record, quantization=replace(record, steps=(*record.steps, said)))
+    return qmodel, said.note
 
 
 def quantize_to_graph(

@@ -9,7 +9,7 @@ The config switches each step on or off; where it says None, the step is taken w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 
 import numpy as np
@@ -48,7 +48,13 @@ _NAMED = 8  # at most so many tensors are listed in a message
 
 
 def quantize_after_training(
-    graph: Graph, config: QuantConfig, data: CalibrationData | None, *, seed: int = 0, progress: bool = True
+    graph: Graph,
+    config: QuantConfig,
+    data: CalibrationData | None,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    wide: Set[str] = frozenset(),
 ) -> tuple[QuantizedGraph, Quantization, Graph]:
     """Quantize a float graph after training.
 
@@ -58,6 +64,7 @@ def quantize_after_training(
         data: calibration data, None for the data-free pipeline.
         seed: of whatever draws at random.
         progress: show progress bars.
+        wide: tensors that get 16 bits where the config gives 8.
 
     Returns:
         The quantized graph, how it was quantized, and the float graph of the same tensors, before weights were rounded.
@@ -77,7 +84,7 @@ def quantize_after_training(
         graph, note = prepare(graph, config, data, progress)
         if note:
             log.note(name, note)
-    plan = make_plan(graph, config)
+    plan = make_plan(_widened(graph, wide), config)
     reference, weights = plan.graph, weight_grids(plan)
     if config.keep_zeros:
         _refuse_lost_zeros(plan.graph, weights)
@@ -116,6 +123,11 @@ def quantize_after_training(
     for note in notes:
         log.note("activation ranges", note)
     return make_grids(plan, weights, statistics, integers), record_of(plan, config, seed, log.steps), reference
+
+
+def _widened(graph: Graph, wide: Set[str]) -> Graph:
+    """Nodes that are marked as those of recurrent layers are which add up over many steps."""
+    return graph.rebuild([n.with_attrs(wide=True) if n.name in wide else n for n in graph]) if wide else graph
 
 
 def _refuse_lost_zeros(graph: Graph, weights: Mapping[str, Grid]) -> None:

@@ -44,6 +44,7 @@ class Damage:
         sqnr: its signal-to-quantization-noise ratio in dB.
         cause: why.
         remedy: what to do.
+        widen: the tensor that holds it in 16 bits; empty where more bits of one tensor are no remedy.
     """
 
     tensor: str
@@ -51,6 +52,7 @@ class Damage:
     sqnr: float
     cause: str
     remedy: str
+    widen: str = ""
 
     def __str__(self) -> str:
         return f"{self.tensor!r} (layer {self.layer!r}, {self.sqnr:.1f} dB): {self.cause}. Remedy: {self.remedy}."

@@ -10,6 +10,8 @@ from typing import Any
 
 from absl import app, flags
 
+from kquant_tools.quiet import load_delegate
+
 MODEL = flags.DEFINE_string("model", None, "The Keras model to read (.keras).", required=True)
 DATA = flags.DEFINE_string(
     "data",
@@ -105,6 +107,7 @@ def guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
 
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
+    load_delegate()
     try:
         main(argv)
     except KQuantError as error:

@@ -1,4 +1,4 @@
-"""Importing a library without the notices that its native code writes as it is loaded, before it reads any setting."""
+"""Libraries without the notices that their native code writes when it is loaded, before it reads any setting."""
 
 from __future__ import annotations
 
@@ -70,3 +70,15 @@ def stderr_held_back() -> Iterator[None]:
         finally:
             os.dup2(saved, 2)
             os.close(saved)
+
+
+def load_delegate() -> None:
+    """Have LiteRT load its delegate, which it announces at the first file of a process and not again."""
+    from kquant import TFLiteModel
+    from kquant.targets.litert.flatbuffer import FlatbufferBuilder
+
+    smallest = FlatbufferBuilder()
+    x, y = (smallest.tensor(name, (1, 1), "FLOAT32") for name in "xy")
+    smallest.operator("RELU", [x], [y])
+    with stderr_held_back():
+        TFLiteModel(smallest.finish({"x": x}, {"y": y}))
