@@ -189,14 +189,15 @@ class QuantizedLayer(keras.layers.Layer):
             return compute(node, values, self._real_weights()), self.output_quantizer.grid
         if not grids and node.op in ("input", "requantize"):
             return self.output_quantizer.fake_quantize(values[0])
-        out = self._operand(None, self.output_quantizer.grid)
+        grid = self.output_quantizer.grid
+        out = self._operand(None, grid)
         centered = self._integers(values, grids, out)
         lo, hi = clip_of(node)
         if lo is not None:
             centered = tf.maximum(centered, tf.round(lo / out.scale))
         if hi is not None:
             centered = tf.minimum(centered, tf.round(tf.constant(hi, tf.float32) / out.scale))
-        return self.output_quantizer.clamp(centered) * out.scale, self.output_quantizer.grid
+        return self.output_quantizer.clamp(centered) * out.scale, grid
 
     def _in_float(self, inputs: list[Tensor], training: bool | None) -> Tensor:
         """An operation that stays float."""
@@ -348,17 +349,17 @@ class QuantizedLayer(keras.layers.Layer):
         for name in self.node.inputs:
             if name in self.constants:
                 quantizer = self.constant_quantizers[name]
-                grid, centered = quantizer.grid, quantizer.integers(tf.convert_to_tensor(self.constants[name]))
+                centered = quantizer.integers(tf.convert_to_tensor(self.constants[name]))
+                operands.append(self._operand(centered, quantizer.grid))
             elif not (value := tf.convert_to_tensor(next(rest))).dtype.is_floating:  # ids, truth values
-                centered, grid = value, tf.constant([1.0, 0.0])
+                operands.append(Operand(value, tf.constant(1.0), tf.constant(0.0), self.activation_bits))
             else:
-                grid = next(on_grids)
-                centered = round_ste(value / grid[0])
-            operands.append(self._operand(centered, grid))
+                scale, zero_point = tf.unstack(next(on_grids), 2)
+                operands.append(Operand(round_ste(value / scale), scale, zero_point, self.activation_bits))
         return operands
 
     def _operand(self, centered: Tensor | None, grid: Tensor) -> Operand:
-        return Operand(centered, grid[0], grid[1], self.activation_bits)
+        return Operand(centered, *tf.unstack(grid, 2), self.activation_bits)
 
     def _shared_grid(self, values: list[Tensor], grids: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Operations that move or select values, on the grid of their input."""
