@@ -22,7 +22,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from . import debug_tables, paper_tables, sentences, tables, targets, training_tables, zoo
+from . import debug_tables, defaults, paper_tables, sentences, tables, targets, training_tables, zoo
 
 TABLES = {
     **tables.TABLES,
@@ -31,6 +31,7 @@ TABLES = {
     **training_tables.TABLES,
     **targets.TABLES,
     **sentences.TABLES,
+    **defaults.TABLES,
 }
 
 FLAGS = flags.FLAGS

@@ -285,8 +285,9 @@ class QuantizedLayer(keras.layers.Layer):
 
     @property
     def grid_of_weight(self) -> FakeQuant | None:
-        """The quantizer of the weight; the table of an embedding has the grid of the output."""
-        return self.output_quantizer if op_of(self.node).lookup else self.weight_quantizer
+        """The quantizer of the weight; a table that is read in integers has the grid of the output."""
+        table = op_of(self.node).lookup and self.weight_quantizer is None
+        return self.output_quantizer if table else self.weight_quantizer
 
     def _quantized_weight(self) -> tuple[Tensor, Tensor]:
         """The integers of the weight, less the zero point, and their real values, in the weight's own shape."""
@@ -344,8 +345,7 @@ class QuantizedLayer(keras.layers.Layer):
         return self.constant_quantizers[name](value) if name in self.constant_quantizers else value
 
     def _operands(self, values: list[Tensor], grids: list[Tensor]) -> list[Operand]:
-        rest, on_grids = iter(values), iter(grids)
-        operands = []
+        rest, on_grids, operands = iter(values), iter(grids), list[Operand]()
         for name in self.node.inputs:
             if name in self.constants:
                 quantizer = self.constant_quantizers[name]
@@ -359,12 +359,12 @@ class QuantizedLayer(keras.layers.Layer):
         return operands
 
     def _operand(self, centered: Tensor | None, grid: Tensor) -> Operand:
-        return Operand(centered, *tf.unstack(grid, 2), self.activation_bits)
+        scale, zero_point = tf.unstack(grid, 2)
+        return Operand(centered, scale, zero_point, self.activation_bits)
 
     def _shared_grid(self, values: list[Tensor], grids: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Operations that move or select values, on the grid of their input."""
-        out = self._operand(None, grids[0])
-        return self._integers(values, grids, out) * out.scale, grids[0]
+        return self._integers(values, grids, out := self._operand(None, grids[0])) * out.scale, grids[0]
 
     def compute_output_spec(self, values: Any, grids: Any = (), training: bool | None = False) -> Any:
         output = keras.KerasTensor(self.node.shape, dtype=self.node.dtype)

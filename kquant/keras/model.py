@@ -262,6 +262,7 @@ def _layer(
     """The layer of one node of `graph` (that of `qgraph` without "train_only" nodes), with its variables set."""
     output, weight = qgraph.activations.get(node.name), qgraph.weights.get(node.name)
     constants = {i: graph[i].weights["value"] for i in node.inputs if graph[i].op == "const"}
+    looked_up = output is not None and op_of(node).lookup  # its table has the grid of the output
     shares = output is not None and node.op in target.same_scale | target.inputs_share_output
     integers = qgraph.integers.get(node.name) if learning is None else None
     frozen, learning = learning is None, learning or Learning()
@@ -270,7 +271,7 @@ def _layer(
     constant_grids = {i: grid_settings(qgraph.activations[i], grids.get(i)) for i in constants if output is not None}
     layer = learning.layer.get(node.name, QuantizedLayer)(
         node,
-        weight_grid=grid_settings(weight, learning.weights.get(node.name)) if not op_of(node).lookup else None,
+        weight_grid=None if looked_up else grid_settings(weight, learning.weights.get(node.name)),
         output_grid=None if shares else grid_settings(output, grids.get(node.name)),
         shares_grid=shares,
         activation_bits=8 if output is None else output.container,

@@ -154,7 +154,7 @@ def make_grids(
     activations.update({name: leaders[leader] for name, leader in plan.groups.items()})
     chosen: dict[str, Grid | None] = {n: _with_room(plan.graph[n], q, activations) for n, q in weights.items()}
     decided = {n: q for n, q in integers.items() if chosen[n] is weights[n]}
-    chosen |= {n.name: activations[n.name] for n in plan.graph if op_of(n).lookup}
+    chosen |= {n.name: q for n in plan.graph if op_of(n).lookup and (q := activations[n.name]) is not None}
     return QuantizedGraph(plan.graph, activations, chosen, decided)
 
 

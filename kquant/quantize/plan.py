@@ -345,16 +345,21 @@ def _centered(graph: Graph, groups: dict[str, str], integer: Iterable[str], targ
 
 
 def _weight_specs(graph: Graph, specs: dict[str, LayerSpec], integer: set[str]) -> dict[str, QuantSpec]:
-    """Specs of the weights. Batch-norm scales and PReLU slopes are few, and keep 8 bits."""
+    """Specs of the weights. Batch-norm scales and PReLU slopes are few, and keep 8 bits.
+
+    A table that is read in integers is not among them: it has the grid of the output.
+    """
     chosen = {}
     for node in graph:
         spec, record = specs[node.name].weights, op_of(node)
-        if record.weight is None or record.lookup or spec is None:
+        if record.weight is None or spec is None or (record.lookup and node.name in integer):
             continue
-        if node.name not in integer and (not record.matrix or specs[node.name].float):
+        stored = record.matrix or record.lookup
+        if node.name not in integer and (not stored or specs[node.name].float):
             continue
         if not record.matrix:
             own = spec.per_channel and record.weight.channels is not None
-            spec = replace(spec, bits=8, per_channel=own, format="uniform", block=None)
+            bits = spec.bits if record.lookup else 8
+            spec = replace(spec, bits=bits, per_channel=own, format="uniform", block=None)
         chosen[node.name] = spec
     return chosen

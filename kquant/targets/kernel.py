@@ -21,12 +21,13 @@ class Layout:
     Attributes:
         to_file: from its view with output channels on one axis (`graph.ops`) to the file's axes.
         axis: the file's axis of the output channels.
-        hybrid: the float kernel takes int8 weights and quantizes its input itself.
+        hybrid: bits of the integer weights that the float kernel takes; it quantizes its input itself, if it has one
+            that is no id.
     """
 
     to_file: Callable[[np.ndarray], np.ndarray] = lambda w: w
     axis: int = 0
-    hybrid: bool = False
+    hybrid: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -174,7 +174,7 @@ RECORDS = collect(
     Op(
         name="embedding",
         compute=_rows,
-        weight=Weight(name="table"),
+        weight=Weight(name="table", channels=0),
         values="table",
         given=True,
         moments=lambda node, sources, xs: Moments.sample(node.weights["table"]),

@@ -16,7 +16,7 @@ from kquant.targets.litert.elementwise import move, real
 from kquant.targets.litert.emitter import Emitter, Sink
 from kquant.targets.litert.fixed_point import Tensor, divide_by_power, integers, with_gradient_of
 from kquant.targets.litert.reference import layout
-from kquant.targets.litert.weights import weights
+from kquant.targets.litert.weights import is_hybrid, weights
 from kquant.targets.operand import Call
 
 
@@ -113,7 +113,7 @@ def _write_resize(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
 
 
 def _write_embedding(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
-    """GATHER of rows; an integer table has the grid of the output."""
+    """GATHER of rows of a table with the grid of the output; EMBEDDING_LOOKUP where rows have scales of their own."""
     ids = x[0]
     if e.builder.dtype(ids) != "INT32":
         ids = e.new_tensor(e.graph[node.inputs[0]], f"{node.name}/ids", e.builder.shape(x[0]), None, "INT32")
@@ -127,7 +127,26 @@ def _write_embedding(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> Non
         e.weight_types[node.name] = e.builder.dtype(table)
     else:
         table = weights(e, node, ids, out).kernel
-    e.op("GATHER", [table, ids], [out.tensor], axis=0)
+    if is_hybrid(e, node, out):
+        _write_rows(e, node, table, ids, out)
+    else:
+        e.op("GATHER", [table, ids], [out.tensor], axis=0)
+
+
+def _rows_least(use: Use) -> int:
+    return 4 if use.dtype in ("INT4", "INT2") else 1
+
+
+def _write_rows(e: Emitter, node: Node, table: int, ids: int, out: Sink) -> None:
+    """EMBEDDING_LOOKUP, which takes a list of ids."""
+    *shape, depth = e.shape(node)
+    batch = int(np.prod([node.batch if d is None else d for d in shape]))
+    count = None if None in shape else batch
+    listed = e.builder.tensor(f"{node.name}/list", (count,), "INT32", batch=batch)
+    e.op("RESHAPE", [ids, e.indices(node, "all", [-1])], [listed])
+    rows = e.builder.tensor(f"{node.name}/rows", (count, depth), "FLOAT32", batch=batch)
+    e.op("EMBEDDING_LOOKUP", [listed, table], [rows])
+    e.op("RESHAPE", [rows, e.indices(node, "shape", [-1 if d is None else d for d in (*shape, depth)])], [out.tensor])
 
 
 def _write_gather(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
@@ -242,7 +261,8 @@ KERNELS = (
         op="embedding",
         arithmetic={8: _rows, 16: _rows},
         write=_write_embedding,
-        layout=Layout(),
+        layout=Layout(hybrid=(2, 4, 8)),
+        operators={"EMBEDDING_LOOKUP": Builtin(versions=(1, 3, 1), typed_by=1, least=_rows_least)},
     ),
     Kernel(
         op="gather",

@@ -144,7 +144,7 @@ def _write_depthwise_conv2d(e: Emitter, node: Node, x: Sequence[int], out: Sink)
 def _write_dense(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
     """FULLY_CONNECTED on the last axis."""
     w = weights(e, node, x[0], out)
-    hybrid = out.q is None and e.builder.dtype(w.kernel) == "INT8"
+    hybrid = out.q is None and e.builder.dtype(w.kernel).startswith("INT")
     e.op(
         "FULLY_CONNECTED", [x[0], w.kernel, w.bias], [out.tensor], w.kernel, w.per_channel,
         keepNumDims=len(node.shape) > 2, asymmetricQuantizeInputs=hybrid,
@@ -243,7 +243,7 @@ KERNELS = (
                 optimized=Reference(compute=optimized.conv_2d),
             )
         },
-        layout=Layout(lambda w: w.transpose(3, 0, 1, 2), hybrid=True),  # HWIO -> OHWI
+        layout=Layout(lambda w: w.transpose(3, 0, 1, 2), hybrid=(4, 8)),  # HWIO -> OHWI
         weights={8: (4,), 16: (4,)},
         fuses=ALL,
     ),
@@ -261,7 +261,7 @@ KERNELS = (
                 optimized=Reference(compute=optimized.depthwise_conv_2d),
             )
         },
-        layout=Layout(lambda w: w[None], axis=3, hybrid=True),  # HW(CM) -> 1HW(CM)
+        layout=Layout(lambda w: w[None], axis=3, hybrid=(8,)),  # HW(CM) -> 1HW(CM)
         weights={8: (4,)},  # with int16 activations the kernel accepts int4 and is silently wrong
         fuses=ALL,
     ),
@@ -299,7 +299,7 @@ KERNELS = (
                 optimized=Reference(compute=optimized.fully_connected),
             )
         },
-        layout=Layout(lambda w: w.T, hybrid=True),
+        layout=Layout(lambda w: w.T, hybrid=(2, 4, 8)),
         weights={8: (2, 4), 16: (4,)},
         fuses=ALL,
     ),

@@ -43,7 +43,7 @@ def weights(e: Emitter, node: Node, x: int, out: Sink) -> Weights:
         kernel, per_channel = _float_kernel(e, name, layout.to_file(view)), False
         e.weight_types[node.name] = "FLOAT16" if e.mode == "float16" else "FLOAT32"
     else:
-        hybrid = e.mode == "dynamic_range" and layout.hybrid
+        hybrid = is_hybrid(e, node, out)
         kernel = _integer_kernel(e, node, name, q, out.q, expand=hybrid)
         per_channel = hybrid or q.axis is not None
         e.weight_types[node.name] = e.builder.dtype(kernel)
@@ -51,6 +51,14 @@ def weights(e: Emitter, node: Node, x: int, out: Sink) -> Weights:
             kernel = _dequantized(e, name, kernel, view, layout, per_channel)
             per_channel = False
     return Weights(kernel, _bias(e, node, q, out), per_channel)
+
+
+def is_hybrid(e: Emitter, node: Node, out: Sink) -> bool:
+    """Whether a float kernel takes the weight in integers: one that quantizes its input, or that reads rows at ids."""
+    q = e.weight_grid(node.name)
+    if out.q is not None or q is None or np.any(q.zero_point) or not layout_of(e, node).hybrid:
+        return False
+    return e.mode == "dynamic_range" or op_of(node).lookup
 
 
 def layout_of(e: Emitter, node: Node) -> Layout:
@@ -78,8 +86,10 @@ def _integer_kernel(e: Emitter, node: Node, name: str, q: Grid, out: Grid | None
     values = layout.to_file(e.integers(node.name))
     activation = 8 if out is None else out.container
     container = e.target.weight_container(node.op, q.width, activation)
-    if out is None and (expand or container == 2):
-        container = 8  # the hybrid kernels and DEQUANTIZE
+    if expand:
+        container = next(bits for bits in sorted(layout.hybrid) if q.width <= bits)
+    elif out is None and container == 2:
+        container = 8  # DEQUANTIZE
     limit = 2 ** (container - 1)
     if q.qmin < -limit or q.qmax >= limit:
         raise ExportError(
