@@ -41,6 +41,7 @@ from kquant.quantize.gram import (
     to_matrices,
 )
 from kquant.quantize.relaxation import relax_gram, relax_rows
+from kquant.quantize.tied import inputs_of, tied_weights
 from kquant.quantize.walk import Batches, Data, layer_by_layer
 
 Array = np.ndarray[Any, Any]
@@ -145,13 +146,22 @@ def adaround(
     """
     names = [n.name for n in graph if n.name in weights and op_of(n).matrix]
     report: list[LayerRounding] = []
+    rounded: dict[str, LayerRounding] = {}  # of weights that several nodes have: by the first of them
 
     def solve(node: Node, batches: Batches) -> Node:
         inputs = batches if settings.asymmetric else lambda: ((x, x) for x, _ in batches())
-        bits = input_bits.get(node.name)
-        node, row = round_layer(node, inputs, weights[node.name], settings, seed, bits, keep_zeros)
+        grid, bits = weights[node.name], input_bits.get(node.name)
+        if (first := tied.get(node.name)) is not None:
+            if first not in rounded:
+                together = inputs_of(graph, [n for n, f in tied.items() if f == first], data)
+                rounded[first] = round_layer(node, together, grid, settings, seed, bits, keep_zeros)[1]
+            node, row = as_rounded(node, inputs, rounded[first], grid, settings, seed)
+        else:
+            node, row = round_layer(node, inputs, grid, settings, seed, bits, keep_zeros)
         report.append(row)
         return node
+
+    tied = tied_weights(graph, names)
 
     graph = layer_by_layer(graph, names, data, solve, memory=memory, progress=progress, title="rounding")
     return graph, report
@@ -182,19 +192,38 @@ def round_layer(
     problem, scale = _problem(node, best, target, metric)
     problem = replace(problem, free=(w != 0).astype(np.float32)) if keep_zeros else problem
     u = SOLVERS[settings.solver](_Layer(node, batches, m, problem, scale), settings, seed)
+    integers = from_matrices(node, u).reshape(view.shape) + best.spread(best.zero_point, view.shape)
+    return _with_integers(node, m, grid, best, integers.astype(np.int8 if best.container == 8 else np.int16))
+
+
+def as_rounded(
+    node: Node, batches: Batches, shared: LayerRounding, grid: Grid, settings: AdaRound, seed: int
+) -> tuple[Node, LayerRounding]:
+    """A layer whose integers were decided together with those of others: what is its own is the bias."""
+    m = moments(node, batches(), positions=_positions(node, settings), seed=seed)
+    return _with_integers(node, m, grid, shared.grid, shared.integers)
+
+
+def _with_integers(node: Node, m: Moments, grid: Grid, best: Grid, integers: Array) -> tuple[Node, LayerRounding]:
+    """The node with integers on the grid `best` and the bias that belongs to them; and how it compares to `grid`."""
+    key = weight_of(node).name
+    kernel, view = node.weights[key], weight_view(node)
+    centered = integers - best.spread(best.zero_point, view.shape)
+    u, scale = (
+        to_matrices(node, centered.astype(np.float32).reshape(kernel.shape)),
+        channels_to_groups(node, best.scale),
+    )
     rounded = (u * scale).astype(np.float32)
     nearest = to_matrices(node, fake_quantize(view, grid).reshape(kernel.shape))
-    steps = np.rint(nearest / channels_to_groups(node, grid.scale))
-    integers = from_matrices(node, u).reshape(view.shape) + best.spread(best.zero_point, view.shape)
     row = LayerRounding(
         node=node.name,
         grid=best,
-        integers=integers.astype(np.int8 if best.container == 8 else np.int16),
+        integers=integers,
         rows=m.rows,
         power=float(m.power.sum()),
         nearest_loss=float(m.loss(nearest).sum()),
         loss=float(m.loss(rounded).sum()),
-        changed=float(np.mean(u != steps)),
+        changed=float(np.mean(u != np.rint(nearest / channels_to_groups(node, grid.scale)))),
     )
     found = {key: from_matrices(node, rounded), bias_of(node): m.bias(rounded).astype(np.float32)}
     return node.with_weights(**found), row

@@ -83,10 +83,24 @@ def masked_scores(graph: Graph) -> list[MaskedScores]:
 
 
 def unbounded_masks(graph: Graph) -> Iterator[str]:
-    """The additions of masks so large that no grid holds them beside other numbers."""
+    """The additions of masks so large that no grid holds them beside other numbers.
+
+    A logarithm is none, though it is infinite at zero.
+    """
     for node in graph:
-        if node.op == "add" and "clip" not in node.attrs and any(_leaves(graph, i, UNBOUNDED) for i in node.inputs):
-            yield node.name
+        if node.op == "add" and "clip" not in node.attrs:
+            leaves = [graph[leaf] for i in node.inputs for leaf in _leaves(graph, i, UNBOUNDED)]
+            if any(leaf.op != "function" or _of_truth(graph, leaf) or _is_finite(graph, leaf) for leaf in leaves):
+                yield node.name
+
+
+def _of_truth(graph: Graph, node: Node) -> bool:
+    return graph[node.inputs[0]].dtype == "bool"
+
+
+def _is_finite(graph: Graph, node: Node) -> bool:
+    ends = ends_of(graph, node)
+    return ends is not None and bool(np.isfinite(ends).all())
 
 
 def _masked(graph: Graph, reader: Node) -> MaskedScores | None:
@@ -129,8 +143,8 @@ def ends_of(graph: Graph, node: Node) -> tuple[np.ndarray, np.ndarray] | None:
         scale, offset = node.weights["scale"], node.weights["offset"]
         return offset, scale + offset
     if node.op == "function" and len(node.inputs) == 1 and node.dtype == "float32":
-        truth = graph[node.inputs[0]].dtype == "bool"
-        found = np.asarray(run(node.attrs["steps"], [tf.constant([False, True] if truth else [0.0, 1.0])]))
+        both = tf.constant([False, True] if _of_truth(graph, node) else [0.0, 1.0])
+        found = np.asarray(run(node.attrs["steps"], [both]))
         return found[:1], found[1:]
     return None
 

@@ -67,7 +67,12 @@ def test_what_is_no_mask_is_left_alone(function: Any) -> None:
 def test_a_large_mask_that_something_else_reads_is_found() -> None:
     graph = prepare_graph(build(lambda x, m: x + (1 - m) * -1e9, (T, T), (1, T)))
     assert list(unbounded_masks(graph)) == list(graph.outputs)
-    for function in (lambda x, m: K.softmax(x + (1 - m) * -1e9), lambda x, m: x + m * -3.0, lambda x, m: x - 1e7):
+    for function in (
+        lambda x, m: K.softmax(x + (1 - m) * -1e9),
+        lambda x, m: x + m * -3.0,
+        lambda x, m: x - 1e7,
+        lambda x, m: K.log(x) + m,
+    ):
         graph = prepare_graph(build(function, (T, T), (1, T)))
         assert not list(unbounded_masks(bound_masks(graph)))
 
