@@ -64,6 +64,8 @@ class QuantConfig:
             Rounding to nearest keeps them anyway.
         widen: tensors that 8 bits destroy get 16 by themselves, where the target has them and little of the network's
             time is spent there (`keras.widen`); what the model returns is reported instead.
+        channel_scales: residual streams are stored with a scale per channel, which their neighbours absorb exactly,
+            where the data says that it gains bits (`quantize.channel_scales`).
         logits: range method of the tensor in front of a final softmax, where no rule sets its `method` or
             `range`; None treats it as all others. "cross_entropy" is section 3.1 of the white paper.
         rules: changes for some layers; where several match, later ones win.
@@ -82,6 +84,7 @@ class QuantConfig:
     correct_bias: bool | None = None
     keep_zeros: bool = False
     widen: bool = True
+    channel_scales: bool = True
     logits: str | None = "cross_entropy"
     rules: tuple[Rule, ...] = ()
 
@@ -92,7 +95,7 @@ class QuantConfig:
         for name in ("equalize", "absorb_bias", "correct_bias"):
             if not isinstance(getattr(self, name), bool | None):
                 raise ConfigError(f"{name} must be true, false or None, found {getattr(self, name)!r}.")
-        for name in ("keep_zeros", "widen"):
+        for name in ("keep_zeros", "widen", "channel_scales"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, found {getattr(self, name)!r}.")
         if isinstance(self.adaround, Mapping):

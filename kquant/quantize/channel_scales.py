@@ -20,7 +20,7 @@ def prepare_channels(
 ) -> tuple[Graph, str]:
     """The graph with scales per channel where they gain bits, and what was done ("" for nothing)."""
     names = candidates(graph)
-    if data is None or not data.repeatable or not names:
+    if not config.channel_scales or data is None or not data.repeatable or not names:
         return graph, ""
     exponent = 1.0 if config.weights is None or config.weights.bits >= 8 else 0.5
     reach = _observe(graph, names, data, progress)
