@@ -7,6 +7,8 @@ from sample to sample; a file that gave the mean would have some 20 dB.
 
 from __future__ import annotations
 
+import gc
+
 import keras
 import numpy as np
 import pytest
@@ -24,6 +26,14 @@ LEAST = {"w8a8": 25, "w8a8-per_tensor": 23, "w4a8": 16, "w8a16": 35, "w4a4": 10}
 MEDIAN = {"w8a8": 39, "w8a8-per_tensor": 38, "w4a8": 33, "w8a16": 52, "w4a4": 20}
 
 
+def drawn(seed: int) -> tuple[keras.Model, list[np.ndarray]]:
+    """The model of a seed and its data; what earlier seeds left is freed."""
+    keras.backend.clear_session()
+    gc.collect()
+    model = random_model(seed)
+    return model, random_data(seed, model)
+
+
 def sqnr(found: np.ndarray, expected: np.ndarray) -> float:
     """Signal to quantization noise in dB, 10 log10(sum y^2 / sum (found - y)^2)."""
     y = np.asarray(expected, np.float64)
@@ -38,8 +48,7 @@ def nearness(model: keras.Model, content: bytes, data: list[np.ndarray]) -> list
 
 def check(seed: int) -> None:
     """Quantize the model of a seed and hold its file to the parity contract and to the float model."""
-    model, config = random_model(seed), CONFIGS[seed % len(CONFIGS)]
-    data = random_data(seed, model)
+    (model, data), config = drawn(seed), CONFIGS[seed % len(CONFIGS)]
     before = [w.numpy().copy() for w in model.weights]
     qmodel = kquant.quantize_model(model, data, config, progress=False)
     content = kquant.export_tflite(qmodel).content
@@ -70,8 +79,7 @@ def test_parity_and_nearness_of_50_more_random_models(start: int) -> None:
 def test_half_of_the_outputs_are_as_near_as_the_bits_permit(config: str) -> None:
     found = []
     for seed in range(100, 120):  # the same models at every preset
-        model = random_model(seed)
-        data = random_data(seed, model)
+        model, data = drawn(seed)
         content = kquant.export_tflite(kquant.quantize_model(model, data, config, progress=False)).content
         found += nearness(model, content, data)
     assert np.median(found) >= MEDIAN[config] and min(found) >= LEAST[config], np.sort(np.round(found, 1))

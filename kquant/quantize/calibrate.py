@@ -69,7 +69,7 @@ def observe(plan: Plan, data: CalibrationData, progress: bool = True) -> Observe
         for name, low_high in zip(reduced, extremes.numpy(), strict=True):
             observers[name].update(low_high)
         for name, value in zip(detailed, values, strict=True):
-            observers[name].update(value.numpy())
+            observers[name].update(np.asarray(value))  # an array where it depends on no input
     return observers
 
 

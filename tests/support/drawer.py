@@ -16,11 +16,13 @@ class Drawer:
 
     Attributes:
         seen: [batch, steps] of zeros and ones, an input that tells which steps of a sequence are not padding, or None.
+        heavy: how many of the few steps are left that become dozens of operations.
     """
 
     def __init__(self, seed: int):
         self.rng = np.random.default_rng(seed)
         self.seen: Tensor = None
+        self.heavy = 2
 
     def pick(self, *options: Any) -> Any:
         return options[self.rng.integers(len(options))]

@@ -203,7 +203,8 @@ def _head(d: Drawer, x: Tensor) -> Tensor:
         x = d.pick(layers.GlobalAveragePooling3D(), layers.GlobalMaxPooling3D(), layers.Flatten())(x)
     elif rank == 4:
         x = d.pick(layers.GlobalAveragePooling2D(), layers.GlobalMaxPooling2D(), layers.Flatten())(x)
-    elif d.chance(0.2):
+    elif d.heavy and d.chance(0.2):
+        d.heavy -= 1
         x = recurrent(d, x, sequences=d.chance(0.5))
     elif d.chance(0.8):  # else one output for every step
         first = lambda t: t[:, 0]  # noqa: E731
@@ -221,7 +222,7 @@ def _beginning(d: Drawer) -> tuple[list[Tensor], Tensor, Step, int]:
     if family < 0.53:
         inputs = [keras.Input((d.size(2, 4), d.size(3, 5), d.size(3, 5), d.size(1, 3)))]
         return inputs, inputs[0], _volume_step, 4
-    return *(vectors(d) if family < 0.77 else embedded(d)), sequence_step, 5
+    return *(vectors(d) if family < 0.77 else embedded(d)), sequence_step, 4
 
 
 def random_model(seed: int) -> keras.Model:

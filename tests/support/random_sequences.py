@@ -9,12 +9,16 @@ from keras import layers, ops
 from tests.support.drawer import Drawer, Tensor
 
 VOCABULARY = 11  # ids 1 to 10; 0 is padding
-RECURRENT_STEPS = 4  # every step is written out, with some 20 operations
+RECURRENT_STEPS = 3  # every step is written out, with some 20 operations
 
 
 def sequence_step(d: Drawer, x: Tensor) -> Tensor:
     """One step from [batch, steps, channels] to the same."""
-    return SEQUENCE_STEPS[d.rng.integers(len(SEQUENCE_STEPS))](d, x)
+    step, weight = SEQUENCE_STEPS[d.rng.integers(len(SEQUENCE_STEPS))]
+    if weight > d.heavy:
+        step, weight = _plain, 0
+    d.heavy -= weight
+    return step(d, x)
 
 
 def _plain(d: Drawer, x: Tensor) -> Tensor:
@@ -57,7 +61,7 @@ def _masks(d: Drawer, queries: int, keys: int) -> Tensor | None:
     """What hides keys: [1 or batch, queries or 1, keys], true where one is seen, or None."""
     causal = np.tril(np.ones((1, queries, keys), bool))
     found = [causal] if d.chance(0.4) else []
-    if d.seen is not None and d.seen.shape[1] == keys and d.chance(0.7):
+    if d.seen is not None and d.seen.shape[1] == keys and d.chance(0.8):
         found.append(ops.cast(ops.reshape(d.seen, (-1, 1, keys)), "bool"))
     if len(found) == 2:
         return ops.logical_and(*found)
@@ -146,10 +150,11 @@ def recurrent(d: Drawer, x: Tensor, sequences: bool = True) -> Tensor:
     """A recurrent layer; short sequences only."""
     if x.shape[1] > RECURRENT_STEPS:
         x = x[:, :RECURRENT_STEPS]
-    units, kind = d.size(2, 4), d.pick(layers.LSTM, layers.GRU, layers.SimpleRNN)
+    units, kind = d.size(2, 3), d.pick(layers.LSTM, layers.GRU, layers.SimpleRNN)
     options = {"reset_after": d.chance(0.5)} if kind is layers.GRU else {}
     layer = kind(units, return_sequences=sequences, use_bias=d.chance(0.8), **options)
-    if x.shape[1] <= 3 and d.chance(0.3):
+    if d.heavy and d.chance(0.3):
+        d.heavy -= 1
         return layers.Bidirectional(layer, merge_mode=d.pick("concat", "sum", "ave"))(x)
     layer.go_backwards = d.chance(0.2)
     return layer(x)
@@ -164,8 +169,10 @@ def _pooled_back(d: Drawer, x: Tensor) -> Tensor:
     return d.pick(lambda t: t - mean, lambda t: t * ops.sigmoid(mean), lambda t: ops.concatenate([mean, t], 1))(x)
 
 
+# with what they take of `Drawer.heavy`
 SEQUENCE_STEPS = (
-    *(_plain, _plain, _plain, _normalization, _attention, _attention, _transformer, recurrent, _pooled_back),
+    *((_plain, 0), (_plain, 0), (_plain, 0), (_normalization, 0), (_pooled_back, 0)),
+    *((_attention, 1), (_attention, 1), (recurrent, 1), (_transformer, 2)),
 )
 
 
@@ -182,7 +189,7 @@ class Positions(layers.Layer):
 
 def embedded(d: Drawer) -> tuple[list[Tensor], Tensor]:
     """Inputs of ids, and their vectors [batch, steps, channels] with positions and kinds."""
-    steps, channels = d.size(3, 5), d.pick(2, 4, 6, 8)
+    steps, channels = d.size(3, 5), d.pick(2, 4, 6)
     inputs = [keras.Input((steps,), dtype=d.pick("int32", "int32", "float32"), name="ids")]
     x = layers.Embedding(VOCABULARY, channels, mask_zero=d.chance(0.5))(inputs[0])
     if d.chance(0.25):
@@ -201,4 +208,6 @@ def vectors(d: Drawer) -> tuple[list[Tensor], Tensor]:
     if d.chance(0.4):
         d.seen = keras.Input((inputs[0].shape[1],), name="seen")
         inputs.append(d.seen)
+        if d.chance(0.5):
+            return inputs, inputs[0] * ops.expand_dims(d.seen, -1)
     return inputs, inputs[0]

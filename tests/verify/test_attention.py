@@ -12,12 +12,15 @@ from keras import layers as L
 from keras import ops as K
 
 import kquant
+from kquant.graph.ops import evaluate
+from kquant.graph.tracing.trace import trace_model
 
 SAMPLES, T, S, C = 48, 6, 8, 16
 RNG = np.random.default_rng(0)
 QUERY = RNG.normal(size=(SAMPLES, T, C)).astype(np.float32)
 MEMORY = RNG.normal(size=(SAMPLES, S, C)).astype(np.float32)
 SEEN = (np.arange(S)[None] < RNG.integers(3, S + 1, SAMPLES)[:, None]).astype(np.float32)
+KNOWN = np.tril(np.ones((1, T, S), bool))
 FUTURE = np.triu(np.full((S, S), -1e9, np.float32), 1)
 
 
@@ -35,6 +38,7 @@ ATTENTION: dict[str, Callable[[Any, Any, Any], Any]] = {
     "layer, causal and mask": lambda x, m, k: L.MultiHeadAttention(2, 8, dropout=0.1)(
         m, m, attention_mask=seen(k), use_causal_mask=True
     ),
+    "grouped, known mask": lambda x, m, k: L.GroupQueryAttention(8, 4, 2)(x, m, attention_mask=KNOWN),
     "grouped, mask": lambda x, m, k: L.GroupQueryAttention(8, 4, 2)(x, m, attention_mask=seen(k)),
     "softmax with a mask": lambda x, m, k: K.matmul(L.Softmax()(scores(m, m), mask=seen(k) & (FUTURE[None] == 0)), m),
     "where": lambda x, m, k: K.matmul(K.softmax(K.where(seen(k), scores(x, m), -float("inf"))), m),
@@ -76,6 +80,18 @@ def check(model: keras.Model, data: list[np.ndarray], config: str, least: float)
     runner = kquant.TFLiteModel(report.content)
     assert db(model.predict(data, verbose=0), runner.predict(data)[0]) > least
     return runner
+
+
+@pytest.mark.parametrize("scale", [None, 2.0])
+def test_the_scale_of_an_operation_is_that_of_its_call(scale: float | None) -> None:
+    inputs = keras.Input((T, 2, 4))
+    model = keras.Model(inputs, K.dot_product_attention(inputs, inputs, inputs, scale=scale))
+    x = RNG.normal(size=(4, T, 2, 4)).astype(np.float32)
+    graph = trace_model(model)
+    assert "float" not in [n.op for n in graph]
+    scored = np.einsum("bqhd,bkhd->bhqk", x, x) * (0.5 if scale is None else scale)
+    weights = np.exp(scored) / np.exp(scored).sum(-1, keepdims=True)
+    np.testing.assert_allclose(evaluate(graph, [x])[0], np.einsum("bhqk,bkhd->bqhd", weights, x), rtol=0, atol=1e-5)
 
 
 WIDE = ("layer, boolean mask", "added, and causal", "layer", "additive")

@@ -149,11 +149,19 @@ def _output(b: Builder, layer: Any, query: Node, y: Node, weights: Node, both: b
 
 @lowers_op("DotProductAttention")
 def dot_product_attention(
-    b: Builder, op: Any, query: Node, key: Node, value: Node, bias: Any = None, mask: Any = None, **settings: Any
+    b: Builder,
+    op: Any,
+    query: Node,
+    key: Node,
+    value: Node,
+    bias: Any = None,
+    mask: Any = None,
+    scale: Any = None,  # an argument of the call, or in other versions of Keras a setting
+    **settings: Any,
 ) -> Node:
-    if bias is not None:
-        raise NotLowered("a bias of the scores")
-    scale = getattr(op, "scale", None)
+    if bias is not None or getattr(op, "attn_logits_soft_cap", None) is not None:
+        raise NotLowered("a bias or a cap of the scores")
+    scale = getattr(op, "scale", None) if scale is None else scale
     scale = float(query.shape[-1] or 1) ** -0.5 if scale is None else float(as_array(scale).reshape(()))
     masks = _masks(b, query, key, None, None, mask, bool(getattr(op, "is_causal", False)))
     return attend(b, query, key, value, scale, masks)[0]
