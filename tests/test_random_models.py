@@ -12,10 +12,12 @@ import gc
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import kquant
 from tests.support.random_models import random_data, random_model
 
+pytestmark = pytest.mark.usefixtures("eagerly")
 CONFIGS = ("w8a8", "w8a8", "w4a8", "w8a8-per_tensor", "w8a16", "w4a4")
 # dB of each output. The lowest of 100 seeds at one preset each: 28.9, 27.2, 19.8, 41.7, 14.5. Lowest are chains of
 # layers of one to four channels, sums and products, where no rounding averages out; saturated probabilities are high,
@@ -67,9 +69,20 @@ def test_parity_and_nearness_of_random_models(seed: int) -> None:
     check(seed)
 
 
+@pytest.mark.parametrize("seed", range(20, 22))
+def test_the_compiled_simulation_equals_the_eager_one(seed: int) -> None:
+    model, data = drawn(seed)
+    qmodel = kquant.quantize_model(model, data, progress=False)
+    eager = keras.tree.flatten(qmodel.predict_on_batch(data))
+    tf.config.run_functions_eagerly(False)
+    qmodel.make_predict_function(force=True)
+    for a, b in zip(eager, keras.tree.flatten(qmodel.predict_on_batch(data)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("start", range(20, 70, 10))
-def test_parity_and_nearness_of_50_more_random_models(start: int) -> None:
+@pytest.mark.parametrize("start", range(20, 140, 10))
+def test_parity_and_nearness_of_120_more_random_models(start: int) -> None:
     for seed in range(start, start + 10):
         check(seed)
 

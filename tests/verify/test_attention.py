@@ -38,7 +38,6 @@ ATTENTION: dict[str, Callable[[Any, Any, Any], Any]] = {
     "layer, causal and mask": lambda x, m, k: L.MultiHeadAttention(2, 8, dropout=0.1)(
         m, m, attention_mask=seen(k), use_causal_mask=True
     ),
-    "grouped, known mask": lambda x, m, k: L.GroupQueryAttention(8, 4, 2)(x, m, attention_mask=KNOWN),
     "grouped, mask": lambda x, m, k: L.GroupQueryAttention(8, 4, 2)(x, m, attention_mask=seen(k)),
     "softmax with a mask": lambda x, m, k: K.matmul(L.Softmax()(scores(m, m), mask=seen(k) & (FUTURE[None] == 0)), m),
     "where": lambda x, m, k: K.matmul(K.softmax(K.where(seen(k), scores(x, m), -float("inf"))), m),
@@ -50,6 +49,8 @@ ATTENTION: dict[str, Callable[[Any, Any, Any], Any]] = {
 UNMASKED: dict[str, Callable[[Any, Any], Any]] = {
     "layer": lambda x, m: L.MultiHeadAttention(2, 8)(x, m),
     "layer, causal": lambda x, m: L.MultiHeadAttention(2, 8)(m, m, use_causal_mask=True),
+    "layer, known mask": lambda x, m: L.MultiHeadAttention(2, 8)(x, m, attention_mask=KNOWN),
+    "grouped, known mask": lambda x, m: L.GroupQueryAttention(8, 4, 2)(x, m, attention_mask=KNOWN),
     "grouped": lambda x, m: L.GroupQueryAttention(8, 4, 2)(x, m),
     "dot": lambda x, m: L.Attention(use_scale=True)([x, m]),
     "dot, causal": lambda x, m: L.Attention()([m, m], use_causal_mask=True),
@@ -113,6 +114,15 @@ def test_hidden_keys_have_no_say(name: str) -> None:
     other = np.where(SEEN[:, :, None] == 0, -MEMORY, MEMORY)
     found = [runner.predict([QUERY, m, SEEN])[0] for m in (MEMORY, other)]
     assert db(*found) > 40
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_a_mask_at_the_floor_is_exact_in_16_bits() -> None:
+    """What is hidden saturates, at -32768, though the bound that stands for it is -32767."""
+    model = model_of(UNMASKED["layer, known mask"], (T, C), (S, C))
+    qmodel = kquant.quantize_model(model, [QUERY, MEMORY], "w8a16", progress=False)
+    parity = kquant.verify_tflite(qmodel, kquant.export_tflite(qmodel).content, [QUERY, MEMORY])
+    assert [t.simulation_max for t in parity.tensors if "masked_by_constant" in t.name and t.op == "add"] == [0.0]
 
 
 def test_the_mask_keeps_its_meaning_where_the_data_has_other_numbers() -> None:
