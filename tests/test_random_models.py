@@ -15,6 +15,8 @@ import pytest
 import tensorflow as tf
 
 import kquant
+from kquant.graph.ops import evaluate
+from kquant.graph.tracing.trace import trace_model
 from tests.support.random_models import random_data, random_model
 
 pytestmark = pytest.mark.usefixtures("eagerly")
@@ -52,6 +54,9 @@ def check(seed: int) -> None:
     """Quantize the model of a seed and hold its file to the parity contract and to the float model."""
     (model, data), config = drawn(seed), CONFIGS[seed % len(CONFIGS)]
     before = [w.numpy().copy() for w in model.weights]
+    expected = keras.tree.flatten(model(data if len(data) > 1 else data[0]))
+    for found, y in zip(evaluate(trace_model(model), data), expected, strict=True):
+        np.testing.assert_allclose(found, y, rtol=0, atol=1e-4 * np.abs(y).max(), err_msg=f"seed {seed}")
     qmodel = kquant.quantize_model(model, data, config, progress=False)
     content = kquant.export_tflite(qmodel).content
     report = kquant.verify_tflite(qmodel, content, random_data(seed + 1, model), tensor_samples=4)

@@ -164,6 +164,18 @@ def test_masks_of_ids(function: Callable[[Any], Any], dtype: str) -> None:
         runner.predict(out_of_range)
 
 
+@pytest.mark.parametrize("kind", [L.Attention, L.AdditiveAttention])
+def test_masks_of_ids_reach_the_layers_that_take_a_list(kind: type[L.Layer]) -> None:
+    """Hidden keys have no say, hidden queries get zero, and the mask goes on to the pooling."""
+    inputs = keras.Input((S,), dtype="int32")
+    x = L.Embedding(50, C, mask_zero=True)(inputs)
+    model = keras.Model(inputs, L.GlobalAveragePooling1D()(x + kind()([x, L.Dense(C)(x)])))
+    ids = np.where(SEEN > 0, RNG.integers(1, 50, SEEN.shape), 0).astype("int32")
+    graph = trace_model(model)
+    assert "float" not in [n.op for n in graph]
+    np.testing.assert_allclose(evaluate(graph, [ids])[0], model(ids), rtol=0, atol=1e-6)
+
+
 def test_a_mask_that_cannot_be_followed_is_refused() -> None:
     x = L.Masking()(keras.Input((T, C), name="x"))
     y = L.MultiHeadAttention(2, 8, name="attention")(x, x)
