@@ -67,6 +67,16 @@ def small_worker_of_slow_tests(request: pytest.FixtureRequest) -> Iterator[None]
         _free()
 
 
+@pytest.fixture
+def eagerly() -> Iterator[None]:
+    """One batch runs sooner than hundreds of operations compile, and no compiled graph stays in memory."""
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
 def _no_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
     """A skip in CI, where everything is installed and all data is there, is a failure."""
     if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("CI"):

@@ -3,25 +3,46 @@
 A failure names the seed. Nearness is measured on the data of the calibration, where no value lies beyond its grid: what
 is left are roundings. The signal is the power of the output with its mean, since heads of random networks vary little
 from sample to sample; a file that gave the mean would have some 20 dB.
+
+Run once when attention, recurrence, ids and volumes came in: 85 seeds at w8a8, 84 at w4a8, 85 at w8a16, 83 at w4a4. They
+found nine kinds of faults, all mended: a sum that aborts LiteRT where an operand is always zero; masks of ids that Attention
+and AdditiveAttention lost; an input that nothing reads; the scale of `dot_product_attention`; slices with negative steps in
+float; and in 16 bits the factor of a product of tensors, that of a curve, a curve's scale at a power of two, and a mask at
+the floor of the grid.
 """
 
 from __future__ import annotations
 
+import gc
+
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import kquant
+from kquant.graph.ops import evaluate
+from kquant.graph.tracing.trace import trace_model
 from tests.support.random_models import random_data, random_model
 
+pytestmark = pytest.mark.usefixtures("eagerly")
 CONFIGS = ("w8a8", "w8a8", "w4a8", "w8a8-per_tensor", "w8a16", "w4a4")
-# dB of each output. The lowest of 100 seeds at one preset each: 28.9, 27.2, 19.8, 41.7, 14.5. Lowest are chains of
-# layers of one to four channels, sums and products, where no rounding averages out; saturated probabilities are high,
-# being off by a step of 1/256 at most; w4a4 has 15 steps a tensor. The next 30 seeds at every preset had one lower:
-# 131, at whose end a batch normalization subtracts nearly all that it gets (24.2, 22.6, 20.3, 32.8, 7.2).
-LEAST = {"w8a8": 25, "w8a8-per_tensor": 23, "w4a8": 16, "w8a16": 35, "w4a4": 10}
-# dB of the median output, which for those 100 seeds has 43, 45, 44, 57, 31
+# dB of each output. The lowest of 85 seeds at w8a8, w4a8 and w8a16, and of 83 at w4a4: 27.4, 17.8, 36.0, 8.5. All but
+# that of w8a16 are seed 35, whose output is an image behind 14 layers of 3 to 6 channels, mostly near zero with tails of
+# 12 deviations: every layer costs a dB and nothing averages it. The next ones have 32.7, 22.4, 40.1, 12.9. At 16 bits
+# weights and embeddings of 8 bits are the limit (seed 31, an attention of two channels).
+# w8a8-per_tensor was measured on 6 of these seeds only; its bound is that of w8a8 less 5.
+LEAST = {"w8a8": 25, "w8a8-per_tensor": 20, "w4a8": 15, "w8a16": 33, "w4a4": 6}
+# dB of the median output, which for those seeds has 46.8, 42.1, 60.7, 29.7
 MEDIAN = {"w8a8": 39, "w8a8-per_tensor": 38, "w4a8": 33, "w8a16": 52, "w4a4": 20}
+
+
+def drawn(seed: int) -> tuple[keras.Model, list[np.ndarray]]:
+    """The model of a seed and its data; what earlier seeds left is freed."""
+    keras.backend.clear_session()
+    gc.collect()
+    model = random_model(seed)
+    return model, random_data(seed, model)
 
 
 def sqnr(found: np.ndarray, expected: np.ndarray) -> float:
@@ -38,9 +59,11 @@ def nearness(model: keras.Model, content: bytes, data: list[np.ndarray]) -> list
 
 def check(seed: int) -> None:
     """Quantize the model of a seed and hold its file to the parity contract and to the float model."""
-    model, config = random_model(seed), CONFIGS[seed % len(CONFIGS)]
-    data = random_data(seed, model)
+    (model, data), config = drawn(seed), CONFIGS[seed % len(CONFIGS)]
     before = [w.numpy().copy() for w in model.weights]
+    expected = keras.tree.flatten(model(data if len(data) > 1 else data[0]))
+    for found, y in zip(evaluate(trace_model(model), data), expected, strict=True):
+        np.testing.assert_allclose(found, y, rtol=0, atol=1e-4 * np.abs(y).max(), err_msg=f"seed {seed}")
     qmodel = kquant.quantize_model(model, data, config, progress=False)
     content = kquant.export_tflite(qmodel).content
     report = kquant.verify_tflite(qmodel, content, random_data(seed + 1, model), tensor_samples=4)
@@ -58,9 +81,20 @@ def test_parity_and_nearness_of_random_models(seed: int) -> None:
     check(seed)
 
 
+@pytest.mark.parametrize("seed", range(20, 22))
+def test_the_compiled_simulation_equals_the_eager_one(seed: int) -> None:
+    model, data = drawn(seed)
+    qmodel = kquant.quantize_model(model, data, progress=False)
+    eager = keras.tree.flatten(qmodel.predict_on_batch(data))
+    tf.config.run_functions_eagerly(False)
+    qmodel.make_predict_function(force=True)
+    for a, b in zip(eager, keras.tree.flatten(qmodel.predict_on_batch(data)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("start", range(20, 70, 10))
-def test_parity_and_nearness_of_50_more_random_models(start: int) -> None:
+@pytest.mark.parametrize("start", range(20, 140, 10))
+def test_parity_and_nearness_of_120_more_random_models(start: int) -> None:
     for seed in range(start, start + 10):
         check(seed)
 
@@ -70,8 +104,7 @@ def test_parity_and_nearness_of_50_more_random_models(start: int) -> None:
 def test_half_of_the_outputs_are_as_near_as_the_bits_permit(config: str) -> None:
     found = []
     for seed in range(100, 120):  # the same models at every preset
-        model = random_model(seed)
-        data = random_data(seed, model)
+        model, data = drawn(seed)
         content = kquant.export_tflite(kquant.quantize_model(model, data, config, progress=False)).content
         found += nearness(model, content, data)
     assert np.median(found) >= MEDIAN[config] and min(found) >= LEAST[config], np.sort(np.round(found, 1))

@@ -194,7 +194,8 @@ class QuantizedLayer(keras.layers.Layer):
         centered = self._integers(values, grids, out)
         lo, hi = clip_of(node)
         if lo is not None:
-            centered = tf.maximum(centered, tf.round(lo / out.scale))
+            lowest = tf.round(lo / out.scale)  # kernels that saturate at -32768 need no bound of -32767
+            centered = tf.maximum(centered, tf.where(lowest > -32767.0, lowest, -32768.0))
         if hi is not None:
             centered = tf.minimum(centered, tf.round(tf.constant(hi, tf.float32) / out.scale))
         return self.output_quantizer.clamp(centered) * out.scale, grid

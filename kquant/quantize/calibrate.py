@@ -5,7 +5,7 @@ The float graph runs once over the data; memory does not grow with the number of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -69,7 +69,7 @@ def observe(plan: Plan, data: CalibrationData, progress: bool = True) -> Observe
         for name, low_high in zip(reduced, extremes.numpy(), strict=True):
             observers[name].update(low_high)
         for name, value in zip(detailed, values, strict=True):
-            observers[name].update(value.numpy())
+            observers[name].update(np.asarray(value))  # an array where it depends on no input
     return observers
 
 
@@ -148,8 +148,10 @@ def make_grids(
         integers: node -> the integers of its weight on that grid, where a step has decided them; others are the nearest
             ones. They are decided anew only where the bias leaves no room for them.
     """
-    leaders = {leader: _activation_grid(plan, leader, statistics) for leader in plan.sources}
-    leaders = _above_products(plan, leaders | plan.fixed, weights)
+    ranges = {leader: _range(plan, leader, statistics) for leader in plan.sources}
+    leaders = {n: place(grid_from_range(*r, plan.activations[n])) for n, r in ranges.items()} | plan.fixed
+    leaders = _as_around(plan, leaders, [n for n, r in ranges.items() if not any(r)])
+    leaders = _above_operands(plan, leaders, weights)
     activations: dict[str, Grid | None] = {n.name: None for n in plan.graph}
     activations.update({name: leaders[leader] for name, leader in plan.groups.items()})
     chosen: dict[str, Grid | None] = {n: _with_room(plan.graph[n], q, activations) for n, q in weights.items()}
@@ -158,27 +160,51 @@ def make_grids(
     return QuantizedGraph(plan.graph, activations, chosen, decided)
 
 
-def _above_products(plan: Plan, leaders: Mapping[str, Grid], weights: Mapping[str, Grid]) -> dict[str, Grid]:
-    """The grids, none of which is finer than what a product can tell, such as that of a mean that is always zero.
+def _as_around(plan: Plan, leaders: Mapping[str, Grid], zero: Sequence[str]) -> dict[str, Grid]:
+    """The grids, where tensors that are always zero have the scale of what they come from, or else of what reads them.
 
-    A product is a multiple of the product of its operands' steps; kernels multiply it by less than `_LARGEST_FACTOR`.
+    Any scale holds a zero, but kernels add and multiply scales that differ by less than `_LARGEST_FACTOR`.
+    """
+    found, settled = dict(leaders), set(leaders) - set(zero)
+
+    def settle(name: str, around: Iterable[str]) -> None:
+        scales = [found[plan.groups[n]].scale for n in around if plan.groups.get(n) in settled]
+        if scales and name not in settled:
+            found[name] = replace(found[name], scale=np.max(scales))
+            settled.add(name)
+
+    for name in zero:
+        settle(name, plan.graph[name].inputs)
+    for name in reversed(zero):
+        settle(name, (n.name for n in plan.graph.consumers(name)))
+    return found
+
+
+def _above_operands(plan: Plan, leaders: Mapping[str, Grid], weights: Mapping[str, Grid]) -> dict[str, Grid]:
+    """The grids, none of which is finer than what a sum or a product can tell, such as those of what cancels out.
+
+    A product is a multiple of the product of its operands' steps, and a sum no finer than the larger step. Kernels
+    multiply it by less than `_LARGEST_FACTOR`.
     """
     found = dict(leaders)
     for node in plan.graph:
         leader = plan.groups.get(node.name)
-        if leader is None or leader in plan.fixed or not node.inputs:
+        if leader is None or leader in plan.fixed:
             continue
-        operands = [found[plan.groups[i]] for i in node.inputs if i in plan.groups]
-        if op_of(node).linear and node.name in weights and operands:
-            step = float(operands[0].scale) * float(np.max(weights[node.name].scale))
-        elif node.op == "batch_matmul" and len(operands) == 2:
-            step = float(operands[0].scale) * float(operands[1].scale)
-        else:
-            continue
+        step = operand_step(node, [found[plan.groups[i]] for i in node.inputs if i in plan.groups], weights)
         least = step / _LARGEST_FACTOR
         if float(found[leader].scale) < least:
             found[leader] = replace(found[leader], scale=np.full_like(found[leader].scale, least))
     return found
+
+
+def operand_step(node: Node, operands: Sequence[Grid], weights: Mapping[str, Grid]) -> float:
+    """What kernels multiply to get the output of a sum or product, as a real number; 0 for other operations."""
+    if op_of(node).linear and node.name in weights and operands:
+        return float(operands[0].scale) * float(np.max(weights[node.name].scale))
+    if node.op == "batch_matmul" and len(operands) == 2:
+        return float(operands[0].scale) * float(operands[1].scale)
+    return max((float(q.scale) for q in operands), default=0.0) if node.op in ("add", "sub") else 0.0
 
 
 def _with_room(node: Node, weights: Grid, activations: Mapping[str, Grid | None]) -> Grid:
@@ -187,12 +213,12 @@ def _with_room(node: Node, weights: Grid, activations: Mapping[str, Grid | None]
     return weights if not op_of(node).linear or x is None else fit_bias(weights, node.weights[bias_of(node)], x.scale)
 
 
-def _activation_grid(plan: Plan, leader: str, observers: Mapping[str, Any]) -> Grid:
-    """The grid of a group: the hull of the ranges of its sources, and of what is put on it beside them."""
+def _range(plan: Plan, leader: str, observers: Mapping[str, Any]) -> tuple[float, float]:
+    """What the grid of a group covers: the hull of the ranges of its sources, and of what is put on it beside them."""
     spec = plan.activations[leader]
     ranges = [_source_range(plan, name, spec, observers) for name in plan.sources[leader]]
     ranges += _inserted(plan, leader)
-    return place(grid_from_range(min(r[0] for r in ranges), max(r[1] for r in ranges), spec))
+    return min(r[0] for r in ranges), max(r[1] for r in ranges)
 
 
 def _source_range(plan: Plan, name: str, grid: QuantSpec, observers: Mapping[str, Any]) -> tuple[float, float]:

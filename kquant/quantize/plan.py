@@ -155,7 +155,9 @@ def _float_reasons(graph: Graph, specs: dict[str, LayerSpec], target: Target) ->
             continue
         spec = specs[node.name]
         data = [graph[i] for i in node.inputs if graph[i].op != "const"]
-        if node.op == "float":
+        if node.op == "input" and not graph.consumers(node.name) and node.name not in graph.outputs:
+            reasons[node.name] = "nothing reads it"
+        elif node.op == "float":
             reasons[node.name] = f"{node.origin_type} has no integer kernel in kquant"
         elif spec.float:
             reasons[node.name] = spec.reason

@@ -1,8 +1,10 @@
 """`export_tflite` on the toy model: what comes back, what is written, what is refused."""
 
+import keras
 import numpy as np
 import pytest
 
+import kquant
 from kquant.config.quant_config import QuantConfig
 from kquant.errors import ExportError, ModelError
 from kquant.keras.export import export_tflite
@@ -131,3 +133,13 @@ def test_wrong_options_are_refused(model, options, said):
 def test_other_models_are_refused():
     with pytest.raises(ModelError, match="quantize_model"):
         export_tflite(object())
+
+
+def test_an_input_that_nothing_reads_stays_an_input() -> None:
+    inputs = [keras.Input((3,), name="read"), keras.Input((2,), name="unread")]
+    data = [np.random.default_rng(k).normal(size=(16, k)).astype(np.float32) for k in (3, 2)]
+    qmodel = kquant.quantize_model(keras.Model(inputs, keras.layers.Dense(2)(inputs[0])), data, progress=False)
+    content = kquant.export_tflite(qmodel).content
+    assert {n["name"].split("_")[0] for n in kquant.TFLiteModel(content).inputs} == {"read", "unread"}
+    assert kquant.verify_tflite(qmodel, content, data).ok
+    assert "unread" in qmodel.report and "nothing reads it" in qmodel.report

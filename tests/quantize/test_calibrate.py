@@ -2,15 +2,18 @@
 
 import tracemalloc
 
+import keras
 import numpy as np
 import pytest
 
+from kquant import TFLiteModel, export_tflite, quantize_model, verify_tflite
 from kquant.config.specs import QuantSpec
 from kquant.errors import CalibrationError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import evaluate
 from kquant.grids.grid import Grid, dequantize, grid_from_range, quantize_bias
 from kquant.grids.observers import Histogram, MinMax, Rows
+from kquant.keras.model import extract
 from kquant.quantize.calibrate import make_grids, observe, place, quantize_graph, weight_grids
 from kquant.quantize.data import CalibrationData
 from kquant.quantize.plan import make_plan
@@ -262,3 +265,39 @@ def test_power_of_two_scales_stay_so():
     q = grids(activations={"bits": 8, "symmetric": True, "method": "mse", "power_of_two": True})
     scales = np.array([g.scale for g in q.activations.values()])
     np.testing.assert_array_equal(np.log2(scales), np.rint(np.log2(scales)))
+
+
+def _model(function, *shapes):
+    inputs = [keras.Input(s) for s in shapes]
+    return keras.Model(inputs, function(*inputs))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, y: keras.layers.LayerNormalization()(x[:, :, :1]) + y,  # of one channel: zero less zero, and epsilon
+        lambda x, y: (x - x) + 1e-4 * y,
+        lambda x, y: x + 0.0 * y,
+        lambda x, y: (x + 1e-5 * y) - x,  # finer than what either tells
+    ],
+)
+@pytest.mark.parametrize("preset", ["w8a8", "w8a16"])
+def test_sums_have_steps_that_kernels_take(function, preset):
+    """A zero has the scale of what is around it; LiteRT aborts where a sum is 2^14 times finer than an operand."""
+    data = [np.random.default_rng(k).normal(size=(32, 3, 3)).astype(np.float32) for k in range(2)]
+    qmodel = quantize_model(_model(function, (3, 3), (3, 3)), data, preset, progress=False)
+    qgraph = extract(qmodel)
+    for node in qgraph.graph:
+        if node.op in ("add", "sub"):
+            scales = [float(qgraph.activations[i].scale) for i in node.inputs]
+            assert max(scales) <= 128.001 * float(qgraph.activations[node.name].scale), node
+    assert verify_tflite(qmodel, export_tflite(qmodel).content, data).ok
+
+
+def test_a_zero_beside_a_tensor_costs_it_nothing():
+    """w8a16: the sum keeps the 16 bits of x, though its other operand has no range."""
+    data = [np.random.default_rng(0).normal(size=(32, 3, 3)).astype(np.float32), np.zeros((32, 3, 3), np.float32)]
+    model = _model(lambda x, y: x + keras.layers.ReLU()(y), (3, 3), (3, 3))
+    qmodel = quantize_model(model, data, "w8a16", progress=False)
+    found = TFLiteModel(export_tflite(qmodel).content).predict(data)[0]
+    np.testing.assert_allclose(found, data[0], rtol=0, atol=1.1 * np.abs(data[0]).max() / 32767)

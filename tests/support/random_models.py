@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import keras
 import numpy as np
 from keras import layers, ops
 
-Tensor = Any
-Step = Callable[["Drawer", Tensor], Tensor]
-
-
-class Drawer:
-    """Random choices for one model."""
-
-    def __init__(self, seed: int):
-        self.rng = np.random.default_rng(seed)
-
-    def pick(self, *options: Any) -> Any:
-        return options[self.rng.integers(len(options))]
-
-    def size(self, low: int, high: int) -> int:
-        return int(self.rng.integers(low, high + 1))
-
-    def chance(self, p: float) -> bool:
-        return bool(self.rng.random() < p)
-
-    def activation(self) -> str | None:
-        return self.pick(None, None, "relu", "relu", "relu6", "sigmoid", "tanh", "swish", "hard_swish", "elu", "gelu")
+from tests.support.drawer import Drawer, Step, Tensor
+from tests.support.random_sequences import VOCABULARY, embedded, recurrent, sequence_step, vectors
 
 
 def _conv(d: Drawer, x: Tensor) -> Tensor:
@@ -202,62 +180,80 @@ IMAGE_STEPS: tuple[Step, ...] = (
 )
 
 
-def _sequence_step(d: Drawer, x: Tensor) -> Tensor:
+def _volume_step(d: Drawer, x: Tensor) -> Tensor:
+    """Three dimensions, or frames of two."""
+    frames = layers.TimeDistributed
     return d.pick(
-        lambda t: layers.Conv1D(d.size(1, 6), 3, padding=d.pick("same", "causal"), activation=d.pick(None, "relu"))(t),
-        lambda t: layers.DepthwiseConv1D(3, padding="same")(t),
-        lambda t: layers.SeparableConv1D(d.size(1, 4), 2, padding="same")(t),
-        lambda t: layers.MaxPooling1D(2, padding="same")(t),
-        lambda t: layers.AveragePooling1D(2, padding="same")(t),
-        lambda t: layers.Dense(d.size(1, 8), activation=d.pick(None, "relu", "gelu"))(t),
-        lambda t: layers.EinsumDense("abc,cd->abd", (t.shape[1], d.size(1, 6)), bias_axes="d")(t),
-        lambda t: layers.BatchNormalization()(t),
-        lambda t: layers.Permute((2, 1))(t),
-        lambda t: layers.UpSampling1D(2)(t) if t.shape[1] < 16 else t,
-        lambda t: layers.ZeroPadding1D(1)(t),
-        lambda t: layers.LayerNormalization()(t),
-        lambda t: layers.Activation(d.pick("mish", "log_softmax", "exponential"))(ops.clip(t, -3.0, 3.0)),
-        lambda t: ops.top_k(t, d.pick(1, t.shape[-1]))[0],
-        lambda t: ops.cumsum(t, 1),
-        lambda t: ops.einsum("bij,bkj->bik", t, ops.tanh(t)),
+        lambda t: layers.Conv3D(d.size(1, 4), d.pick(1, 2, (2, 1, 2)), d.pick(1, 2), d.pick("same", "valid"))(t),
+        lambda t: layers.Conv3D(d.size(1, 4), 3, padding="same", activation="relu")(t),
+        lambda t: layers.Conv3DTranspose(d.size(1, 3), 2, padding=d.pick("same", "valid"))(t),
+        lambda t: d.pick(layers.MaxPooling3D, layers.AveragePooling3D)(2, d.pick(1, 2), "same")(t),
+        lambda t: layers.ReLU()(layers.BatchNormalization()(t)),
+        lambda t: frames(layers.Conv2D(d.size(1, 4), d.pick(1, 3), padding="same"))(t),
+        lambda t: t + layers.Conv3D(t.shape[-1], 1, activation=d.pick(None, "tanh"))(t),
+        lambda t: layers.ZeroPadding3D(((1, 0), (0, 0), (0, 1)))(t) if max(t.shape[1:4]) < 6 else t,
     )(x)
 
 
 def _head(d: Drawer, x: Tensor) -> Tensor:
-    if len(x.shape) == 4 and d.chance(0.2):
+    rank = len(x.shape)
+    if rank > 3 and d.chance(0.2):
         return x
-    if len(x.shape) == 4:
+    if rank == 5:
+        x = d.pick(layers.GlobalAveragePooling3D(), layers.GlobalMaxPooling3D(), layers.Flatten())(x)
+    elif rank == 4:
         x = d.pick(layers.GlobalAveragePooling2D(), layers.GlobalMaxPooling2D(), layers.Flatten())(x)
-    elif len(x.shape) == 3:
-        x = d.pick(layers.GlobalAveragePooling1D(), layers.GlobalMaxPooling1D(), layers.Flatten())(x)
+    elif d.heavy and d.chance(0.2):
+        d.heavy -= 1
+        x = recurrent(d, x, sequences=d.chance(0.5))
+    elif d.chance(0.8):  # else one output for every step
+        first = lambda t: t[:, 0]  # noqa: E731
+        x = d.pick(layers.GlobalAveragePooling1D(), layers.GlobalMaxPooling1D(), layers.Flatten(), first)(x)
     x = layers.Dropout(0.5)(x)
     return layers.Dense(d.size(2, 7), activation=d.pick(None, "softmax", "sigmoid"))(x)
 
 
+def _beginning(d: Drawer) -> tuple[list[Tensor], Tensor, Step, int]:
+    """Inputs, what the first step reads, what draws a step, and the most steps."""
+    family = d.rng.random()
+    if family < 0.45:
+        inputs = [keras.Input((d.size(3, 9), d.size(3, 9), d.size(1, 4)))]
+        return inputs, inputs[0], lambda d, x: IMAGE_STEPS[d.rng.integers(len(IMAGE_STEPS))](d, x), 8
+    if family < 0.53:
+        inputs = [keras.Input((d.size(2, 4), d.size(3, 5), d.size(3, 5), d.size(1, 3)))]
+        return inputs, inputs[0], _volume_step, 4
+    return *(vectors(d) if family < 0.77 else embedded(d)), sequence_step, 4
+
+
 def random_model(seed: int) -> keras.Model:
-    """A model of 2 to 8 random steps with random weights and batch-norm statistics."""
+    """A model of 1 to 8 random steps with random weights and batch-norm statistics."""
     keras.utils.set_random_seed(seed)
     d = Drawer(seed)
-    if d.chance(0.75):
-        inputs = keras.Input((d.size(3, 9), d.size(3, 9), d.size(1, 4)))
-        step = lambda t: IMAGE_STEPS[d.rng.integers(len(IMAGE_STEPS))](d, t)  # noqa: E731
-    else:
-        inputs = keras.Input((d.size(3, 9), d.size(1, 4)))
-        step = lambda t: _sequence_step(d, t)  # noqa: E731
-    x = inputs
-    for _ in range(d.size(2, 8)):
-        x = step(x)
+    inputs, x, step, most = _beginning(d)
+    for _ in range(d.size(most // 4, most)):
+        x = step(d, x)
     outputs = [_head(d, x)] + ([_head(d, x)] if d.chance(0.15) else [])
     model = keras.Model(inputs, outputs if len(outputs) > 1 else outputs[0], name=f"random_{seed}")
     for weight in model.weights:
         low, high = (0.3, 2.0) if "variance" in weight.path else (-0.6, 0.6)
-        if "gamma" in weight.path:
+        if weight.path.endswith(("gamma", "scale")):
             low, high = 0.4, 1.6
         weight.assign(d.rng.uniform(low, high, weight.shape))
     return model
 
 
 def random_data(seed: int, model: keras.Model, samples: int = 32) -> list[np.ndarray]:
-    """Inputs of the model, standard normal."""
+    """Inputs of the model: standard normal, ids with padding behind them, zeros and ones that tell what is padding."""
     rng = np.random.default_rng(seed + 1000)
-    return [rng.normal(size=(samples, *i.shape[1:])).astype(np.float32) for i in model.inputs]
+    found = []
+    for x in model.inputs:
+        shape = (samples, *x.shape[1:])
+        seen = np.arange(shape[1]) < rng.integers(1, shape[1] + 1, (samples, 1))
+        if x.name == "ids":
+            value = rng.integers(1, VOCABULARY, shape) * seen
+        elif x.name == "kinds":
+            value = rng.integers(0, 2, shape)
+        else:
+            value = seen if x.name == "seen" else rng.normal(size=shape)
+        found.append(value.astype(x.dtype))
+    return found

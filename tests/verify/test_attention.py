@@ -12,12 +12,15 @@ from keras import layers as L
 from keras import ops as K
 
 import kquant
+from kquant.graph.ops import evaluate
+from kquant.graph.tracing.trace import trace_model
 
 SAMPLES, T, S, C = 48, 6, 8, 16
 RNG = np.random.default_rng(0)
 QUERY = RNG.normal(size=(SAMPLES, T, C)).astype(np.float32)
 MEMORY = RNG.normal(size=(SAMPLES, S, C)).astype(np.float32)
 SEEN = (np.arange(S)[None] < RNG.integers(3, S + 1, SAMPLES)[:, None]).astype(np.float32)
+KNOWN = np.tril(np.ones((1, T, S), bool))
 FUTURE = np.triu(np.full((S, S), -1e9, np.float32), 1)
 
 
@@ -46,6 +49,8 @@ ATTENTION: dict[str, Callable[[Any, Any, Any], Any]] = {
 UNMASKED: dict[str, Callable[[Any, Any], Any]] = {
     "layer": lambda x, m: L.MultiHeadAttention(2, 8)(x, m),
     "layer, causal": lambda x, m: L.MultiHeadAttention(2, 8)(m, m, use_causal_mask=True),
+    "layer, known mask": lambda x, m: L.MultiHeadAttention(2, 8)(x, m, attention_mask=KNOWN),
+    "grouped, known mask": lambda x, m: L.GroupQueryAttention(8, 4, 2)(x, m, attention_mask=KNOWN),
     "grouped": lambda x, m: L.GroupQueryAttention(8, 4, 2)(x, m),
     "dot": lambda x, m: L.Attention(use_scale=True)([x, m]),
     "dot, causal": lambda x, m: L.Attention()([m, m], use_causal_mask=True),
@@ -78,6 +83,18 @@ def check(model: keras.Model, data: list[np.ndarray], config: str, least: float)
     return runner
 
 
+@pytest.mark.parametrize("scale", [None, 2.0])
+def test_the_scale_of_an_operation_is_that_of_its_call(scale: float | None) -> None:
+    inputs = keras.Input((T, 2, 4))
+    model = keras.Model(inputs, K.dot_product_attention(inputs, inputs, inputs, scale=scale))
+    x = RNG.normal(size=(4, T, 2, 4)).astype(np.float32)
+    graph = trace_model(model)
+    assert "float" not in [n.op for n in graph]
+    scored = np.einsum("bqhd,bkhd->bhqk", x, x) * (0.5 if scale is None else scale)
+    weights = np.exp(scored) / np.exp(scored).sum(-1, keepdims=True)
+    np.testing.assert_allclose(evaluate(graph, [x])[0], np.einsum("bhqk,bkhd->bqhd", weights, x), rtol=0, atol=1e-5)
+
+
 WIDE = ("layer, boolean mask", "added, and causal", "layer", "additive")
 QUICK = ("layer, boolean mask", "softmax with a mask", "added", "additive")  # others are slow tests
 SETTINGS = [pytest.param("w8a8", 27.0, n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in (*ATTENTION, *UNMASKED)]
@@ -97,6 +114,15 @@ def test_hidden_keys_have_no_say(name: str) -> None:
     other = np.where(SEEN[:, :, None] == 0, -MEMORY, MEMORY)
     found = [runner.predict([QUERY, m, SEEN])[0] for m in (MEMORY, other)]
     assert db(*found) > 40
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_a_mask_at_the_floor_is_exact_in_16_bits() -> None:
+    """What is hidden saturates, at -32768, though the bound that stands for it is -32767."""
+    model = model_of(UNMASKED["layer, known mask"], (T, C), (S, C))
+    qmodel = kquant.quantize_model(model, [QUERY, MEMORY], "w8a16", progress=False)
+    parity = kquant.verify_tflite(qmodel, kquant.export_tflite(qmodel).content, [QUERY, MEMORY])
+    assert [t.simulation_max for t in parity.tensors if "masked_by_constant" in t.name and t.op == "add"] == [0.0]
 
 
 def test_the_mask_keeps_its_meaning_where_the_data_has_other_numbers() -> None:
@@ -136,6 +162,18 @@ def test_masks_of_ids(function: Callable[[Any], Any], dtype: str) -> None:
     out_of_range[0, 0] = 50
     with pytest.raises(Exception, match="(?i)gather|invoke|index"):
         runner.predict(out_of_range)
+
+
+@pytest.mark.parametrize("kind", [L.Attention, L.AdditiveAttention])
+def test_masks_of_ids_reach_the_layers_that_take_a_list(kind: type[L.Layer]) -> None:
+    """Hidden keys have no say, hidden queries get zero, and the mask goes on to the pooling."""
+    inputs = keras.Input((S,), dtype="int32")
+    x = L.Embedding(50, C, mask_zero=True)(inputs)
+    model = keras.Model(inputs, L.GlobalAveragePooling1D()(x + kind()([x, L.Dense(C)(x)])))
+    ids = np.where(SEEN > 0, RNG.integers(1, 50, SEEN.shape), 0).astype("int32")
+    graph = trace_model(model)
+    assert "float" not in [n.op for n in graph]
+    np.testing.assert_allclose(evaluate(graph, [ids])[0], model(ids), rtol=0, atol=1e-6)
 
 
 def test_a_mask_that_cannot_be_followed_is_refused() -> None:

@@ -149,11 +149,19 @@ def _output(b: Builder, layer: Any, query: Node, y: Node, weights: Node, both: b
 
 @lowers_op("DotProductAttention")
 def dot_product_attention(
-    b: Builder, op: Any, query: Node, key: Node, value: Node, bias: Any = None, mask: Any = None, **settings: Any
+    b: Builder,
+    op: Any,
+    query: Node,
+    key: Node,
+    value: Node,
+    bias: Any = None,
+    mask: Any = None,
+    scale: Any = None,  # an argument of the call, or in other versions of Keras a setting
+    **settings: Any,
 ) -> Node:
-    if bias is not None:
-        raise NotLowered("a bias of the scores")
-    scale = getattr(op, "scale", None)
+    if bias is not None or getattr(op, "attn_logits_soft_cap", None) is not None:
+        raise NotLowered("a bias or a cap of the scores")
+    scale = getattr(op, "scale", None) if scale is None else scale
     scale = float(query.shape[-1] or 1) ** -0.5 if scale is None else float(as_array(scale).reshape(()))
     masks = _masks(b, query, key, None, None, mask, bool(getattr(op, "is_causal", False)))
     return attend(b, query, key, value, scale, masks)[0]
@@ -172,8 +180,8 @@ def attention(
     q, v = inputs[:2]
     k = inputs[2] if len(inputs) > 2 else v
     query_mask, value_mask = (mask[0], mask[1]) if mask else (None, None)
-    if query_mask is not None or any(len(t.shape) != 3 for t in (q, k, v)):
-        raise NotLowered("masked queries, whose outputs become zero, or more than three axes")
+    if any(len(t.shape) != 3 for t in (q, k, v)):
+        raise NotLowered("more than three axes")
     masks = mask_of(b, value_mask, (None, 1, v.shape[1]))
     masks += [_causal(q.shape[1], k.shape[1])] if use_causal_mask else []
     factor = 1.0 if getattr(layer, "scale", None) is None else as_array(layer.scale)
@@ -186,6 +194,8 @@ def attention(
         scores = b.emit("batch_matmul", q, k, suffix="scores", adjoint=True)
     weights = b.emit("softmax", masked(b, scores, masks), suffix="weights")
     y = b.emit("batch_matmul", weights, v)
+    for shown in mask_of(b, query_mask, (None, q.shape[1], 1)):  # what hidden queries get is zero
+        y = two_inputs(b, "mul", y, shown, "shown")
     return [y, weights] if return_attention_scores else y
 
 

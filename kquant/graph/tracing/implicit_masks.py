@@ -17,6 +17,7 @@ from kquant.graph.tracing.choices import ids_compared
 
 L = keras.layers
 _ATTENTION = (L.MultiHeadAttention, L.GroupQueryAttention)
+_OF_A_LIST = (L.Attention, L.AdditiveAttention)  # query, value and key are one argument, and so are their masks
 
 
 class ImplicitMasks:
@@ -37,18 +38,21 @@ class ImplicitMasks:
                 self._ids[name] = tensors[0]
         elif isinstance(operation, L.Masking):
             self._ids[name] = None
-        elif isinstance(operation, _ATTENTION) or _passes_on(operation):
-            read = [t.name for t in (tensors[:1] if isinstance(operation, _ATTENTION) else tensors)]
+        elif isinstance(operation, _ATTENTION + _OF_A_LIST) or _passes_on(operation):
+            read = [t.name for t in (tensors[:1] if isinstance(operation, _ATTENTION + _OF_A_LIST) else tensors)]
             masks = {id(self._ids.get(n)) for n in read}
             if all(n in self._ids for n in read) and len(masks) == 1:
                 self._ids[name] = self._ids[read[0]]
 
-    def arguments(self, b: Builder, operation: Any, args: Any, kwargs: Any) -> dict[str, Node]:
+    def arguments(self, b: Builder, operation: Any, args: Any, kwargs: Any) -> dict[str, Any]:
         """The masks that an attention layer finds with its tensors.
 
         Raises:
             ModelError: such a mask is not one of ids.
         """
+        if isinstance(operation, _OF_A_LIST) and kwargs.get("mask") is None and len(args) == 1:
+            masks = [self._mask(b, self._ids[t.name]) if t.name in self._ids else None for t in args[0][:2]]
+            return {"mask": masks} if any(m is not None for m in masks) else {}
         if not isinstance(operation, _ATTENTION):
             return {}
         named = dict(zip(("query", "value", "key"), args, strict=False))

@@ -23,6 +23,7 @@ from kquant.graph.tracing.builder import (
 )
 from kquant.graph.tracing.functions import function
 from kquant.graph.tracing.linear import from_2d, output_shape, pair, to_2d
+from kquant.graph.tracing.selection import gather
 
 
 def two_inputs(b: Builder, op: str, x: Any, y: Any, suffix: str = "") -> Node:
@@ -156,7 +157,7 @@ def unstack(b: Builder, op: Any, x: Node) -> list[Node]:
 
 @lowers_op("GetItem")
 def get_item(b: Builder, op: Any, x: Node, key: Any) -> Node:
-    """Basic indexing: slices with positive steps, integers, newaxis and Ellipsis; the batch stays whole."""
+    """Basic indexing: slices, integers, newaxis and Ellipsis; the batch stays whole."""
     keys = list(key) if isinstance(key, (tuple, list)) else [key]
     if any(not (k is None or k is Ellipsis or isinstance(k, (slice, int, np.integer))) for k in keys):
         raise NotLowered("indexing with tensors or lists")
@@ -178,7 +179,9 @@ def get_item(b: Builder, op: Any, x: Node, key: Any) -> Node:
         if isinstance(k, slice):
             lo, hi, step = (0, 0, 1) if size is None else k.indices(size)
             if step < 0:
-                raise NotLowered("a negative step")
+                x = gather(b, x, axis, range(lo, hi, step), "turned")
+                lo, hi, step = 0, int(x.shape[axis] or 0), 1
+                size = hi
             shape.append(size if size is None else len(range(lo, hi, step)))
         else:
             lo = int(k) % int(size or 1)

@@ -108,7 +108,13 @@ def _lookup(table: np.ndarray, q: Tensor) -> Tensor:
 
 def _sigmoid_16(x: Operand, bits: int, top: int) -> tuple[Tensor, Tensor]:
     """(position, sigmoid of its magnitude) from a table of sigmoid(i / 24), `bits` fractional bits between entries."""
-    (factor,) = doubles(x.scale * 4096.0 * 3.0)
+    log2 = tf.math.log(x.scale) * float(1 / np.log(2))
+    nearest = tf.round(
+        log2
+    )  # the kernel takes a scale of about 2^-12 for that, and with 8 bits one of about 2^-11, too
+    whole = (tf.abs(log2 - nearest) < 1e-3) & (nearest >= -12.0) & (nearest <= -3.0 - bits)
+    scale, power_of_two = doubles(x.scale, 2.0**nearest)
+    factor = tf.where(whole, power_of_two, scale) * (4096.0 * 3.0)
     exponent = tf.bitwise.right_shift(tf.bitcast(factor, tf.int64), tf.constant(52, tf.int64)) - 1023
     shift = tf.clip_by_value(14 - exponent, 0, 31)
     unit = tf.bitwise.left_shift(tf.ones_like(shift), shift)

@@ -11,6 +11,8 @@ from kquant.grids.grid import Grid
 from kquant.targets.litert.emitter import Emitter
 from kquant.targets.target import Target
 
+# the kernels of sums shift their operands left by so many bits; a larger factor aborts the process, or computes garbage
+_SUM_BITS = {8: 19, 16: 14}
 _REPLAN = "make the plan again with kquant.quantize_model"
 
 
@@ -47,6 +49,8 @@ def check(e: Emitter, node: Node) -> None:
         )
     _check_inputs(e, node, q)
     _check_output(e.target, node, q)
+    if node.op in ("add", "sub"):
+        _check_sum(e, node, q)
     w = e.weight_grid(node.name)
     if op_of(node).linear and w is not None and np.any(w.zero_point):
         raise ExportError(
@@ -91,6 +95,16 @@ def _check_inputs(e: Emitter, node: Node, q: Grid) -> None:
             raise ExportError(
                 f"{node.name!r}: {node.op} needs the same grid for input and output, found {_text(source)} in {name!r} "
                 f"and {_text(q)}; put a requantize between them."
+            )
+
+
+def _check_sum(e: Emitter, node: Node, q: Grid) -> None:
+    for name in node.inputs:
+        source = e.grid(name)
+        if source is not None and float(source.scale) >= float(q.scale) * 2.0 ** _SUM_BITS[q.container]:
+            raise ExportError(
+                f"{node.name!r}: the kernels of {node.op} cannot take {name!r} with {_text(source)} to {_text(q)}, "
+                "which is too much finer; give the layer a wider range, or keep it float."
             )
 
 

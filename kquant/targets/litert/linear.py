@@ -61,7 +61,8 @@ def _matrix_product(rounding: Requantize) -> Arithmetic:
     def arithmetic(call: Call) -> Tensor:
         a, b = call.inputs
         acc = compute(call.node, [tf.cast(x.centered, tf.float64) for x in (a, b)])
-        return rounding(acc if call.out.bits > 8 else tf.cast(acc, tf.float32), a.scale, b.scale, call.out.scale)
+        acc = acc if call.out.bits > 8 else tf.cast(acc, tf.float32)
+        return rounding(acc, a.scale * b.scale, tf.ones_like(b.scale), call.out.scale)  # that product is in float32
 
     return arithmetic
 
@@ -79,7 +80,7 @@ def _batch_matmul(op: Operator, x: linear.Values) -> np.ndarray:
     """BATCH_MATMUL of two tensors, as the reference kernels compute it."""
     a, b = (np.asarray(v).astype(np.int64) - op.given(k).z for k, v in enumerate(x[:2]))
     out = op.outputs[0]
-    by = quantize_multiplier(np.float64(op.given(0).s) * np.float64(op.given(1).s) / np.float64(out.s))
+    by = quantize_multiplier(np.float64(np.float32(op.given(0).s * op.given(1).s)) / np.float64(out.s))
     multiply = multiply_reduced if out.dtype == np.int16 else multiply_double_rounding
     product = a @ (b.swapaxes(-1, -2) if op.option("adjY", False) else b)
     return saturate(multiply(product, by) + out.z, out.dtype)

@@ -114,6 +114,56 @@ def test_small_activations_at_the_edge_of_the_container(name, bits):
     check(replace(q, activations={k: place(v) for k, v in q.activations.items()}), x, 8)
 
 
+def wide(scale) -> Grid:
+    return Grid(np.float32(scale), np.int32(0), -32767, 32767)
+
+
+# 3.07...e-5 times 3 * 2^12 rounds up in float32
+SCALES = [2.0**e * f for e in (-12, -11) for f in (0.999, 1.001)] + [3.0731159e-05, *rng(8).uniform(1e-5, 1e-3, 8)]
+
+
+def curve_of_16_bits(kind, scale):
+    graph = chain((500,), op(kind, (500,)))
+    x = [(rng(1).integers(-32767, 32768, (8, 500)) * np.float32(scale)).astype(np.float32)]
+    return QuantizedGraph(graph, {"x": wide(scale), kind: wide(2.0**-15)}, {}), x
+
+
+@pytest.mark.parametrize("kind", ["logistic", "tanh"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_curves_of_16_bits_on_any_scale(kind, scale):
+    check(*curve_of_16_bits(kind, scale), 16)
+
+
+@pytest.mark.parametrize("kind", ["logistic", "tanh"])
+@pytest.mark.parametrize("scale", [2.0**e * f for e in (-12, -11) for f in (0.9995, 1.0, 1.0005)])
+def test_curves_of_16_bits_on_about_a_power_of_two(kind, scale):
+    """The reference kernels take the scale for that power. The default ones have another formula there, 11 LSB off."""
+    qgraph, x = curve_of_16_bits(kind, scale)
+    found = TFLiteModel(write_tflite(qgraph)[0], "reference").run(integers(qgraph, x))[0]
+    ours = np.rint(np.asarray(insert(qgraph, asked("litert"))(x[0])) * 2**15)
+    np.testing.assert_array_equal(ours, np.maximum(found, -32767))
+
+
+def test_the_scale_of_a_product_of_tensors_is_taken_in_float32():
+    """Where the float64 product of two scales is one more in the 16 bits of the multiplier."""
+
+    def reduced(ratio):
+        return (int(np.frexp(ratio)[0] * 2**31 + 0.5) + (1 << 15)) >> 16
+
+    b = np.float32(1 / 32767)
+    scales = rng(0).uniform(1e-5, 1e-4, 999).astype(np.float32)
+    scales = [a for a in scales if reduced(float(a * b) / float(a)) < reduced(float(a) * float(b) / float(a))][:3]
+    graph = chain((4, 5), op("batch_matmul", (4, 5), inputs=("x", "y")))
+    graph = replace(graph, nodes={**graph.nodes, "y": graph["y"].with_(shape=(None, 5, 5))})
+    for a in scales:
+        x = [
+            (rng(k).integers(-32767, 32768, s) * g).astype(np.float32)
+            for k, (s, g) in enumerate((((24, 4, 5), a / 2), ((24, 5, 5), b / 2)))
+        ]
+        check(QuantizedGraph(graph, {"x": wide(a), "y": wide(b), "batch_matmul": wide(a)}, {}), x, 16)
+    assert len(scales) == 3
+
+
 @pytest.mark.parametrize("source, result", [(8, 16), (16, 8), (8, 8), (16, 16)])
 def test_changes_of_grid(source, result):
     graph = chain((500,), op("requantize", (500,), input_bits=source))

@@ -131,3 +131,16 @@ def test_products_of_mixed_containers_are_refused(first: Grid, second: Grid, out
     """int8 times int8 to int16 corrupts the heap of the runtime."""
     graph = chain((3, 3), op("batch_matmul", (3, 3), inputs=("x", "y")))
     refused(graph, {"x": first, "y": second, "batch_matmul": out}, "'batch_matmul' makes int.*requantize")
+
+
+@pytest.mark.parametrize("kind", ["add", "sub"])
+@pytest.mark.parametrize("bits, factor", [(8, 2.0**19), (16, 2.0**14)])
+def test_sums_that_are_much_finer_than_an_operand(kind: str, bits: int, factor: float) -> None:
+    """LiteRT aborts the process in an addition, and computes garbage in a subtraction."""
+    half = 2 ** (bits - 1) - 1
+    coarse, fine = (Grid(np.float32(s), np.int32(0), -half, half) for s in (1.0, 1.0 / factor))
+    graph = chain(SHAPE, op(kind, SHAPE, inputs=("x", "y")))
+    refused(
+        graph, {"x": fine, "y": coarse, kind: fine}, f"'{kind}': the kernels of {kind} cannot take 'y'.*wider range"
+    )
+    write_tflite(QuantizedGraph(graph, {"x": fine, "y": coarse, kind: replace(fine, scale=np.float32(2 / factor))}, {}))

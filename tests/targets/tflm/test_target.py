@@ -95,6 +95,7 @@ def test_without_the_package_litert_stands_in() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("eagerly")
 @pytest.mark.parametrize("start", range(0, 30, 10))
 def test_random_models(start: int) -> None:
     for seed in range(start, start + 10):
@@ -103,7 +104,7 @@ def test_random_models(start: int) -> None:
         qmodel = kquant.quantize_model(model, data, {"preset": preset, "target": "tflm"}, progress=False)
         nodes = [layer.node for layer in qmodel.layers if hasattr(layer, "node")]
         lacks = {"gelu", "top_k"} | ({"function"} if "a16" in preset else set())  # see above; some functions in float
-        if any(node.op in lacks for node in nodes):
+        if any(node.op in lacks or len(node.shape) > 4 for node in nodes):  # its slices have at most 4 axes
             continue
         report = kquant.verify_tflite(qmodel, kquant.export_tflite(qmodel).content, data, samples=5)
         assert report.ok and report.op_by_op_max_lsb == 0, f"seed {seed}, {preset}\n{report}"
