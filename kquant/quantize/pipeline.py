@@ -35,6 +35,7 @@ from kquant.quantize.inputs import declare_ranges
 from kquant.quantize.masks import prepare_masks
 from kquant.quantize.moments import propagate
 from kquant.quantize.normalization import prepare_normalization
+from kquant.quantize.pooling import prepare_pooling
 from kquant.quantize.plan import Plan, make_plan
 from kquant.quantize.record import Quantization, Step
 
@@ -43,6 +44,7 @@ _PREPARATIONS = (
     ("masks", prepare_masks),
     ("channel scales", prepare_channels),
     ("normalization", prepare_normalization),
+    ("pooling", prepare_pooling),
 )
 _NAMED = 8  # at most so many tensors are listed in a message
 

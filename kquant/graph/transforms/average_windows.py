@@ -1,0 +1,32 @@
+"""Average poolings on grids of their own."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kquant.graph.ir import Graph, Node
+from kquant.graph.ops.reductions import inside
+
+
+def average_windows(graph: Graph) -> Graph:
+    """The same function with every average pooling as a window_mean.
+
+    Where padding leaves windows incomplete, their zeros count in a window_mean, so that a factor for each place follows:
+    avg = window_mean * size / (places inside).
+    """
+    nodes: list[Node] = []
+    for node in graph:
+        nodes += _of_windows(graph, node) if node.op == "avg_pool2d" else [node]
+    return graph.rebuild(nodes)
+
+
+def _of_windows(graph: Graph, node: Node) -> list[Node]:
+    count, size = inside(node, graph[node.inputs[0]].shape), int(np.prod(node.attrs["pool_size"]))
+    if (count == size).all():
+        return [node.with_(op="window_mean").with_attrs(padding="valid")]
+    mean = node.with_(op="window_mean", name=graph.unique_name(f"{node.name}/sum"))
+    factors = (size / count).astype(np.float32)
+    name = graph.unique_name(f"{node.name}/factors")
+    of_user = {"origin": node.origin, "origin_type": node.origin_type}
+    const = Node(name=name, op="const", shape=factors.shape, weights={"value": factors}, **of_user)
+    return [mean, const, node.with_(op="mul", inputs=(mean.name, name), attrs={})]
