@@ -16,8 +16,9 @@ import keras
 import numpy as np
 
 from experiments.keras_hub_models import MODELS, samples
+from kquant.errors import KQuantError
 
-SAMPLES = 16
+SAMPLES = 8
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ VOCABULARY, LENGTH, SIDE = 40, 12, 32
 # By name of the parameter, for whatever has it
 SMALL: dict[str, Any] = {
     "vocabulary_size": VOCABULARY,
-    "num_layers": 2,
+    "num_layers": 1,
     "num_heads": 2,
     "num_query_heads": 2,
     "num_attention_heads": 2,
@@ -41,7 +41,14 @@ SMALL: dict[str, Any] = {
 }
 
 # By name of the input, its open sizes, where they are neither a length nor the side of an image
-OPEN: dict[str, tuple[int, ...]] = {"points": (2,), "labels": (2,), "boxes": (1,), "box_labels": (1,), "masks": (1, 8, 8)}
+OPEN: dict[str, tuple[int, ...]] = {
+    "points": (2,),
+    "labels": (2,),
+    "boxes": (1,),
+    "box_labels": (1,),
+    "masks": (1, 8, 8),
+    "encoder_input_values": (2048,),
+}
 
 
 def small(build: Any, **own: Any) -> Any:
@@ -140,14 +147,15 @@ _T5_GEMMA = {
     for k, v in {
         "hidden_dim": 16,
         "intermediate_dim": 32,
-        "num_layers": 2,
+        "num_layers": 1,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 8,
-        "layer_types": ["full_attention"] * 2,
+        "layer_types": ["full_attention"],
     }.items()
 }
 _SMOL = {
+    "num_layers": 2,
     "attention_bias": False,
     "attention_dropout": 0.0,
     "rope_layer_enabled_list": [True, False],
@@ -161,7 +169,9 @@ _SMOL = {
 _DINO = _named(
     "DINOV2Backbone", num_layers=4, patch_size=8, position_embedding_shape=(64, 64, 3), image_shape=(64, 64, 3)
 )
-_VITDET = _named("ViTDetBackbone", global_attention_layer_indices=[1], window_size=2, num_output_channels=8, **_IMAGE)
+_VITDET = _named(
+    "ViTDetBackbone", num_layers=2, global_attention_layer_indices=[1], window_size=2, num_output_channels=8, **_IMAGE
+)
 
 _BACKBONES: dict[str, Callable[[], Any]] = {
     **{f"{name}Backbone": _named(f"{name}Backbone") for name in _TEXTS},
@@ -401,6 +411,7 @@ def _sam3() -> Any:
     return _models().SAM3PromptableConceptBackbone(
         small(
             layers.SAM3VisionEncoder,
+            num_layers=2,
             fpn_hidden_dim=16,
             fpn_scale_factors=[4.0, 2.0, 1.0, 0.5],
             pretrain_image_shape=(28, 28, 3),
@@ -422,7 +433,10 @@ def _stable_diffusion() -> Any:
     models = _models()
     coder = {"num_filters": [32, 32, 32, 32], "num_blocks": [1, 1, 1, 1]}
     vae = VAEBackbone(**{f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in coder.items()})
-    texts = [small(models.CLIPTextEncoder, max_sequence_length=LENGTH, name=f"clip_{side}") for side in "lg"]
+    texts = [
+        small(models.CLIPTextEncoder, max_sequence_length=LENGTH, intermediate_output_index=0, name=f"clip_{side}")
+        for side in "lg"
+    ]
     return models.StableDiffusion3Backbone(
         mmdit_patch_size=2,
         mmdit_hidden_dim=16,

@@ -61,6 +61,10 @@ def _window_in_front(node: Node, sources: Sequence[Shape], s: Scaling) -> Sequen
     return None if _window_behind(node, sources[0], s) is None else (s.without_stats(),)
 
 
+def _constant_of_window(node: Node, x: Array) -> Array:
+    return x if _counts_no_zeros(node) else np.where(x == 0, x, np.nan)
+
+
 def inside(node: Node, source: Shape) -> Array:
     """How many places of each window of a pooling are in the image, [1, rows, columns, 1]."""
     lines = []
@@ -164,7 +168,9 @@ RECORDS = collect(
     Op(
         name="window_mean",
         compute=lambda n, xs, w: _window_mean(n, xs[0]),
-        channels=Channels(behind=_window_behind, in_front=_window_in_front, offset=_counts_no_zeros),
+        channels=Channels(
+            behind=_window_behind, in_front=_window_in_front, offset=_counts_no_zeros, constant=_constant_of_window
+        ),
         moments=same_moments,
     ),
     Op(

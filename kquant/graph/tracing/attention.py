@@ -149,13 +149,22 @@ def _output(b: Builder, layer: Any, query: Node, y: Node, weights: Node, both: b
 
 @lowers_op("DotProductAttention")
 def dot_product_attention(
-    b: Builder, op: Any, query: Node, key: Node, value: Node, bias: Any = None, mask: Any = None, **settings: Any
+    b: Builder,
+    op: Any,
+    query: Node,
+    key: Node,
+    value: Node,
+    bias: Any = None,
+    mask: Any = None,
+    scale: Any = None,
+    is_causal: bool = False,
+    **settings: Any,
 ) -> Node:
     if bias is not None:
         raise NotLowered("a bias of the scores")
-    scale = getattr(op, "scale", None)
+    scale = getattr(op, "scale", None) if scale is None else scale
     scale = float(query.shape[-1] or 1) ** -0.5 if scale is None else float(as_array(scale).reshape(()))
-    masks = _masks(b, query, key, None, None, mask, bool(getattr(op, "is_causal", False)))
+    masks = _masks(b, query, key, None, None, mask, is_causal or bool(getattr(op, "is_causal", False)))
     return attend(b, query, key, value, scale, masks)[0]
 
 
@@ -213,7 +222,8 @@ def softmax_layer(b: Builder, layer: Any, inputs: Node, mask: Any = None) -> Nod
     order = (*(a for a in range(rank) if a != axis % rank), axis % rank)
     x = transpose(b, inputs, order, "axis_last")
     if mask is not None:
-        if not isinstance(mask, Node) or mask.dtype != "bool" or len(mask.shape) != rank:
+        truths = isinstance(mask, Node) and (mask.dtype == "bool" or compares_ids(b, mask, 0.0))
+        if not truths or len(mask.shape) != rank:
             raise NotLowered("a softmax with a mask of another rank, or of numbers")
         seen = mask_of(b, mask, mask.shape)[0]
         assert isinstance(seen, Node)

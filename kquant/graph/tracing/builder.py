@@ -138,6 +138,7 @@ class Builder:
     def __init__(self, trace_function: Callable[..., list[Node]], training: bool = False) -> None:
         self.training = training
         self.nodes: dict[str, Node] = {}
+        self.counts: set[str] = set()  # truth values that the user's model has as integers, zeros and ones
         self.scope = Scope("", "", "", ())
         self.trace_function = trace_function
 

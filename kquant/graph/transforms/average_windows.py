@@ -11,8 +11,8 @@ from kquant.graph.ops.reductions import inside
 def average_windows(graph: Graph) -> Graph:
     """The same function with every average pooling as a window_mean.
 
-    Where padding leaves windows incomplete, their zeros count in a window_mean, so that a factor for each place follows:
-    avg = window_mean * size / (places inside).
+    Where padding leaves windows incomplete, their zeros count in a window_mean, so that a factor for each place
+    follows: avg = window_mean * size / (places inside).
     """
     nodes: list[Node] = []
     for node in graph:
