@@ -202,8 +202,9 @@ def counted(b: Builder, truth: Node) -> Node:
     if truth.name not in b.counts:
         return truth
     call, why = FloatCall(INTEGERS, (Slot(0, truth.shape, "bool"),), {}), "the layer behind it counts truth values"
-    settings = {"shape": truth.shape, "batch": truth.batch, "dtype": "int32", "call": call, "reason": why}
-    return b.emit("float", truth, suffix="counted", **settings)
+    return b.emit(
+        "float", truth, suffix="counted", shape=truth.shape, batch=truth.batch, dtype="int32", call=call, reason=why
+    )
 
 
 def _close(results: Any, others: Any) -> bool:

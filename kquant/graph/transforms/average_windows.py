@@ -27,6 +27,12 @@ def _of_windows(graph: Graph, node: Node) -> list[Node]:
     mean = node.with_(op="window_mean", name=graph.unique_name(f"{node.name}/sum"))
     factors = (size / count).astype(np.float32)
     name = graph.unique_name(f"{node.name}/factors")
-    of_user = {"origin": node.origin, "origin_type": node.origin_type}
-    const = Node(name=name, op="const", shape=factors.shape, weights={"value": factors}, **of_user)
+    const = Node(
+        name=name,
+        op="const",
+        shape=factors.shape,
+        weights={"value": factors},
+        origin=node.origin,
+        origin_type=node.origin_type,
+    )
     return [mean, const, node.with_(op="mul", inputs=(mean.name, name), attrs={})]
