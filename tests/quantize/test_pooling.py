@@ -44,3 +44,13 @@ def test_a_target_without_the_kernel_keeps_the_pooling() -> None:
     name = register_target(replace(LITERT, name="without_means", kernels=kernels)).name
     _, _, qmodel = pooled(config(target=name))
     assert kquant.export_tflite(qmodel).op_counts.get("AVERAGE_POOL_2D") == 1
+
+
+def test_padded_windows_of_what_is_smooth_keep_the_grid_of_the_input() -> None:
+    """The averages reach as far as the input does: one rounding is better than two."""
+    image = keras.Input((12, 12, 3))
+    model = keras.Model(image, L.AveragePooling2D(3, 2, padding="same")(image))
+    levels = np.random.default_rng(0).uniform(-1, 1, (64, 1, 1, 3))
+    x = np.broadcast_to(levels, (64, 12, 12, 3)).astype("float32").copy()
+    qmodel = kquant.quantize_model(model, x, config("w8a8"), progress=False)
+    assert kquant.export_tflite(qmodel).op_counts.get("AVERAGE_POOL_2D") == 1
