@@ -189,6 +189,8 @@ class Builder:
         Raises:
             ModelError: a weight is not finite.
         """
+        if any(not isinstance(x, Node) for x in inputs):
+            raise NotLowered(f"{op} of a constant")
         if dtype is None:
             moves = OPS[op].grid is not Tie.OWN and not OPS[op].selects
             dtype = inputs[0].dtype if moves else "float32"

@@ -51,25 +51,30 @@ def output_shapes(operation: Any, args: Any, kwargs: Any, outputs: Sequence[Any]
     args, kwargs = keras.tree.map_structure(
         lambda a: keras.KerasTensor(a.shape, a.dtype) if isinstance(a, Node) else a, (args, kwargs)
     )
-    found = declared
-    for call in (operation.compute_output_spec, partial(_one_sample, operation)):
-        try:
-            found = tuple(without_batch(t.shape) for t in keras.tree.flatten(call(*args, **kwargs)))
-        except Exception:
-            continue
-        if not any(None in s[1:] for s in found):
-            return found
-    return found
+    try:
+        found = tuple(
+            without_batch(t.shape) for t in keras.tree.flatten(operation.compute_output_spec(*args, **kwargs))
+        )
+        return found if not any(None in s[1:] for s in found) else _computed_shapes(operation, args, kwargs)
+    except Exception:
+        return declared
 
 
-def _one_sample(operation: Any, *args: Any, **kwargs: Any) -> Any:
-    """What an operation makes of zeros in place of symbolic tensors."""
+def _computed_shapes(operation: Any, args: Any, kwargs: Any) -> tuple[Shape, ...]:
+    """Shapes of what an operation makes of zeros; open where a size behind the batch depends on it."""
 
-    def zeros(value: Any) -> Any:
-        shape = tuple(d or 1 for d in value.shape) if isinstance(value, keras.KerasTensor) else ()
-        return keras.ops.zeros(shape, value.dtype) if isinstance(value, keras.KerasTensor) else value
+    def of(samples: int) -> list[Shape]:
+        def zeros(value: Any) -> Any:
+            if not isinstance(value, keras.KerasTensor):
+                return value
+            return keras.ops.zeros(tuple(samples if d is None else d for d in value.shape), value.dtype)
 
-    return operation(*keras.tree.map_structure(zeros, args), **keras.tree.map_structure(zeros, kwargs))
+        filled_args, filled_kwargs = keras.tree.map_structure(zeros, (args, kwargs))
+        return [tuple(t.shape) for t in keras.tree.flatten(operation(*filled_args, **filled_kwargs))]
+
+    two, three = of(2), of(3)
+    sizes = [[d if d == e else None for d, e in zip(a, b, strict=True)] for a, b in zip(two, three, strict=True)]
+    return tuple(without_batch(s) for s in sizes)
 
 
 def loses_sizes(function: Any) -> bool:

@@ -196,7 +196,8 @@ class _Tracer:
             declared = None if isinstance(operation, keras.layers.Activation) else tuple(tensor.shape[1:])
             # (Activation declares the shape of its input, whatever its function makes)
             if declared is not None and None not in declared and node.shape[1:] != declared:
-                raise AssertionError(f"{scope.origin!r} was lowered to shape {node.shape}, not {tensor.shape}")
+                kind = AssertionError if is_builtin(operation) else ModelError  # (of its compute_output_shape)
+                raise kind(f"Layer {scope.origin!r} declares the shape {tensor.shape}, and computes {node.shape}")
         self.builder.scope = scope
         return training.acting(self.builder, operation, args, kwargs, result)
 
