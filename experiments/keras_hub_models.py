@@ -17,7 +17,7 @@ VOCABULARY, LENGTH, SIDE = 40, 12, 32
 # By name of the parameter, for whatever has it
 SMALL: dict[str, Any] = {
     "vocabulary_size": VOCABULARY,
-    "num_layers": 2,
+    "num_layers": 1,
     "num_heads": 2,
     "num_query_heads": 2,
     "num_attention_heads": 2,
@@ -38,6 +38,16 @@ SMALL: dict[str, Any] = {
     "top_k": 1,
     "expert_intermediate_dim": 16,
     "projection_dim": 8,
+}
+
+# By name of the input, its open sizes, where they are neither a length nor the side of an image
+OPEN: dict[str, tuple[int, ...]] = {
+    "points": (2,),
+    "labels": (2,),
+    "boxes": (1,),
+    "box_labels": (1,),
+    "masks": (1, 8, 8),
+    "encoder_input_values": (2048,),
 }
 
 
@@ -65,8 +75,10 @@ def samples(model: keras.Model, count: int, seed: int = 0) -> Any:
     found: dict[str, np.ndarray] = {}
     for tensor in model.inputs:
         name, integers = tensor.name, "int" in str(tensor.dtype)
+        if name in OPEN:
+            tensor = keras.KerasTensor((None, *OPEN[name], *tensor.shape[len(OPEN[name]) + 1 :]), tensor.dtype)
         if "mask" in name and len(tensor.shape) == 2:
-            found[name] = (np.arange(LENGTH) < lengths[:, None]).astype("int32")
+            found[name] = (np.arange(LENGTH) < lengths[:, None]).astype(str(tensor.dtype))
         elif integers or "bool" in str(tensor.dtype):
             limit = VOCABULARY if "token" in name else LENGTH if "position" in name else 2
             found[name] = rng.integers(0, limit, (count, *_sizes(tensor.shape, LENGTH))).astype("int32")
@@ -135,14 +147,15 @@ _T5_GEMMA = {
     for k, v in {
         "hidden_dim": 16,
         "intermediate_dim": 32,
-        "num_layers": 2,
+        "num_layers": 1,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 8,
-        "layer_types": ["full_attention"] * 2,
+        "layer_types": ["full_attention"],
     }.items()
 }
 _SMOL = {
+    "num_layers": 2,
     "attention_bias": False,
     "attention_dropout": 0.0,
     "rope_layer_enabled_list": [True, False],
@@ -156,7 +169,9 @@ _SMOL = {
 _DINO = _named(
     "DINOV2Backbone", num_layers=4, patch_size=8, position_embedding_shape=(64, 64, 3), image_shape=(64, 64, 3)
 )
-_VITDET = _named("ViTDetBackbone", global_attention_layer_indices=[1], window_size=2, num_output_channels=8, **_IMAGE)
+_VITDET = _named(
+    "ViTDetBackbone", num_layers=2, global_attention_layer_indices=[1], window_size=2, num_output_channels=8, **_IMAGE
+)
 
 _BACKBONES: dict[str, Callable[[], Any]] = {
     **{f"{name}Backbone": _named(f"{name}Backbone") for name in _TEXTS},
@@ -287,7 +302,154 @@ _BACKBONES: dict[str, Callable[[], Any]] = {
     "XceptionBackbone": _named(
         "XceptionBackbone", stackwise_conv_filters=[[8, 8], [8, 16]], stackwise_pooling=[True, False]
     ),
+    "BLIP2Backbone": lambda: _blip2(),
+    "FluxBackbone": _named(
+        "FluxBackbone",
+        input_channels=8,
+        mlp_ratio=2.0,
+        depth=1,
+        depth_single_blocks=1,
+        axes_dim=[2, 2, 4],
+        theta=10000,
+        use_bias=True,
+        guidance_embed=True,
+        image_shape=(6, 8),
+        text_shape=(4, 8),
+        image_ids_shape=(6, 3),
+        text_ids_shape=(4, 3),
+        y_shape=(8,),
+    ),
+    "Gemma3nBackbone": _named(
+        "Gemma3nBackbone",
+        text_vocab_size=VOCABULARY,
+        text_hidden_size=16,
+        num_hidden_layers=2,
+        pad_token_id=0,
+        intermediate_size=[32, 32],
+        hidden_activation="gelu_approximate",
+        layer_types=["full_attention", "sliding_attention"],
+        sliding_window=4,
+        rope_theta=10000.0,
+        max_position_embeddings=16,
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=4,
+        altup_num_inputs=2,
+        laurel_rank=2,
+    ),
+    "MobileNetV5Backbone": lambda: _mobile_net_v5(),
+    "PARSeqBackbone": _named(
+        "PARSeqBackbone",
+        image_encoder=_named("ViTBackbone", **_IMAGE),
+        max_label_length=LENGTH,
+        decoder_hidden_dim=16,
+        num_decoder_layers=1,
+        num_decoder_heads=2,
+        decoder_mlp_dim=32,
+    ),
+    "SAMBackbone": lambda: _sam(),
+    "SAM3PromptableConceptBackbone": lambda: _sam3(),
+    "StableDiffusion3Backbone": lambda: _stable_diffusion(),
 }
+
+
+def _blip2() -> Any:
+    from keras_hub.src.models.blip2.blip2_custom_opt import BLIP2CustomOPT
+    from keras_hub.src.models.blip2.blip2_qformer import BLIP2QFormer
+    from keras_hub.src.models.blip2.blip2_vision_encoder import BLIP2VisionEncoder
+
+    common = {"dropout": 0.0, "num_query_tokens": 4, "layer_norm_epsilon": 1e-5}
+    encoder = small(
+        BLIP2VisionEncoder,
+        image_size=SIDE,
+        use_patch_bias=True,
+        use_class_token=True,
+        use_mha_bias=True,
+        use_mlp_bias=True,
+        dropout_rate=0.0,
+        layer_norm_epsilon=1e-5,
+        initializer_range=0.02,
+    )
+    former = small(BLIP2QFormer, vision_dim=16, cross_attention_frequency=2, **common)
+    text = small(BLIP2CustomOPT, qformer_hidden_dim=16, **common)
+    return _models().BLIP2Backbone(encoder, former, text)
+
+
+def _mobile_net_v5() -> Any:
+    from keras_hub.src.models.mobilenetv5.mobilenetv5_builder import convert_arch_def_to_stackwise
+
+    stages = [["er_r1_k3_s2_e2_c8"], ["uir_r1_a3_k3_s2_e2_c16"], ["mqa_r1_k3_h2_s1_d8_c16"]]
+    return _models().MobileNetV5Backbone(
+        **convert_arch_def_to_stackwise(stages), num_features=16, msfa_output_resolution=8, **_IMAGE
+    )
+
+
+def _sam() -> Any:
+    import keras_hub
+
+    prompts = small(
+        keras_hub.layers.SAMPromptEncoder,
+        image_embedding_size=(4, 4),
+        input_image_size=(SIDE, SIDE),
+        mask_in_channels=16,
+        hidden_size=8,
+    )
+    masks = small(
+        keras_hub.layers.SAMMaskDecoder,
+        hidden_size=8,
+        embedding_dim=8,
+        num_multimask_outputs=3,
+        iou_head_depth=2,
+        iou_head_hidden_dim=8,
+    )
+    return _models().SAMBackbone(_VITDET(), prompts, masks)
+
+
+def _sam3() -> Any:
+    import keras_hub
+
+    layers, image = keras_hub.layers, {"image_shape": (56, 56, 3), "patch_size": 14}
+    return _models().SAM3PromptableConceptBackbone(
+        small(
+            layers.SAM3VisionEncoder,
+            num_layers=2,
+            fpn_hidden_dim=16,
+            fpn_scale_factors=[4.0, 2.0, 1.0, 0.5],
+            pretrain_image_shape=(28, 28, 3),
+            window_size=2,
+            global_attn_indexes=[1],
+            **image,
+        ),
+        small(layers.SAM3TextEncoder),
+        small(layers.SAM3GeometryEncoder, roi_size=3),
+        small(layers.SAM3DetrEncoder),
+        small(layers.SAM3DetrDecoder, num_queries=5, **image),
+        small(layers.SAM3MaskDecoder, num_upsampling_stages=2),
+    )
+
+
+def _stable_diffusion() -> Any:
+    from keras_hub.src.models.vae.vae_backbone import VAEBackbone
+
+    models = _models()
+    coder = {"num_filters": [32, 32, 32, 32], "num_blocks": [1, 1, 1, 1]}
+    vae = VAEBackbone(**{f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in coder.items()})
+    texts = [
+        small(models.CLIPTextEncoder, max_sequence_length=LENGTH, intermediate_output_index=0, name=f"clip_{side}")
+        for side in "lg"
+    ]
+    return models.StableDiffusion3Backbone(
+        mmdit_patch_size=2,
+        mmdit_hidden_dim=16,
+        mmdit_num_layers=1,
+        mmdit_num_heads=2,
+        mmdit_position_size=8,
+        mmdit_qk_norm=None,
+        mmdit_dual_attention_indices=None,
+        vae=vae,
+        clip_l=texts[0],
+        clip_g=texts[1],
+        image_shape=(SIDE, SIDE, 3),
+    )
 
 
 def _mobile_net() -> Any:

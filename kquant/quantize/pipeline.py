@@ -36,13 +36,17 @@ from kquant.quantize.masks import prepare_masks
 from kquant.quantize.moments import propagate
 from kquant.quantize.normalization import prepare_normalization
 from kquant.quantize.plan import Plan, make_plan
+from kquant.quantize.pooling import prepare_pooling
 from kquant.quantize.record import Quantization, Step
+from kquant.quantize.small_values import prepare_small_values
 
 # steps without a switch, in order
 _PREPARATIONS = (
     ("masks", prepare_masks),
     ("channel scales", prepare_channels),
     ("normalization", prepare_normalization),
+    ("pooling", prepare_pooling),
+    ("small values", prepare_small_values),
 )
 _NAMED = 8  # at most so many tensors are listed in a message
 

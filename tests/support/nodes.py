@@ -93,6 +93,8 @@ EXAMPLES: dict[str, Example] = {
     "max_pool2d": example("max_pool2d", IMAGE, padding="same", **_POOL),
     "avg_pool2d": example("avg_pool2d", IMAGE, padding="same", **_POOL),
     "avg_pool2d, all": example("avg_pool2d", IMAGE, padding="valid", pool_size=(5, 6), strides=(1, 1)),
+    "window_mean": example("window_mean", IMAGE, padding="valid", **_POOL),
+    "window_mean, zeros": example("window_mean", IMAGE, padding="same", **_POOL),
     "mean": example("mean", IMAGE, axes=(1, 2), keepdims=False),
     "mean, channels": example("mean", IMAGE, axes=(3,), keepdims=True),
     "reduce_max": example("reduce_max", IMAGE, axes=(1,), keepdims=True),

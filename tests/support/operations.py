@@ -118,6 +118,8 @@ GRAPHS: dict[str, Callable[[], Graph]] = {
     "max_pool_valid": lambda: _pool("max_pool2d", "valid"),
     "avg_pool_same": lambda: _pool("avg_pool2d", "same"),
     "avg_pool_valid": lambda: _pool("avg_pool2d", "valid"),
+    "window_mean_valid": lambda: _pool("window_mean", "valid"),
+    "window_mean_zeros": lambda: _pool("window_mean", "same"),
     "mean": lambda: chain(IMAGE, op("mean", (3,), axes=(1, 2), keepdims=False)),
     "mean_keepdims": lambda: chain(IMAGE, op("mean", (6, 1, 3), axes=(2,), keepdims=True)),
     "reduce_max": lambda: chain(IMAGE, op("reduce_max", (3,), axes=(1, 2), keepdims=False)),

@@ -3,12 +3,14 @@
 | op | attrs | weights |
 | --- | --- | --- |
 | max_pool2d, avg_pool2d | pool_size, strides, padding ("same" or "valid") | |
+| window_mean | pool_size, strides, padding, whose zeros count | |
 | mean, reduce_max, reduce_min | axes (positive, never the batch), keepdims | |
 | argmax, argmin | axis (positive) | |
 | top_k, top_k_indices | k: how many of the last axis | |
 
 An average pooling is on the grid of its input, a mean on a grid of its own. An average needs smaller steps than what it
-averages, most of all where the input has few bits, so that a pooling of whole images becomes a mean.
+averages, most of all where the input has few bits, so that a pooling of whole images becomes a mean, and one of windows
+a window_mean when it is quantized (`transforms/average_windows.py`).
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import tensorflow as tf
 
 from kquant.graph.ir import Node, Shape
 from kquant.graph.moments import POINTS, Moments, phi, regroup
-from kquant.graph.ops.record import Op, Tie, collect, same_moments
-from kquant.graph.scaling import Channels, Scaling
+from kquant.graph.ops.record import Op, Tensor, Tie, collect, same_moments
+from kquant.graph.scaling import Array, Channels, Scaling
 
 WINDOW = 0.5  # correlation of the places of a maximum,
 PLACES = 0.25  # and of a mean, which are farther apart
@@ -45,6 +47,40 @@ def _average_in_front(node: Node, sources: Sequence[Shape], s: Scaling) -> Seque
 
 def _maximum_in_front(node: Node, sources: Sequence[Shape], s: Scaling) -> Sequence[Scaling] | None:
     return None if _maximum_behind(node, sources[0], s) is None else (s.without_stats(),)
+
+
+def _counts_no_zeros(node: Node) -> bool:
+    return str(node.attrs["padding"]) == "valid"
+
+
+def _window_behind(node: Node, source: Shape, s: Scaling) -> Scaling | None:
+    return s if _counts_no_zeros(node) or not s.offset.any() else None
+
+
+def _window_in_front(node: Node, sources: Sequence[Shape], s: Scaling) -> Sequence[Scaling] | None:
+    return None if _window_behind(node, sources[0], s) is None else (s.without_stats(),)
+
+
+def _constant_of_window(node: Node, x: Array) -> Array:
+    return x if _counts_no_zeros(node) else np.where(x == 0, x, np.nan)
+
+
+def inside(node: Node, source: Shape) -> Array:
+    """How many places of each window of a pooling are in the image, [1, rows, columns, 1]."""
+    lines = []
+    for axis, (size, stride) in enumerate(zip(node.attrs["pool_size"], node.attrs["strides"], strict=True), 1):
+        length = int(source[axis] or 0)
+        padded = str(node.attrs["padding"]) == "same"
+        count = -(-length // stride) if padded else (length - size) // stride + 1
+        before = max((count - 1) * stride + size - length, 0) // 2 if padded else 0
+        first = np.arange(count) * stride - before
+        lines.append(np.minimum(first + size, length) - np.maximum(first, 0))
+    return np.multiply.outer(*lines)[None, :, :, None]
+
+
+def _window_mean(node: Node, x: Tensor) -> Tensor:
+    share = (inside(node, x.shape) / np.prod(node.attrs["pool_size"])).astype(np.float32)
+    return tf.nn.avg_pool2d(x, node.attrs["pool_size"], node.attrs["strides"], _padding(node)) * share
 
 
 AVERAGE = Channels(behind=_average_behind, in_front=_average_in_front, offset=lambda node: True)
@@ -128,6 +164,14 @@ RECORDS = collect(
         channels=AVERAGE,
         moments=same_moments,
         simpler=_mean_of_all,
+    ),
+    Op(
+        name="window_mean",
+        compute=lambda n, xs, w: _window_mean(n, xs[0]),
+        channels=Channels(
+            behind=_window_behind, in_front=_window_in_front, offset=_counts_no_zeros, constant=_constant_of_window
+        ),
+        moments=same_moments,
     ),
     Op(
         name="mean",

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from kquant.graph.ir import Node
-from kquant.graph.tracing.keras_graph import loses_sizes
+from kquant.graph.tracing.keras_graph import inlined, loses_sizes
 
 
 def bind(operation: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -52,11 +52,14 @@ def is_constant(value: Any) -> bool:
     return isinstance(value, np.ndarray)
 
 
-def symbolic(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, list[Any]]:
+def symbolic(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], owner: Any = None
+) -> tuple[Any, list[Any]]:
     """A function on symbolic tensors in place of nodes: (keras.Function of these, results).
 
-    What computes with the size of the batch, or loses other sizes where that is open, runs with one sample. Results
-    that depend on no input are no part of the function, which is None where there is no other.
+    What computes with the size of the batch, or loses other sizes where that is open, runs with one sample; where Keras
+    cannot record the calls of custom layers inside of `owner`, these run in place. Results that depend on no input are
+    no part of the function, which is None where there is no other.
     """
     nodes = nodes_in(list(args), kwargs)
 
@@ -78,7 +81,11 @@ def symbolic(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
         try:
             return attempt(1)
         except Exception:
-            raise error from None
+            try:
+                with inlined(owner):
+                    return attempt(1)
+            except Exception:
+                raise error from None
     try:
         return attempt(1)
     except Exception:

@@ -156,14 +156,17 @@ def dot_product_attention(
     value: Node,
     bias: Any = None,
     mask: Any = None,
-    scale: Any = None,  # an argument of the call, or in other versions of Keras a setting
+    scale: Any = None,  # arguments of the call, or in other versions of Keras settings
+    is_causal: bool = False,
+    attn_logits_soft_cap: float | None = None,
     **settings: Any,
 ) -> Node:
-    if bias is not None or getattr(op, "attn_logits_soft_cap", None) is not None:
+    cap = getattr(op, "attn_logits_soft_cap", None) if attn_logits_soft_cap is None else attn_logits_soft_cap
+    if bias is not None or cap is not None:
         raise NotLowered("a bias or a cap of the scores")
     scale = getattr(op, "scale", None) if scale is None else scale
     scale = float(query.shape[-1] or 1) ** -0.5 if scale is None else float(as_array(scale).reshape(()))
-    masks = _masks(b, query, key, None, None, mask, bool(getattr(op, "is_causal", False)))
+    masks = _masks(b, query, key, None, None, mask, is_causal or bool(getattr(op, "is_causal", False)))
     return attend(b, query, key, value, scale, masks)[0]
 
 
@@ -223,7 +226,8 @@ def softmax_layer(b: Builder, layer: Any, inputs: Node, mask: Any = None) -> Nod
     order = (*(a for a in range(rank) if a != axis % rank), axis % rank)
     x = transpose(b, inputs, order, "axis_last")
     if mask is not None:
-        if not isinstance(mask, Node) or mask.dtype != "bool" or len(mask.shape) != rank:
+        truths = isinstance(mask, Node) and (mask.dtype == "bool" or compares_ids(b, mask, 0.0))
+        if not truths or len(mask.shape) != rank:
             raise NotLowered("a softmax with a mask of another rank, or of numbers")
         seen = mask_of(b, mask, mask.shape)[0]
         assert isinstance(seen, Node)

@@ -138,6 +138,7 @@ class Builder:
     def __init__(self, trace_function: Callable[..., list[Node]], training: bool = False) -> None:
         self.training = training
         self.nodes: dict[str, Node] = {}
+        self.counts: set[str] = set()  # truth values that the user's model has as integers, zeros and ones
         self.scope = Scope("", "", "", ())
         self.trace_function = trace_function
 
@@ -188,6 +189,8 @@ class Builder:
         Raises:
             ModelError: a weight is not finite.
         """
+        if any(not isinstance(x, Node) for x in inputs):
+            raise NotLowered(f"{op} of a constant")
         if dtype is None:
             moves = OPS[op].grid is not Tie.OWN and not OPS[op].selects
             dtype = inputs[0].dtype if moves else "float32"

@@ -115,6 +115,44 @@ def _of_numbers(b: Builder, joined: str, xs: Sequence[Any]) -> Node:
     return b.emit("function", b.emit(joined, *numbers, suffix="both"), steps=_ABOVE, dtype="bool")
 
 
+def _counted(numbers: str, truths: str) -> Callable[..., Node]:
+    """A minimum, maximum or product, which among zeros and ones is "and" or "or"."""
+
+    def lower(b: Builder, op: Any, x1: Any, x2: Any) -> Node:
+        if all(not isinstance(x, Node) or x.dtype == "float32" for x in (x1, x2)):
+            return two_inputs(b, numbers, x1, x2)
+        if numbers != "minimum" and any(isinstance(x, Node) and x.dtype == "int32" for x in (x1, x2)):
+            raise NotLowered("it computes with integers")
+        node = _logical(truths, 2)(b, op, _truth(b, x1), _truth(b, x2))
+        b.counts.add(node.name)
+        return node
+
+    return lower
+
+
+def _truth(b: Builder, x: Any) -> Any:
+    """Zeros and ones as truth values.
+
+    Raises:
+        NotLowered: they are other integers, as far as can be told.
+    """
+    if isinstance(x, Node):
+        if x.dtype == "bool":
+            return x
+        if not compares_ids(b, x, 1.0):
+            raise NotLowered("it computes with integers")
+        return ids_compared(b, x, "greater_equal", 1.0)
+    if not np.isin(as_array(x), (0, 1)).all():
+        raise NotLowered("it computes with integers")
+    return as_array(x) != 0
+
+
+for _name, _kinds in {
+    "Minimum": ("minimum", "logical_and"),
+    "Multiply": ("mul", "logical_and"),
+    "Maximum": ("maximum", "logical_or"),
+}.items():
+    lowers_op(_name)(_counted(*_kinds))
 lowers_op("LogicalAnd")(_logical("logical_and", 2))
 lowers_op("LogicalOr")(_logical("logical_or", 2))
 lowers_op("LogicalNot")(_logical("logical_not", 1))
@@ -177,7 +215,8 @@ def cast(b: Builder, op: Any, x: Node) -> Node:
         if compares_ids(b, x, 0.0):
             return ids_compared(b, x, "not_equal", 0.0)
         return x if x.dtype == "bool" else function(b, x, lambda t: t.call("not_equal", t, 0.0), dtype="bool")
-    if "int" in str(op.dtype) and x.dtype == "int32":
+    if "int" in str(op.dtype) and x.dtype in ("int32", "bool"):
+        b.counts.update({x.name} if x.dtype == "bool" else ())  # zeros and ones, of which some take note
         return x
     if "float" not in str(op.dtype) or x.dtype == "int32":  # of an input, see `inputs.settle_inputs`
         raise NotLowered(f"a cast from {x.dtype} to {op.dtype}")

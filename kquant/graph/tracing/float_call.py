@@ -10,7 +10,10 @@ from typing import Any
 import keras
 import numpy as np
 
+from kquant.graph.ir import Node
 from kquant.graph.tracing.borrowed import Borrowed, Loan, NotCopied
+from kquant.graph.tracing.builder import Builder
+from kquant.graph.tracing.keras_graph import INTEGERS
 
 _SAME = 1e-3  # how far a copy may be off, relative to the largest output
 _HALVES = ("float16", "bfloat16")
@@ -192,6 +195,16 @@ class FloatCall:
             return tensor(value) if isinstance(value, Slot) else value
 
         return keras.tree.map_structure(fill, (self.args, self.kwargs))
+
+
+def counted(b: Builder, truth: Node) -> Node:
+    """A tensor for an operation of the user's: zeros and ones where the model has these in place of truth values."""
+    if truth.name not in b.counts:
+        return truth
+    call, why = FloatCall(INTEGERS, (Slot(0, truth.shape, "bool"),), {}), "the layer behind it counts truth values"
+    return b.emit(
+        "float", truth, suffix="counted", shape=truth.shape, batch=truth.batch, dtype="int32", call=call, reason=why
+    )
 
 
 def _close(results: Any, others: Any) -> bool:

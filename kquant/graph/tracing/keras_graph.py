@@ -6,16 +6,21 @@ Keras has no public interface to the recorded calls of a model, so this reads `_
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import keras
 from keras.src.models import Functional, Sequential
+from keras.src.ops.core import Cast
 
 from kquant.graph.ir import Node, Shape
 from kquant.graph.structure import paths
-from kquant.graph.tracing.builder import without_batch
+from kquant.graph.tracing.builder import is_builtin, without_batch
+
+INTEGERS = Cast("int32")  # of truth values
 
 
 def recorded_calls(function: Any) -> Iterator[tuple[Any, Any, Any, list[Any]]]:
@@ -47,10 +52,29 @@ def output_shapes(operation: Any, args: Any, kwargs: Any, outputs: Sequence[Any]
         lambda a: keras.KerasTensor(a.shape, a.dtype) if isinstance(a, Node) else a, (args, kwargs)
     )
     try:
-        spec = operation.compute_output_spec(*args, **kwargs)
+        found = tuple(
+            without_batch(t.shape) for t in keras.tree.flatten(operation.compute_output_spec(*args, **kwargs))
+        )
+        return found if not any(None in s[1:] for s in found) else _computed_shapes(operation, args, kwargs)
     except Exception:
         return declared
-    return tuple(without_batch(t.shape) for t in keras.tree.flatten(spec))
+
+
+def _computed_shapes(operation: Any, args: Any, kwargs: Any) -> tuple[Shape, ...]:
+    """Shapes of what an operation makes of zeros; open where a size behind the batch depends on it."""
+
+    def of(samples: int) -> list[Shape]:
+        def zeros(value: Any) -> Any:
+            if not isinstance(value, keras.KerasTensor):
+                return value
+            return keras.ops.zeros(tuple(samples if d is None else d for d in value.shape), value.dtype)
+
+        filled_args, filled_kwargs = keras.tree.map_structure(zeros, (args, kwargs))
+        return [tuple(t.shape) for t in keras.tree.flatten(operation(*filled_args, **filled_kwargs))]
+
+    two, three = of(2), of(3)
+    sizes = [[d if d == e else None for d, e in zip(a, b, strict=True)] for a, b in zip(two, three, strict=True)]
+    return tuple(without_batch(s) for s in sizes)
 
 
 def loses_sizes(function: Any) -> bool:
@@ -103,12 +127,50 @@ def names_of(structure: Any, tensors: Sequence[Any]) -> tuple[str, ...]:
 
 @contextmanager
 def untouched(owner: Any) -> Iterator[None]:
-    """Forget the symbolic calls of a layer and its sublayers that are made in the block."""
+    """Forget the symbolic calls of a layer and its sublayers that are made in the block, where no size gets lost."""
     layers = owner._flatten_layers() if isinstance(owner, keras.layers.Layer) else []
     before = [(layer, len(layer._inbound_nodes), len(layer._outbound_nodes)) for layer in layers]
+    forgetful = [layer for layer in layers if isinstance(layer, keras.layers.EinsumDense) and layer.built]
+    for layer in forgetful:
+        object.__setattr__(layer, "compute_output_shape", partial(_shape_of_einsum, layer))
     try:
         yield
     finally:
+        for layer in forgetful:
+            layer.__dict__.pop("compute_output_shape", None)
         for layer, inbound, outbound in before:
             del layer._inbound_nodes[inbound:]
             del layer._outbound_nodes[outbound:]
+
+
+@contextmanager
+def inlined(owner: Any) -> Iterator[None]:
+    """Let custom layers inside of another run their `call` in place, as plain functions.
+
+    Keras records calls of layers whose `compute_output_spec` knows all that `call` takes and returns; some do not:
+    subclasses with more arguments, layers that return None beside a tensor, or several tensors where they declare one.
+    """
+    layers = owner._flatten_layers()[1:] if isinstance(owner, keras.layers.Layer) else []
+    kinds = [(layer, type(layer)) for layer in layers if not is_builtin(layer) and functional_form(layer) is None]
+    for layer, kind in kinds:
+        in_place = type(kind.__name__, (kind,), {"__call__": lambda self, *args, **kwargs: self.call(*args, **kwargs)})
+        object.__setattr__(layer, "__class__", in_place)
+    names = [layer.name for layer in layers]
+    for k, layer in enumerate(layers):  # two inner layers may have one name, which a function does not take
+        object.__setattr__(layer, "name", f"{layer.name}_{k}")
+    try:
+        yield
+    finally:
+        for layer, name in zip(layers, names, strict=True):
+            object.__setattr__(layer, "name", name)
+        for layer, kind in kinds:
+            object.__setattr__(layer, "__class__", kind)
+
+
+def _shape_of_einsum(layer: Any, input_shape: Any) -> Any:
+    """The shape of what an EinsumDense makes, also where its `output_shape` leaves sizes open."""
+    if "." in layer.equation:
+        return type(layer).compute_output_shape(layer, input_shape)
+    left, kernel, result = re.split(",|->", layer.equation)
+    sizes = dict(zip(kernel, layer.kernel.shape, strict=True)) | dict(zip(left, input_shape, strict=True))
+    return tuple(sizes[axis] for axis in result)

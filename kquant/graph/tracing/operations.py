@@ -55,9 +55,6 @@ def _binary(op: str) -> Any:
 for _name, _op in {
     "Add": "add",
     "Subtract": "sub",
-    "Multiply": "mul",
-    "Maximum": "maximum",
-    "Minimum": "minimum",
     "Fmax": "maximum",
     "Fmin": "minimum",
 }.items():
@@ -148,6 +145,8 @@ def split(b: Builder, op: Any, x: Node) -> list[Node]:
 @lowers_op("Unstack")
 def unstack(b: Builder, op: Any, x: Node) -> list[Node]:
     axis = op.axis % len(x.shape)
+    if axis == 0 and x.op == MOVED:
+        return [_part_of_moved(b, x, k) for k in range(int(b.nodes[x.name].shape[x.attrs["axes"][0]] or 1))]
     size = x.shape[axis]
     if axis == 0 or size is None:
         raise NotLowered("it splits the batch")
@@ -159,6 +158,10 @@ def unstack(b: Builder, op: Any, x: Node) -> list[Node]:
 def get_item(b: Builder, op: Any, x: Node, key: Any) -> Node:
     """Basic indexing: slices, integers, newaxis and Ellipsis; the batch stays whole."""
     keys = list(key) if isinstance(key, (tuple, list)) else [key]
+    if x.op == MOVED:
+        if len(keys) > 1 or not isinstance(keys[0], (int, np.integer)):
+            raise NotLowered("it indexes the batch")
+        return _part_of_moved(b, x, int(keys[0]))
     if any(not (k is None or k is Ellipsis or isinstance(k, (slice, int, np.integer))) for k in keys):
         raise NotLowered("indexing with tensors or lists")
     indexed = sum(k is not None and k is not Ellipsis for k in keys)
@@ -222,9 +225,36 @@ def reshape_op(b: Builder, op: Any, x: Node) -> Node:
     return reshape(b, x, output_shape(b), "")
 
 
+MOVED = "moved"  # a tensor whose batch is not in front; in no graph, since its parts are taken of what was transposed
+
+
 @lowers_op("Transpose")
 def transpose_op(b: Builder, op: Any, x: Node) -> Node:
-    return transpose(b, x, op.axes if op.axes is not None else range(len(x.shape))[::-1], "")
+    """Where another axis comes first ("three, batch, heads, ..."), the parts along it are still to be taken."""
+    axes = tuple(op.axes if op.axes is not None else range(len(x.shape))[::-1])
+    if axes[0] % len(x.shape) == 0 or x.op == MOVED:
+        return transpose(b, x, axes, "")
+    return Node(name=x.name, op=MOVED, shape=b.scope.shapes[0], attrs={"axes": tuple(a % len(x.shape) for a in axes)})
+
+
+def check_moved(tensors: Sequence[Node], operation: Any = None) -> None:
+    """Refuse what reads a tensor whose batch is not in front, but for what takes its parts.
+
+    Raises:
+        NotLowered: the operation cannot.
+    """
+    if any(t.op == MOVED for t in tensors) and type(operation).__name__ not in ("GetItem", "Unstack"):
+        raise NotLowered("it reads a tensor whose batch is not in front")
+
+
+def _part_of_moved(b: Builder, moved: Node, k: int) -> Node:
+    """The k-th entry of the first axis of a tensor whose batch is not in front."""
+    x, (first, *rest) = b.nodes[moved.name], moved.attrs["axes"]
+    if rest[0] != 0:
+        raise NotLowered("it moves the batch dimension")
+    part = slice_axis(b, x, first, k % int(x.shape[first] or 1), k % int(x.shape[first] or 1) + 1, f"part_{k}")
+    part = reshape(b, part, [d for axis, d in enumerate(x.shape) if axis != first])
+    return transpose(b, part, [a - (a > first) for a in rest], f"part_{k}_transposed")
 
 
 @lowers_op("Swapaxes")

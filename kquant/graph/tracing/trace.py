@@ -42,7 +42,7 @@ from kquant.graph.tracing import (  # noqa: F401  they fill the tables
 from kquant.graph.tracing.arguments import bind, is_constant, named, nodes_in, symbolic
 from kquant.graph.tracing.builder import Builder, NotLowered, Scope, find_lowering, is_builtin, without_batch
 from kquant.graph.tracing.choices import COMPARISONS
-from kquant.graph.tracing.float_call import FloatCall, Slot
+from kquant.graph.tracing.float_call import FloatCall, Slot, counted
 from kquant.graph.tracing.implicit_masks import ImplicitMasks
 from kquant.graph.tracing.inputs import RANGES, settle_inputs
 from kquant.graph.tracing.keras_graph import (
@@ -54,6 +54,7 @@ from kquant.graph.tracing.keras_graph import (
     signature,
     untouched,
 )
+from kquant.graph.tracing.operations import check_moved
 from kquant.graph.tracing.raw_functions import raw_program
 from kquant.graph.tracing.registry import registered_lowering
 from kquant.graph.tracing.wrappers import channels_first
@@ -62,10 +63,11 @@ from kquant.graph.tracing.wrappers import channels_first
 _ATTENTION = {"MultiHeadAttention", "GroupedQueryAttention", "Attention", "AdditiveAttention", "DotProductAttention"}
 # They read integers: ids, or pixels that they turn into numbers
 _READS_IDS = {"Embedding", "ReversibleEmbedding", "TakeAlongAxis", "OneHot"}
-_READS_INTEGERS = {"Rescaling", "Normalization", "Cast"} | _READS_IDS | _ATTENTION | COMPARISONS
+_COUNTS = {"Minimum", "Maximum", "Multiply"}
+_READS_INTEGERS = {"Rescaling", "Normalization", "Cast", "Softmax"} | _COUNTS | _READS_IDS | _ATTENTION | COMPARISONS
 # or truth values
 _MASKED = {"LSTM", "GRU", "SimpleRNN", "RNN", "Bidirectional", "GlobalAveragePooling1D"} | _ATTENTION
-_READS_TRUTHS = {"Cast", "Where", "LogicalAnd", "LogicalOr", "LogicalNot", "Any", "Softmax"} | _MASKED
+_READS_TRUTHS = {"Cast", "Where", "LogicalAnd", "LogicalOr", "LogicalNot", "Any", "Softmax"} | _COUNTS | _MASKED
 # or values of any type that was computed, which they move
 _MOVES = {"Reshape", "Squeeze", "ExpandDims", "Transpose", "Swapaxes", "Moveaxis", "GetItem", "Slice", "Flatten"}
 
@@ -101,6 +103,7 @@ def trace_model(
     inputs = [tracer.input(t, shapes.get(name)) for t, name in zip(function.inputs, named["input_names"], strict=True)]
     try:
         outputs = tracer.walk(function, inputs, "", "", generated)
+        check_moved(outputs)
     except NotLowered as reason:  # not even in float
         raise ModelError(str(reason)) from reason
     graph = Graph(
@@ -193,13 +196,15 @@ class _Tracer:
             declared = None if isinstance(operation, keras.layers.Activation) else tuple(tensor.shape[1:])
             # (Activation declares the shape of its input, whatever its function makes)
             if declared is not None and None not in declared and node.shape[1:] != declared:
-                raise AssertionError(f"{scope.origin!r} was lowered to shape {node.shape}, not {tensor.shape}")
+                kind = AssertionError if is_builtin(operation) else ModelError  # (of its compute_output_shape)
+                raise kind(f"Layer {scope.origin!r} declares the shape {tensor.shape}, and computes {node.shape}")
         self.builder.scope = scope
         return training.acting(self.builder, operation, args, kwargs, result)
 
     def _lower(self, operation: Any, args: Any, kwargs: Any) -> Any:
         scope = self.builder.scope
         is_layer = isinstance(operation, keras.layers.Layer)
+        check_moved(nodes_in(args, kwargs), operation)
         constants = any(map(is_constant, keras.tree.flatten((args, kwargs))))
         if constants and not nodes_in(args, kwargs):
             with untouched(operation):
@@ -262,7 +267,7 @@ class _Tracer:
         nodes = nodes_in(list(args), kwargs)
         with untouched(owner if owner is not None else function):
             try:
-                traced, results = symbolic(function, args, kwargs)
+                traced, results = symbolic(function, args, kwargs, owner)
             except Exception as error:
                 steps = raw_program(function, nodes[0]) if len(nodes) == 1 and not kwargs else None
                 if steps is None:
@@ -288,6 +293,8 @@ class _Tracer:
 
         def slot(value: Any) -> Any:
             if isinstance(value, Node):
+                check_moved([value], operation)
+                value = counted(self.builder, value)
                 inputs.append(value)
                 return Slot(len(inputs) - 1, value.shape, value.dtype)
             if isinstance(value, keras.Variable) or hasattr(value, "numpy"):

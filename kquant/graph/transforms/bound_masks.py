@@ -124,17 +124,23 @@ def _masked(graph: Graph, reader: Node) -> MaskedScores | None:
 
 
 def _leaves(graph: Graph, name: str, large: float = LARGE) -> list[str]:
-    """What a mask comes from; empty for what is no mask."""
-    node = graph[name]
-    if node.op == "const":
-        value = node.weights["value"]
-        return [name] if value.min() <= -large and value.max() < LARGE else []
-    if (ends := ends_of(graph, node)) is not None:
-        return [name] if min(e.min() for e in ends) <= -large and max(e.max() for e in ends) < LARGE else []
-    if node.op in _MOVES or (node.op == "add" and "clip" not in node.attrs):
-        parts = [_leaves(graph, i, large) for i in node.inputs]
-        return [leaf for part in parts for leaf in part] if all(parts) else []
-    return []
+    """What a mask comes from, through sums; empty for what is no mask."""
+    leaves: list[str] = []
+    todo, known = [name], {name}  # a graph has as many paths as it likes
+    while todo:
+        node = graph[todo.pop()]
+        ends = (node.weights["value"],) if node.op == "const" else ends_of(graph, node)
+        if ends is not None:
+            if not (min(e.min() for e in ends) <= -large and max(e.max() for e in ends) < LARGE):
+                return []
+            leaves.append(node.name)
+        elif node.op in _MOVES or (node.op == "add" and "clip" not in node.attrs):
+            inputs = [i for i in dict.fromkeys(reversed(node.inputs)) if i not in known]
+            known.update(inputs)
+            todo += inputs
+        else:
+            return []
+    return leaves
 
 
 def ends_of(graph: Graph, node: Node) -> tuple[np.ndarray, np.ndarray] | None:

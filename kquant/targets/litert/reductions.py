@@ -14,7 +14,18 @@ from kquant.targets.builtin import Builtin, Reference
 from kquant.targets.kernel import Arithmetic, Kernel
 from kquant.targets.litert.elementwise import move
 from kquant.targets.litert.emitter import PADDING, Emitter, Sink
-from kquant.targets.litert.fixed_point import Tensor, doubles, integers, multiplier, scale_twice, with_gradient_of
+from kquant.targets.litert.fixed_point import (
+    Requantize,
+    Tensor,
+    double_rounding,
+    doubles,
+    integers,
+    multiplier,
+    reduced,
+    scale_twice,
+    with_gradient_of,
+)
+from kquant.targets.litert.flatbuffer import FileGrid
 from kquant.targets.litert.reference import elementwise, optimized
 from kquant.targets.operand import Call
 
@@ -57,6 +68,53 @@ def average(call: Call) -> Tensor:
     return exact(mean - x.zero_point, tf.cast(rounded, tf.float32) - x.zero_point)
 
 
+def _total(call: Call) -> Tensor:
+    """The exact sums of windows, with the gradient of real ones."""
+    size = float(np.prod(call.node.attrs["pool_size"]))
+    total = compute(call.node, [call.inputs[0].centered]) * size
+    return exact(total, tf.round(total))
+
+
+def _share(call: Call) -> np.float32:
+    """The scale of the ones that a kernel multiplies with."""
+    return np.float32(1 / np.prod(call.node.attrs["pool_size"]))
+
+
+def _window_mean(call: Call) -> Tensor:
+    """The sum times s_x (1 / N) / s_o in float32, halves to even (XNNPACK's depthwise convolution with ones)."""
+    # products in float64, rounded to float32: not to depend on how the graph optimizer writes them
+    s_x, s_o = (tf.cast(s, tf.float64) for s in (call.inputs[0].scale, call.out.scale))
+    product = tf.cast(tf.cast(s_x * np.float64(_share(call)), tf.float32), tf.float64)
+    return round_ste(_total(call) * tf.cast(product / s_o, tf.float32))
+
+
+def _as_convolution(rounding: Requantize) -> Arithmetic:
+    """As a depthwise convolution with ones that is rounded so."""
+    return lambda call: rounding(_total(call), call.inputs[0].scale, tf.constant(_share(call)), call.out.scale)
+
+
+def _write_window_mean(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
+    """DEPTHWISE_CONV_2D with ones: XNNPACK has it, and no average pooling of integers; any grid."""
+    (h, w), (sh, sw), channels = node.attrs["pool_size"], node.attrs["strides"], node.shape[-1]
+    assert channels is not None, "pooling has channels"
+    ones, share = np.ones((1, h, w, channels)), np.full(channels, np.float32(1 / (h * w)))
+    if out.q is None:
+        kernel = e.constant(f"{node.name}/ones", ones * share, "FLOAT32")
+        bias = e.constant(f"{node.name}/bias", np.zeros(channels), "FLOAT32")
+    else:
+        source = e.grid(node.inputs[0])
+        assert source is not None, "an integer operation reads integers"
+        kernel = e.constant(f"{node.name}/ones", ones, "INT8", FileGrid(share, 0, 3))
+        dtype = "INT64" if out.q.container == 16 else "INT32"
+        scales = np.float32(source.scale) * share
+        bias = e.constant(f"{node.name}/bias", np.zeros(channels), dtype, FileGrid(scales, 0))
+    e.op(
+        "DEPTHWISE_CONV_2D", [x[0], kernel, bias], [out.tensor], kernel, out.q is not None,
+        padding=PADDING[node.attrs["padding"]], strideH=sh, strideW=sw, dilationHFactor=1, dilationWFactor=1,
+        depthMultiplier=1,
+    )  # fmt: skip
+
+
 def _write_pool(builtin: str) -> Callable[[Emitter, Node, Sequence[int], Sink], None]:
     def write(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
         (h, w), (sh, sw) = node.attrs["pool_size"], node.attrs["strides"]
@@ -90,7 +148,10 @@ def _write_top_k(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
 _INT32 = 2  # as the schema numbers types
 
 # operation -> what the reference kernels compute on int8 tensors, where that is something else
-REFERENCE: Mapping[str, Arithmetic] = {"mean": fixed_point_mean}
+REFERENCE: Mapping[str, Arithmetic] = {
+    "mean": fixed_point_mean,
+    "window_mean": _as_convolution(double_rounding(True)),
+}
 
 KERNELS = (
     Kernel(
@@ -112,6 +173,11 @@ KERNELS = (
                 options="Pool2DOptions", versions=(1, 2, 3), reference=Reference(compute=elementwise.average_pool_2d)
             )
         },
+    ),
+    Kernel(
+        op="window_mean",  # written as a depthwise convolution
+        arithmetic={8: _window_mean, 16: _as_convolution(reduced)},
+        write=_write_window_mean,
     ),
     Kernel(
         op="mean",

@@ -93,7 +93,7 @@ def test_equivariant_functions_commute_with_positive_factors(name: str) -> None:
 
 
 COMMUTES = (
-    "max_pool2d; avg_pool2d; avg_pool2d, all; mean; reduce_max; reshape; reshape, flat; transpose; slice; "
+    "max_pool2d; avg_pool2d; avg_pool2d, all; window_mean; mean; reduce_max; reshape; reshape, flat; transpose; slice; "
     "slice, channels; resize; resize, nearest; reduce_min; gather; gather, channels; train_only"
 ).split("; ")
 
@@ -151,7 +151,7 @@ def index_behind(name: str) -> np.ndarray | None:
 
 
 def test_what_passes_channels_on() -> None:
-    others = {"clip", "clip, both", "leaky_relu", "prelu", "pad", "pad, reflect"}
+    others = {"clip", "clip, both", "leaky_relu", "prelu", "pad", "pad, reflect", "window_mean, zeros"}
     assert {n for n in NAMES if index_behind(n) is not None} == {*COMMUTES, *others}
 
 

@@ -10,6 +10,7 @@ from keras import layers as L
 from keras import ops as K
 
 from kquant.graph.ops import clip_of, evaluate
+from kquant.graph.tracing.trace import trace_model
 from kquant.graph.transforms.bound_masks import Seen, bound_masks, masked_scores, unbounded_masks
 from kquant.graph.transforms.prepare import prepare_graph
 from tests.support.tracing import build
@@ -101,3 +102,14 @@ def test_in_front_of_a_maximum_the_smallest_that_is_seen_is_enough(function: Any
     found, want = (np.asarray(evaluate(g, [scores, mask])[0]) for g in (bounded, graph))
     np.testing.assert_array_equal(found[want > -1e8], want[want > -1e8])
     assert clip_of(bounded[site.sums[-1]])[0] == visible.min() == seen.floor
+
+
+def test_sums_of_sums_take_no_time() -> None:
+    """Each is read twice by the next: the paths through them are more than could be followed."""
+
+    def function(x: Any) -> Any:
+        for _ in range(60):
+            x = x + K.reshape(K.reshape(x, (-1, T * T)), (-1, T, T))
+        return K.softmax(x)
+
+    assert not list(unbounded_masks(trace_model(build(function, (T, T)))))
