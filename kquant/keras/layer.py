@@ -189,8 +189,7 @@ class QuantizedLayer(keras.layers.Layer):
             return compute(node, values, self._real_weights()), self.output_quantizer.grid
         if not grids and node.op in ("input", "requantize"):
             return self.output_quantizer.fake_quantize(values[0])
-        grid = self.output_quantizer.grid
-        out = self._operand(None, grid)
+        out = self._operand(None, grid := self.output_quantizer.grid)
         centered = self._integers(values, grids, out)
         lo, hi = clip_of(node)
         if lo is not None:
