@@ -28,6 +28,7 @@ from kquant.quantize.bias_correction import correct_biases, round_kernel
 from kquant.quantize.calibrate import quantize_graph, smallest_outputs, weight_grids
 from kquant.quantize.pipeline import decide, quantize_after_training
 from kquant.quantize.plan import make_plan
+from kquant.quantize.pooling import prepare_pooling
 from kquant.targets.litert.flatbuffer import read_tensors
 from kquant.targets.litert.kernels import KERNELS
 from tests.support import zoo
@@ -222,8 +223,9 @@ def test_the_data_free_pipeline_is_its_steps_one_after_the_other():
 def test_without_a_step_it_is_the_plain_quantization():
     settings = config("w8a8")
     qgraph, quantization, _ = quantize_after_training(toy_graph(), settings, calibration(toy_data()), progress=False)
-    plain = quantize_graph(make_plan(toy_graph(), settings), calibration(toy_data()), progress=False)
-    assert [s.name for s in quantization.steps if s.taken] == ["activation ranges"]
+    graph, _ = prepare_pooling(toy_graph(), settings, calibration(toy_data()), progress=False)
+    plain = quantize_graph(make_plan(graph, settings), calibration(toy_data()), progress=False)
+    assert [s.name for s in quantization.steps if s.taken] == ["pooling", "activation ranges"]
     assert_same_weights(plain.graph, qgraph.graph)
     for name, grid in plain.activations.items():
         np.testing.assert_array_equal(grid.scale, qgraph.activations[name].scale)

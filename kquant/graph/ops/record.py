@@ -32,7 +32,7 @@ class Weight:
 
     Attributes:
         name: key of `Node.weights`.
-        channels: the axis of its output channels in its `view`; None for one scale for all.
+        channels: the axis of its output channels in its `view`, or of the rows of a table; None for one scale for all.
         view: the weight with its output channels on one axis, which is what `QuantizedGraph.weights` describes.
         fan_in: the axes of the weight itself over which an output channel adds up.
     """

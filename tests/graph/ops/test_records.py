@@ -37,7 +37,8 @@ def test_records_are_complete(name: str) -> None:
     assert named == set(node.weights)
     assert (record.linear is not None) == (record.bias is not None)
     if record.weight is not None and record.weight.channels is not None:
-        assert weight_view(node).shape[record.weight.channels] == node.shape[-1]
+        channels = len(node.weights["table"]) if record.lookup else node.shape[-1]  # a table has a scale for a row
+        assert weight_view(node).shape[record.weight.channels] == channels
 
 
 def test_the_grid_is_tied_as_the_kernels_of_tflite_tie_it() -> None:
