@@ -15,6 +15,8 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 import hypothesis
 import pytest
 
+_EAGER = frozenset({"verify", "diagnosis", "keras"})
+
 # the machines of CI are shared: a slow example is no failure
 hypothesis.settings.register_profile("kquant", deadline=None)
 hypothesis.settings.load_profile("kquant")
@@ -42,6 +44,15 @@ def pytest_runtest_call(item: pytest.Item) -> object:
         return (yield)
     except MissingData as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def libraries_are_no_garbage() -> None:
+    """What libraries hold is looked through once, not at every collection, which would take seconds."""
+    import kquant  # noqa: F401, with all that it loads
+
+    gc.collect()
+    gc.freeze()
 
 
 def _free() -> None:
@@ -75,6 +86,13 @@ def eagerly() -> Iterator[None]:
     tf.config.run_functions_eagerly(True)
     yield
     tf.config.run_functions_eagerly(False)
+
+
+@pytest.fixture(autouse=True)
+def eager_where_models_run_once(request: pytest.FixtureRequest) -> None:
+    """Fast tests of these folders are eager: tracing takes longer than what is traced. Slow ones compile, as users do."""
+    if request.path.parent.name in _EAGER and request.node.get_closest_marker("slow") is None:
+        request.getfixturevalue("eagerly")
 
 
 def _no_skip(report: pytest.TestReport | pytest.CollectReport) -> None:

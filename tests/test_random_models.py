@@ -76,12 +76,12 @@ def check(seed: int) -> None:
     assert all(np.array_equal(a, b.numpy()) for a, b in zip(before, model.weights, strict=True)), where
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_parity_and_nearness_of_random_models(seed: int) -> None:
     check(seed)
 
 
-@pytest.mark.parametrize("seed", range(20, 22))
+@pytest.mark.parametrize("seed", [20])
 def test_the_compiled_simulation_equals_the_eager_one(seed: int) -> None:
     model, data = drawn(seed)
     qmodel = kquant.quantize_model(model, data, progress=False)
@@ -93,8 +93,8 @@ def test_the_compiled_simulation_equals_the_eager_one(seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", range(20, 140, 10))
-def test_parity_and_nearness_of_120_more_random_models(start: int) -> None:
+@pytest.mark.parametrize("start", range(10, 140, 10))
+def test_parity_and_nearness_of_130_more_random_models(start: int) -> None:
     for seed in range(start, start + 10):
         check(seed)
 

@@ -51,7 +51,14 @@ def test_inputs_of_all_calls_are_given_in_turn() -> None:
     np.testing.assert_allclose(found[1], first, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [recurrent, shared, lambda: recurrent(layers.GRU)], ids=["lstm", "shared", "gru"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(shared, id="shared"),
+        pytest.param(recurrent, id="lstm", marks=pytest.mark.slow),
+        pytest.param(lambda: recurrent(layers.GRU), id="gru", marks=pytest.mark.slow),
+    ],
+)
 def test_adaround_decides_once_and_the_file_stores_once(make: Any) -> None:
     model, data = make()
     qmodel = kquant.quantize_model(model, data, "w4a8", progress=False)

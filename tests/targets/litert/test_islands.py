@@ -140,7 +140,14 @@ def test_what_the_converter_makes_another_function_of_is_refused_by_name() -> No
         write_tflite(qgraph)
 
 
-@pytest.mark.parametrize("layer", [keras.layers.LSTM, keras.layers.GRU, keras.layers.SimpleRNN])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        pytest.param(keras.layers.LSTM, marks=pytest.mark.slow),
+        pytest.param(keras.layers.GRU, marks=pytest.mark.slow),
+        keras.layers.SimpleRNN,
+    ],
+)
 def test_both_directions_of_a_masked_sequence_are_those_of_keras(layer: type) -> None:
     """Keras unrolls reversed layers with the mask in the wrong order."""
     keras.utils.set_random_seed(2)
