@@ -90,7 +90,7 @@ def eagerly() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def eager_where_models_run_once(request: pytest.FixtureRequest) -> None:
-    """Fast tests of these folders are eager: tracing takes longer than what is traced. Slow ones compile, as users do."""
+    """Fast tests of these folders are eager: tracing takes longer than what is traced. Slow ones are compiled."""
     if request.path.parent.name in _EAGER and request.node.get_closest_marker("slow") is None:
         request.getfixturevalue("eagerly")
 

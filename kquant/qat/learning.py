@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -60,11 +60,16 @@ def learning_of(qgraph: QuantizedGraph, config: QuantConfig, training: Training)
     )
 
 
-def zero_ranges(qgraph: QuantizedGraph, config: QuantConfig) -> list[str]:
+def zero_ranges(qgraph: QuantizedGraph, config: QuantConfig, zero: Collection[str] = ()) -> list[str]:
     """The layers (names of the user's) with weights, or an output over the calibration data, that are all zero.
 
     A range of zero width has scale 1 (`affine.grid_from_range`), which says nothing about the values to come. Scales
     that were given, or are rounded to powers of two, may be 1 in good faith.
+
+    Args:
+        qgraph: grids as calibrated.
+        config: what was asked for.
+        zero: `Quantization.zero`; such tensors may have the scale of their neighbours.
     """
     graph, target, specs = qgraph.graph, get_target(config.target), resolve(qgraph.graph, config)
     dead = [n for n, q in qgraph.weights.items() if q is not None and not np.any(weight_view(graph[n]))]
@@ -73,6 +78,7 @@ def zero_ranges(qgraph: QuantizedGraph, config: QuantConfig) -> list[str]:
         if q is None or spec is None or spec.range is not None or spec.power_of_two:
             continue
         empty = float(q.scale) == 1.0 and int(q.zero_point) == (0 if spec.symmetric and spec.signed else q.qmin)
+        empty = empty or not set(zero).isdisjoint(members)
         if empty and not any(_is_given(graph[name], q, target) for name in members):
             dead.append(members[0])
     return sorted({graph[name].origin or name for name in dead})

@@ -75,7 +75,7 @@ def prepare_qat(
         settings = quantization.config
         _refuse_undeployable(settings)
         qgraph = extract(model)
-    _refuse_zero_ranges(model.name, zero_ranges(qgraph, settings))
+    _refuse_zero_ranges(model.name, zero_ranges(qgraph, settings, quantization.zero))
     learning = learning_of(qgraph, settings, training)
     return insert(qgraph, replace(quantization, training=training), learning, _training_dtype())
 

@@ -150,7 +150,7 @@ def make_grids(
     """
     ranges = {leader: _range(plan, leader, statistics) for leader in plan.sources}
     leaders = {n: place(grid_from_range(*r, plan.activations[n])) for n, r in ranges.items()} | plan.fixed
-    leaders = _as_around(plan, leaders, [n for n, r in ranges.items() if not any(r)])
+    leaders = _as_around(plan, leaders, all_zero(plan, statistics))
     leaders = _above_operands(plan, leaders, weights)
     activations: dict[str, Grid | None] = {n.name: None for n in plan.graph}
     activations.update({name: leaders[leader] for name, leader in plan.groups.items()})
@@ -158,6 +158,11 @@ def make_grids(
     decided = {n: q for n, q in integers.items() if chosen[n] is weights[n]}
     chosen |= {n.name: q for n in plan.graph if op_of(n).lookup and (q := activations[n.name]) is not None}
     return QuantizedGraph(plan.graph, activations, chosen, decided)
+
+
+def all_zero(plan: Plan, statistics: Mapping[str, Any]) -> tuple[str, ...]:
+    """The first tensors of the grids whose range has no width: any scale holds a zero."""
+    return tuple(leader for leader in plan.sources if not any(_range(plan, leader, statistics)))
 
 
 def _as_around(plan: Plan, leaders: Mapping[str, Grid], zero: Sequence[str]) -> dict[str, Grid]:

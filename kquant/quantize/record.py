@@ -69,6 +69,7 @@ class Quantization:
         skipped: the nodes that stay float.
         shared: node -> the first of the tensors that are on one grid with it, where that is another.
         fixed: nodes whose grid the target dictates.
+        zero: nodes (the first of each grid) whose values were all zero over the calibration data.
         damage: what it destroyed, as far as calibration data showed it; of a network in training, before that.
         training: how the grids learn; None for a network that is not prepared for training.
     """
@@ -79,6 +80,7 @@ class Quantization:
     skipped: tuple[Skip, ...] = ()
     shared: Mapping[str, str] = field(default_factory=dict)
     fixed: tuple[str, ...] = ()
+    zero: tuple[str, ...] = ()
     damage: tuple[Damage, ...] = ()
     training: Training | None = None
 
@@ -105,6 +107,7 @@ class Quantization:
             "skipped": [asdict(skip) for skip in self.skipped],
             "shared": dict(self.shared),
             "fixed": list(self.fixed),
+            "zero": list(self.zero),
             "damage": [asdict(damage) for damage in self.damage],
             "training": None if self.training is None else asdict(self.training),
         }
@@ -122,6 +125,7 @@ class Quantization:
             skipped=tuple(Skip(**skip) for skip in values.get("skipped", values.get("float", ()))),
             shared=values.get("shared", {k: v for k, v in rows.items() if v != dictated}),
             fixed=tuple(values.get("fixed", [k for k, v in rows.items() if v == dictated])),
+            zero=tuple(values.get("zero", ())),
             damage=tuple(Damage(**damage) for damage in values.get("damage", ())),
             training=None if training is None else Training(**training),
         )
