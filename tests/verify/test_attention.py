@@ -48,6 +48,7 @@ ATTENTION: dict[str, Callable[[Any, Any, Any], Any]] = {
 }
 UNMASKED: dict[str, Callable[[Any, Any], Any]] = {
     "layer": lambda x, m: L.MultiHeadAttention(2, 8)(x, m),
+    "layer, narrow values": lambda x, m: L.MultiHeadAttention(2, 8, value_dim=3)(x, m),
     "layer, causal": lambda x, m: L.MultiHeadAttention(2, 8)(m, m, use_causal_mask=True),
     "layer, known mask": lambda x, m: L.MultiHeadAttention(2, 8)(x, m, attention_mask=KNOWN),
     "grouped, known mask": lambda x, m: L.GroupQueryAttention(8, 4, 2)(x, m, attention_mask=KNOWN),

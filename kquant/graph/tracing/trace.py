@@ -61,6 +61,8 @@ from kquant.graph.tracing.wrappers import channels_first
 
 # They read masks
 _ATTENTION = {"MultiHeadAttention", "GroupedQueryAttention", "Attention", "AdditiveAttention", "DotProductAttention"}
+# They declare the shape of an input, whatever they make of it
+_DECLARE_THEIR_INPUT = {"Activation", "DotProductAttention"}
 # They read integers: ids, or pixels that they turn into numbers
 _READS_IDS = {"Embedding", "ReversibleEmbedding", "TakeAlongAxis", "OneHot"}
 _COUNTS = {"Minimum", "Maximum", "Multiply"}
@@ -193,8 +195,7 @@ class _Tracer:
             return result
         self.masks.follow(operation, args, result)
         for node, tensor in zip(result, outputs, strict=True):
-            declared = None if isinstance(operation, keras.layers.Activation) else tuple(tensor.shape[1:])
-            # (Activation declares the shape of its input, whatever its function makes)
+            declared = None if type(operation).__name__ in _DECLARE_THEIR_INPUT else tuple(tensor.shape[1:])
             if declared is not None and None not in declared and node.shape[1:] != declared:
                 kind = AssertionError if is_builtin(operation) else ModelError  # (of its compute_output_shape)
                 raise kind(f"Layer {scope.origin!r} declares the shape {tensor.shape}, and computes {node.shape}")
