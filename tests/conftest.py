@@ -91,7 +91,8 @@ def eagerly() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def eager_where_models_run_once(request: pytest.FixtureRequest) -> None:
     """Fast tests of these folders are eager: tracing takes longer than what is traced. Slow ones are compiled."""
-    if request.path.parent.name in _EAGER and request.node.get_closest_marker("slow") is None:
+    compiled = any(request.node.get_closest_marker(name) for name in ("slow", "compiled"))
+    if request.path.parent.name in _EAGER and not compiled:
         request.getfixturevalue("eagerly")
 
 

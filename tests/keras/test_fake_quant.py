@@ -234,6 +234,7 @@ def test_any_value_of_what_is_learned_is_a_grid(gradient, value):
 # --- switched off -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("per_channel", [False, True], ids=["per tensor", "per channel"])
 def test_what_is_off_leaves_values_as_they_are_and_has_a_grid_without_steps(per_channel):
     q, x = grid(4, per_channel), samples()
