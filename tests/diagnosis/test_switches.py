@@ -92,6 +92,7 @@ def test_stream_does_not_depend_on_the_batches() -> None:
     np.testing.assert_allclose(largest([[x[:7]], [x[7:]]]), expected, rtol=1e-6)
 
 
+@pytest.mark.compiled
 def test_switching_retraces_nothing() -> None:
     switches = Switches.of(toy_qgraph())
     traces = 0
