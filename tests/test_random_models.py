@@ -104,7 +104,7 @@ def test_parity_and_nearness_of_130_more_random_models(start: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", TO_MEND)
 @pytest.mark.xfail(
-    reason="two tables read at ids of which some are float: GATHER out of bounds in the file, to be mended"
+    reason="float ids beside int32 ones: GATHER out of bounds in the file, to be mended"
 )
 def test_known_faults(seed: int) -> None:
     check(seed)
