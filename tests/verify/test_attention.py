@@ -177,6 +177,18 @@ def test_masks_of_ids_reach_the_layers_that_take_a_list(kind: type[L.Layer]) -> 
     np.testing.assert_allclose(evaluate(graph, [ids])[0], model(ids), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [L.Attention, L.AdditiveAttention])
+@pytest.mark.parametrize("hides_queries", [False, True])
+def test_a_mask_that_is_given_goes_on_in_place_of_that_of_the_ids(kind: type[L.Layer], hides_queries: bool) -> None:
+    """Keras passes on what was given for the queries, none for None."""
+    inputs = keras.Input((S,), dtype="int32")
+    x, seen = L.Embedding(50, C, mask_zero=True)(inputs), K.not_equal(inputs, 0)
+    y = kind()([x, x], mask=[inputs > 20 if hides_queries else None, seen])
+    model = keras.Model(inputs, L.MultiHeadAttention(2, 8, name="behind")(y, y))
+    ids = np.where(SEEN > 0, RNG.integers(1, 50, SEEN.shape), 0).astype("int32")
+    np.testing.assert_allclose(evaluate(trace_model(model), [ids])[0], model(ids), rtol=0, atol=1e-5)
+
+
 def test_a_mask_that_cannot_be_followed_is_refused() -> None:
     x = L.Masking()(keras.Input((T, C), name="x"))
     y = L.MultiHeadAttention(2, 8, name="attention")(x, x)

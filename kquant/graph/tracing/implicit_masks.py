@@ -6,6 +6,7 @@ attention layers that read them.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import keras
@@ -21,14 +22,17 @@ _OF_A_LIST = (L.Attention, L.AdditiveAttention)  # query, value and key are one 
 
 
 class ImplicitMasks:
-    """The ids whose zeros hide places of a tensor, by the name of its node; None for a mask of another kind."""
+    """What hides places of a tensor, by the name of its node: the zeros of ids, or a mask that a layer was given.
+
+    None for a mask of another kind.
+    """
 
     def __init__(self) -> None:
         self._ids: dict[str, Node | None] = {}
         self._seen: dict[str, Node] = {}
 
-    def follow(self, operation: Any, args: Any, results: Any) -> None:
-        """Note the masks of what a layer returns."""
+    def follow(self, operation: Any, args: Any, kwargs: Any, results: Any) -> None:
+        """Note the masks of what a layer returns: a mask that it was given takes the place of that of its input."""
         tensors = [a for a in keras.tree.flatten(args) if isinstance(a, Node)]
         if not isinstance(operation, L.Layer) or not results or not tensors:
             return
@@ -38,6 +42,10 @@ class ImplicitMasks:
                 self._ids[name] = tensors[0]
         elif isinstance(operation, L.Masking):
             self._ids[name] = None
+        elif (given := _given(operation, args, kwargs)) is not None:
+            query = given[0] if isinstance(operation, _OF_A_LIST) else given
+            if query is not None and (isinstance(operation, _OF_A_LIST) or _passes_on(operation)):
+                self._ids[name] = query if isinstance(query, Node) and query.dtype == "bool" else None
         elif isinstance(operation, _ATTENTION + _OF_A_LIST) or _passes_on(operation):
             read = [t.name for t in (tensors[:1] if isinstance(operation, _ATTENTION + _OF_A_LIST) else tensors)]
             masks = {id(self._ids.get(n)) for n in read}
@@ -50,7 +58,7 @@ class ImplicitMasks:
         Raises:
             ModelError: such a mask is not one of ids.
         """
-        if isinstance(operation, _OF_A_LIST) and kwargs.get("mask") is None and len(args) == 1:
+        if isinstance(operation, _OF_A_LIST) and _given(operation, args, kwargs) is None:
             masks = [self._mask(b, self._ids[t.name]) if t.name in self._ids else None for t in args[0][:2]]
             return {"mask": masks} if any(m is not None for m in masks) else {}
         if not isinstance(operation, _ATTENTION):
@@ -65,7 +73,9 @@ class ImplicitMasks:
         return found
 
     def _mask(self, b: Builder, ids: Node | None) -> Node:
-        """True where the ids are not 0; computed once."""
+        """True where the ids are not 0; computed once. A mask that was given is itself."""
+        if ids is not None and ids.dtype == "bool":
+            return ids
         if ids is None or ids.op != "input":
             raise ModelError(
                 f"Layer {b.scope.origin!r} ({b.scope.origin_type}) reads a mask that Keras passes along with a tensor, "
@@ -74,6 +84,12 @@ class ImplicitMasks:
         if ids.name not in self._seen:
             self._seen[ids.name] = ids_compared(b, ids, "not_equal", 0.0, "visible")
         return self._seen[ids.name]
+
+
+def _given(layer: Any, args: Any, kwargs: Any) -> Any:
+    """The argument `mask` of a call, if there is one."""
+    names = inspect.signature(layer.call).parameters
+    return {**dict(zip(names, args, strict=False)), **kwargs}.get("mask")
 
 
 def _passes_on(layer: Any) -> bool:

@@ -188,12 +188,12 @@ class _Tracer:
                 del nodes[name]
             self.builder.scope = scope
             kept = self._float(operation, args, kwargs, outputs, str(reason))
-            self.masks.follow(operation, args, kept)
+            self.masks.follow(operation, args, kwargs, kept)
             return kept
         if not all(isinstance(node, Node) for node in result):
             self.builder.scope = scope
             return result
-        self.masks.follow(operation, args, result)
+        self.masks.follow(operation, args, kwargs, result)
         for node, tensor in zip(result, outputs, strict=True):
             declared = None if type(operation).__name__ in _DECLARE_THEIR_INPUT else tuple(tensor.shape[1:])
             if declared is not None and None not in declared and node.shape[1:] != declared:
