@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import keras
 import numpy as np
 
 from kquant.errors import ModelError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import op_of
+from kquant.graph.tracing.keras_graph import dtype_of, recorded_calls
 
 # type of an input -> what it can hold
 RANGES: Mapping[str, tuple[float, float]] = {"uint8": (0.0, 255.0), "int8": (-128.0, 127.0)}
@@ -16,6 +19,17 @@ RANGES: Mapping[str, tuple[float, float]] = {"uint8": (0.0, 255.0), "int8": (-12
 _BYTES = RANGES["uint8"]
 _COLOURS = (1, 3, 4)
 _MEANS, _DEVIATIONS = (16.0, 240.0), (16.0, 128.0)  # of the bytes of images
+
+
+def types_of(function: Any) -> list[str]:
+    """The types of a function's inputs: those at which a table is read are ids, whatever their own is."""
+    calls = recorded_calls(function)
+    ids = {id(args[0]) for op, args, kwargs, _ in calls if _is_table(op) and args and not kwargs.get("reverse")}
+    return ["int32" if id(t) in ids else dtype_of(t) for t in function.inputs]
+
+
+def _is_table(operation: Any) -> bool:
+    return isinstance(operation, keras.layers.Embedding)
 
 
 def settle_inputs(graph: Graph) -> Graph:
@@ -68,8 +82,8 @@ def _typed(graph: Graph) -> Graph:
             continue
         if graph[name].dtype == "float32" and len(ids) == len(readers):
             nodes[name] = graph[name].with_(dtype="int32")
-        elif graph[name].dtype == "int32" and numbers:
+        elif numbers and (graph[name].dtype == "int32" or any(op_of(n).lookup for n in ids)):
             if len(numbers) != len(readers):
-                raise ModelError(f"Input {name!r} is read both as integers and as numbers: give the model two inputs")
+                raise ModelError(f"Input {name!r} is read both as ids and as numbers: give the model two inputs.")
             nodes[name] = graph[name].with_(dtype="float32")
     return graph.rebuild(nodes.values())

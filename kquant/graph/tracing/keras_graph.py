@@ -40,6 +40,12 @@ def functional_form(operation: Any) -> Any:
     return None
 
 
+def dtype_of(tensor: Any) -> str:
+    """The type that a node has for a tensor of Keras."""
+    kind = str(tensor.dtype)
+    return "float32" if "float" in kind else "bool" if kind == "bool" else "int32"
+
+
 def output_shapes(operation: Any, args: Any, kwargs: Any, outputs: Sequence[Any]) -> tuple[Shape, ...]:
     """Shapes of a call's outputs: as Keras declares them, or computed anew where it has lost a dimension.
 

@@ -44,8 +44,9 @@ from kquant.graph.tracing.builder import Builder, NotLowered, Scope, find_loweri
 from kquant.graph.tracing.choices import COMPARISONS
 from kquant.graph.tracing.float_call import FloatCall, Slot, counted
 from kquant.graph.tracing.implicit_masks import ImplicitMasks
-from kquant.graph.tracing.inputs import RANGES, settle_inputs
+from kquant.graph.tracing.inputs import RANGES, settle_inputs, types_of
 from kquant.graph.tracing.keras_graph import (
+    dtype_of,
     fixed_batch,
     functional_form,
     match_inputs,
@@ -102,7 +103,8 @@ def trace_model(
     tracer = _Tracer(for_training)
     tracer.builder.scope.learns = bool(model.trainable)
     named = signature(function)
-    inputs = [tracer.input(t, shapes.get(name)) for t, name in zip(function.inputs, named["input_names"], strict=True)]
+    known = zip(function.inputs, map(shapes.get, named["input_names"]), types_of(function), strict=True)
+    inputs = [tracer.input(*one) for one in known]
     try:
         outputs = tracer.walk(function, inputs, "", "", generated)
         check_moved(outputs)
@@ -125,7 +127,7 @@ class _Tracer:
         self.builder = Builder(self.trace_function, for_training)
         self.masks = ImplicitMasks()
 
-    def input(self, tensor: Any, known: Sequence[int] | None) -> Node:
+    def input(self, tensor: Any, known: Sequence[int] | None, dtype: str) -> Node:
         """The "input" node of a model input, whose shape without the batch may be known from elsewhere."""
         shape = without_batch(tensor.shape)
         if None in shape[1:] and known is not None:
@@ -140,10 +142,9 @@ class _Tracer:
                 "Pass calibration data of one size, or input_shape= with a size for every axis."
             )
         name = tensor._keras_history.operation.name
-        learns = self.builder.scope.learns
-        self.builder.scope = Scope(self.builder.unique(name), name, "InputLayer", (), learns)
+        self.builder.scope = Scope(self.builder.unique(name), name, "InputLayer", (), self.builder.scope.learns)
         expects = RANGES.get(str(tensor.dtype))
-        node = self.builder.emit("input", shape=shape, dtype=_dtype(tensor))
+        node = self.builder.emit("input", shape=shape, dtype=dtype)
         return node if expects is None else self.builder.replace(node.with_attrs(expects=expects))
 
     def walk(self, function: Any, inputs: Sequence[Node], name: str, origin: str, generated: bool) -> list[Node]:
@@ -311,7 +312,7 @@ class _Tracer:
                     f"Layer {scope.origin!r} ({scope.origin_type}) returns shape {declared}: every tensor must start "
                     f"with the batch and have known dimensions behind it ({reason})"
                 )
-            call, dtype = whole.of_output(k if len(outputs) > 1 else None), _dtype(tensor)
+            call, dtype = whole.of_output(k if len(outputs) > 1 else None), dtype_of(tensor)
             batches = [i.batch for i in inputs]
             batch = call.parts(batches)
             if batch is None and any(map(is_constant, keras.tree.flatten((args, kwargs)))):
@@ -333,7 +334,7 @@ def open_inputs(model: keras.Model) -> list[tuple[str, Shape, str]]:
         []
         if function is None
         else [
-            (name, tuple(t.shape), _dtype(t))
+            (name, tuple(t.shape), dtype_of(t))
             for name, t in zip(signature(function)["input_names"], tensors, strict=True)
         ]
     )
@@ -393,8 +394,3 @@ def _check_operation(operation: Any, scope: Scope) -> None:
 
 def _channels_first(operation: Any) -> bool:
     return getattr(operation, "data_format", None) == "channels_first"
-
-
-def _dtype(tensor: Any) -> str:
-    kind = str(tensor.dtype)
-    return "float32" if "float" in kind else "bool" if kind == "bool" else "int32"

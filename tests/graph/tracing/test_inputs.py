@@ -1,0 +1,51 @@
+"""Inputs are typed by what reads them, in whatever order it does."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+from keras import layers as L
+from keras import ops as K
+
+from kquant.errors import ModelError
+from kquant.graph.ops import evaluate
+from kquant.graph.tracing.trace import trace_model
+
+IDS = np.asarray([[3, 0, 9], [0, 5, 5]])
+
+
+@pytest.mark.parametrize("compared_first", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_ids_that_are_compared_too_are_ids(dtype: str, compared_first: bool) -> None:
+    ids = keras.Input((3,), dtype=dtype)
+    embedding = L.Embedding(10, 4)
+    if compared_first:
+        seen = K.cast(K.not_equal(ids, 0), "float32")
+        x = embedding(ids)
+    else:
+        x = embedding(ids)
+        seen = K.cast(K.not_equal(ids, 0), "float32")
+    model = keras.Model(ids, x * seen[:, :, None])
+    graph = trace_model(model)
+    assert graph[graph.inputs[0]].dtype == "int32" and "float" not in {n.op for n in graph}
+    data = IDS.astype(dtype)
+    np.testing.assert_allclose(evaluate(graph, [data.astype("int32")])[0], model(data), rtol=0, atol=1e-6)
+
+
+def test_ids_that_are_numbers_too_are_read_as_numbers_in_float() -> None:
+    ids = keras.Input((3,), dtype="float32")
+    model = keras.Model(ids, L.Embedding(10, 4)(ids) * L.Dense(3)(ids)[:, :, None])
+    graph = trace_model(model)
+    assert [n.origin_type for n in graph if n.op == "float"] == ["Dense"]
+    data = IDS.astype("float32")
+    np.testing.assert_allclose(evaluate(graph, [IDS.astype("int32")])[0], model(data), rtol=0, atol=1e-5)
+
+
+def test_numbers_that_an_inner_model_takes_for_ids_are_refused_by_name() -> None:
+    """No input tensor of a file is both."""
+    ids, inner = keras.Input((3,), name="tokens"), keras.Input((3,))
+    table = keras.Model(inner, L.Embedding(10, 4)(inner))
+    model = keras.Model(ids, table(ids) * L.Dense(3)(ids)[:, :, None])
+    with pytest.raises(ModelError, match="tokens.*ids and as numbers.*two inputs"):
+        trace_model(model)
