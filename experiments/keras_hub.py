@@ -15,7 +15,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from experiments.keras_hub_models import MODELS, samples
+from experiments.keras_hub_models import MODELS
+from experiments.keras_hub_small import samples
 from kquant.errors import KQuantError
 
 SAMPLES = 8

@@ -32,7 +32,7 @@ LEAST_DB = 5.0
 _ALONE_DB = 8.0  # a single cause that leaves less than this is the cause
 _OUTSHONE = 20.0  # a channel of an output is lost beside others that are so much larger
 _SHOWN = 8  # in the warning
-Finding = tuple[str, str] | tuple[str, str, str]  # cause, remedy, and the tensor that 16 bits mend
+Finding = tuple[str, str, str]  # cause, remedy, and the tensor that 16 bits mend ("" for none)
 _CHANNELS = 256  # outputs with more are judged as a whole
 
 
@@ -162,14 +162,14 @@ class _Cause:
     layer: QuantizedLayer | None
 
     def damage(self, decibels: float) -> Damage:
-        cause, remedy, *widen = self._own_grid() or self._weights() or self._input() or self._sum()
+        cause, remedy, widen = self._own_grid() or self._weights() or self._input() or self._sum()
         return Damage(
             tensor=self.node.name,
             layer=_layer(self.node),
             sqnr=round(decibels, 1),
             cause=cause,
             remedy=remedy,
-            widen=widen[0] if widen else "",
+            widen=widen,
         )
 
     def _own_grid(self) -> Finding | None:
@@ -190,7 +190,7 @@ class _Cause:
             return None
         rule = f'{{"name": "^{re.escape(_layer(self.node))}$", "weights": {{"bits": 8}}}}'
         more = f"give them 8 bits with the rule {rule}" if q.bits < 8 else "give every channel a scale of its own"
-        return f"its weights in {q.bits} bits are another function", f"{more}, or train with kquant.prepare_qat"
+        return f"its weights in {q.bits} bits are another function", f"{more}, or train with kquant.prepare_qat", ""
 
     def _input(self) -> Finding | None:
         worst: tuple[float, str] | None = None
@@ -221,6 +221,7 @@ class _Cause:
             return (
                 cause,
                 f"narrow the range of {source.name!r}, which 16 bits cannot hold either, or keep both float",
+                "",
             )
         return cause, f"{_more_bits(source, q)}, or narrow its range", _wide(self.qgraph, source, q)
 
@@ -228,6 +229,7 @@ class _Cause:
         return (
             "the errors of the layers in front add up",
             "use more bits, AdaRound, or train with kquant.prepare_qat; kquant.diagnose finds the layers to change",
+            "",
         )
 
     def _with(self, inputs: Sequence[Any], weights: Mapping[str, Any]) -> float:
@@ -248,6 +250,7 @@ def _coarse(qgraph: QuantizedGraph, node: Node, q: Grid, x: np.ndarray) -> Findi
         return (
             f"its values reach {largest:.3g}, and its grid ends at {reach:.3g}",
             "calibrate on data that shows all of its values, or use method='min_max' for it",
+            "",
         )
     cause = f"its values are lost in steps of {step:.3g} (range {low:.3g} to {high:.3g})"
     return cause, _more_bits(node, q), _wide(qgraph, node, q)

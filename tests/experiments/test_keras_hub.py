@@ -6,7 +6,8 @@ import pytest
 pytest.importorskip("keras_hub", reason="keras-hub is in the extra dev only")
 
 from experiments.keras_hub import passage  # noqa: E402
-from experiments.keras_hub_models import MODELS, samples  # noqa: E402
+from experiments.keras_hub_models import MODELS  # noqa: E402
+from experiments.keras_hub_small import samples  # noqa: E402
 
 TASKS = (
     "ViTImageClassifier",
