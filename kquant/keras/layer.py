@@ -193,8 +193,7 @@ class QuantizedLayer(keras.layers.Layer):
         centered = self._integers(values, grids, out)
         lo, hi = clip_of(node)
         if lo is not None:
-            lowest = tf.round(lo / out.scale)  # kernels that saturate at -32768 need no bound of -32767
-            centered = tf.maximum(centered, tf.where(lowest > -32767.0, lowest, -32768.0))
+            centered = tf.maximum(centered, self.target.kernels[node.op].lower_bound(lo, tf.round(lo / out.scale)))
         if hi is not None:
             centered = tf.minimum(centered, tf.round(tf.constant(hi, tf.float32) / out.scale))
         return self.output_quantizer.clamp(centered) * out.scale, grid

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from kquant.targets.builtin import Builtin
 from kquant.targets.operand import Call
@@ -63,3 +64,15 @@ class Kernel:
     fuses: tuple[str, ...] = ("NONE",)
     saturates: bool = False
     max_rank: int | None = None
+
+    def lower_bound(self, lo: float, steps: Any) -> Any:
+        """The integer at which a bound is enforced, for the simulation.
+
+        Args:
+            lo: the bound in real units.
+            steps: the same in steps of the output, a tensor. At the floor of 16 bits a file leaves it to saturation,
+                which ends at -32768 and not at -32767, but for the bound of an activation that the kernel applies.
+        """
+        if lo == -1.0 and "RELU_N1_TO_1" in self.fuses:
+            return steps
+        return tf.where(steps > -32767.0, steps, -32768.0)

@@ -139,3 +139,12 @@ def test_a_mask_in_front_of_a_maximum_is_an_integer(masked: Any) -> None:
     (found,), want = kquant.TFLiteModel(kquant.export_tflite(q).content).predict(data), model.predict(data, verbose=0)
     seen = want > 0
     assert seen.mean() > 0.5 and np.abs(found - want)[seen].max() < 0.02 * want.max()
+
+
+@pytest.mark.parametrize("lo, hi", [(-1.0, 1.0), (-1.0, 0.3), (-0.5, 0.5)])
+def test_a_bound_at_the_floor_of_16_bits_is_that_of_the_kernel(lo: float, hi: float) -> None:
+    """An activation that the convolution applies ends at -32767, saturation at -32768."""
+    model, data = built(lambda x: k.clip(L.Conv2D(4, 3)(x) * 3.0, lo, hi))
+    q = kquant.quantize_model(model, data, "w8a16", progress=False)
+    parity = kquant.verify_tflite(q, kquant.export_tflite(q).content, data)
+    assert parity.ok and parity.op_by_op_max_lsb == 0
