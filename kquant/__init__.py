@@ -27,10 +27,10 @@ from kquant.errors import (  # noqa: E402
     QuantizationWarning,
 )
 from kquant.graph.tracing.registry import register_layer  # noqa: E402
-from kquant.interop import from_tfmot  # noqa: E402
 from kquant.keras.export import ExportReport, export_tflite  # noqa: E402
 from kquant.keras.model import QuantizedModel  # noqa: E402
 from kquant.keras.quantize_model import quantize_model  # noqa: E402
+from kquant.keras.tfmot import from_tfmot  # noqa: E402
 from kquant.qat.batch_norm import reestimate_batch_norm  # noqa: E402
 from kquant.qat.callbacks import FreezeQuantizers, LogQuantizers  # noqa: E402
 from kquant.qat.distill import Distiller  # noqa: E402

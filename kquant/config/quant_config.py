@@ -15,7 +15,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import yaml
@@ -271,12 +271,9 @@ class QuantConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers: `from_dict` gives the same configuration back."""
-        specs = {k: v and asdict(v) for k in ("weights", "activations", "inputs") for v in [getattr(self, k)]}
-        names = ("target", "equalize", "absorb_bias", "correct_bias", "keep_zeros", "logits")
-        switches = {k: getattr(self, k) for k in names}
-        switches["adaround"] = asdict(self.adaround) if isinstance(self.adaround, AdaRound) else self.adaround
-        rules = [rule.to_dict() for rule in self.rules]
-        return {name: plain(value) for name, value in {**specs, **switches, "rules": rules}.items()}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["rules"] = [rule.to_dict() for rule in self.rules]
+        return {name: plain(asdict(v) if isinstance(v, QuantSpec | AdaRound) else v) for name, v in values.items()}
 
     def to_yaml(self) -> str:
         """The configuration as a YAML document."""

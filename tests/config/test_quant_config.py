@@ -27,6 +27,9 @@ CONFIGS = st.builds(
     activations=st.none() | specs(),
     inputs=st.none() | specs(),
     target=st.sampled_from(("litert", "litert_per_tensor", "simulation")),
+    keep_zeros=st.booleans(),
+    widen=st.booleans(),
+    channel_scales=st.booleans(),
     logits=st.sampled_from([None, *METHODS]),
     rules=st.lists(RULES, max_size=3),
 )

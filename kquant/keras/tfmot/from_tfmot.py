@@ -23,9 +23,9 @@ from kquant.graph.transforms.fold_batch_norm import fold_batch_norm
 from kquant.graph.transforms.fuse_activations import fuse_activations
 from kquant.graph.transforms.simplify import absorb_padding, simplify
 from kquant.grids.grid import Array, Grid, dequantize, fit_bias, quantize
-from kquant.interop.tfmot_model import Range, read_model
-from kquant.interop.tfmot_ranges import Grids, activation_grids, float_layers, place_ranges
 from kquant.keras.model import Learning, QuantizedModel, insert
+from kquant.keras.tfmot.ranges import Grids, activation_grids, float_layers, place_ranges
+from kquant.keras.tfmot.saved_model import Range, read_model
 from kquant.quantize.calibrate import weight_grids
 from kquant.quantize.pipeline import Step, record_of
 from kquant.quantize.plan import Plan, make_plan

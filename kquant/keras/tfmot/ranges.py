@@ -14,7 +14,7 @@ import numpy as np
 
 from kquant.graph.ir import Graph, Node
 from kquant.grids.grid import Grid
-from kquant.interop.tfmot_model import Marker
+from kquant.keras.tfmot.saved_model import Marker
 from kquant.quantize.plan import Plan
 from kquant.targets.target import Target
 

@@ -15,9 +15,9 @@ import tensorflow as tf
 import kquant
 from kquant.graph.ops import weight_view
 from kquant.grids.grid import Array, Grid, fake_quantize, quantize
-from kquant.interop import from_tfmot
-from kquant.interop.tfmot_model import Range
 from kquant.keras.model import extract
+from kquant.keras.tfmot import from_tfmot
+from kquant.keras.tfmot.saved_model import Range
 from kquant.targets.litert.reader import Operator, read
 from kquant.verify.end_to_end import same_decision
 
