@@ -36,6 +36,7 @@ def checkout(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_python_runs(checkout, capsys):
     namespace: dict[str, object] = {}
     for code in blocks("python"):

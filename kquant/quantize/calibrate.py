@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from kquant.config.specs import QuantSpec
 from kquant.errors import CalibrationError, ConfigError
 from kquant.graph.ir import Graph, Node, sample_size
-from kquant.graph.ops import bias_of, evaluate, op_of, weight_of, weight_view
+from kquant.graph.ops import bias_of, compute, evaluate, op_of, weight_of, weight_view
 from kquant.graph.quantized import QuantizedGraph
 from kquant.graph.transforms.padding import only_largest_count
 from kquant.graph.transforms.training import in_training
@@ -109,7 +109,26 @@ def over_data(
     total = data.num_batches
     for batch in tqdm(iter(data), desc=title, unit="batch", total=total, disable=not progress, leave=False):
         for k in range(0, len(batch[0]), rows):
-            yield run(*(x[k : k + rows] for x in batch))
+            feeds = [x[k : k + rows] for x in batch]
+            try:
+                found = run(*feeds)
+            except tf.errors.InvalidArgumentError as error:
+                raise CalibrationError(_refusal(graph, feeds) or str(error)) from error
+            yield found
+
+
+def _refusal(graph: Graph, feeds: Sequence[Any]) -> str:
+    """Which layer cannot compute a batch, and why; such as ids beyond a table."""
+    values = dict(zip(graph.inputs, feeds, strict=True))
+    for node in graph:
+        if node.op == "input":
+            continue
+        try:
+            values[node.name] = compute(node, [values[i] for i in node.inputs])
+        except tf.errors.InvalidArgumentError as error:
+            reason = str(error.message).splitlines()[0]
+            return f"Layer {node.name!r} cannot compute the calibration data: {reason}. Correct the data."
+    return ""
 
 
 def _rows_at_once(graph: Graph) -> int:

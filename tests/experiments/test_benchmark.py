@@ -11,7 +11,8 @@ import pytest
 from tests.support.apps import ROOT, checkout_environment
 
 
-@pytest.mark.parametrize("layer", [pytest.param("depthwise 3x3, 96", marks=pytest.mark.slow), "conv 1x1, 96 to 24"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", ["depthwise 3x3, 96", "conv 1x1, 96 to 24"])
 def test_the_benchmark_of_one_layer(layer, tmp_path):
     """In a process of its own, as the benchmark runs it: its flags are not those of the other tools."""
     command = [sys.executable, "-m", "experiments.benchmark", f"--worker={layer}", "--iterations=200"]

@@ -86,6 +86,7 @@ def test_a_table_about_training(digits_zoo, key, variants, expected):
         assert parity.startswith("0, ") and parity.endswith(" %")
 
 
+@pytest.mark.slow
 def test_the_command_of_the_tables_starts():
     """In a process of its own: its flags must not clash with those of what it imports."""
     command = [sys.executable, "-m", "experiments.reproduce", "--table=no_such_table"]

@@ -174,6 +174,7 @@ def test_all_on_decides_as_the_simulation_does():
     assert np.mean(np.abs(found - expected) < step / 2) > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["upsampling", "fire_and_pool", "dict_inputs_and_outputs", "lstm", "text_average"])
 def test_switchable_models_of_all_kinds(name):
     """Float layers, resizing, pools on a shared grid, tables: float when off, near the simulation when on."""

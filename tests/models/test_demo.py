@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from models import demo, digits_cnn
 
 
+@pytest.mark.slow
 def test_the_demo_prints_its_table_and_holds(capsys, monkeypatch):
     digits = digits_cnn.load_split()
     few = replace(digits, x_test=digits.x_test[:100], y_test=digits.y_test[:100])

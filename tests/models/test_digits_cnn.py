@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keras
 import numpy as np
+import pytest
 
 from models import digits_cnn
 
@@ -24,6 +25,7 @@ def test_the_stored_model_is_the_recipes():
     assert np.mean(stored.predict(digits.x_test, verbose=0).argmax(-1) == digits.y_test) >= 0.98
 
 
+@pytest.mark.slow
 def test_the_recipe_learns():
     digits = digits_cnn.load_split()
     model = digits_cnn.train(epochs=2, verbose=0)

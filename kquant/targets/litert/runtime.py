@@ -68,6 +68,10 @@ class TFLiteModel:
 
         Returns:
             The outputs as stored in the file.
+
+        Raises:
+            ExportError: samples of another shape than the file takes, or numbers that it cannot compute, such as ids
+                beyond a table.
         """
         values = [as_stored(x, d) for x, d in zip(inputs, self.inputs, strict=True)]
         step = max(1, self._batch if self._fixed else len(values[0]))
@@ -84,7 +88,11 @@ class TFLiteModel:
             self._batch = batch
         for value, detail in zip(values, self.inputs, strict=True):
             self._interpreter.set_tensor(detail["index"], value)
-        self._interpreter.invoke()
+        try:
+            self._interpreter.invoke()
+        except RuntimeError as error:
+            given = _spans(values, self.inputs)
+            raise ExportError(f"LiteRT cannot compute this batch{given}: {error}") from error
         return [self._interpreter.get_tensor(d["index"]) for d in self.outputs]
 
     def predict(self, inputs: Any, batch_size: int = 32) -> Any:
@@ -125,10 +133,16 @@ def as_stored(x: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:
     """The values of an input as its tensor stores them: what has another type is real values, quantized on its grid.
 
     Raises:
-        ExportError: the tensor has no grid, and its type cannot hold the values.
+        ExportError: samples of another shape, or the tensor has no grid, and its type cannot hold the values.
     """
     dtype, (scale, zero_point) = detail["dtype"], detail["quantization"]
     x = np.asarray(x)
+    shape = tuple(int(n) for n in detail.get("shape_signature", detail["shape"])[1:])
+    if x.ndim != len(detail["shape"]) or any(n not in (-1, m) for n, m in zip(shape, x.shape[1:], strict=True)):
+        raise ExportError(
+            f"input {detail['name']!r} of the file takes samples of shape {shape}, found {x.shape[1:]}: "
+            "cut or pad them, or quantize the model with samples of that shape."
+        )
     if x.dtype == dtype:
         return x
     if scale:
@@ -140,6 +154,13 @@ def as_stored(x: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:
     if np.dtype(dtype).kind in "iub" and not np.array_equal(stored, x):
         raise ExportError(f"input {detail['name']!r} of the file is {np.dtype(dtype)} and cannot hold these {x.dtype}.")
     return stored
+
+
+def _spans(values: Sequence[np.ndarray], details: Sequence[Mapping[str, Any]]) -> str:
+    """What integers a batch holds, for a message: ids beyond a table are what kernels refuse."""
+    integers = [(d["name"], v) for v, d in zip(values, details, strict=True) if not d["quantization"][0] and v.size]
+    spans = [f"{name!r} from {v.min()} to {v.max()}" for name, v in integers if v.dtype.kind in "iu"]
+    return f" ({', '.join(spans)})" if spans else ""
 
 
 def dequantized(y: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:

@@ -120,7 +120,7 @@ def test_function_is_kept_and_ranges_become_equal(k: int) -> None:
     assert report.converged and report.regions
 
 
-@pytest.mark.parametrize("start", range(0, 40, 10))
+@pytest.mark.parametrize("start", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (10, 20, 30))])
 def test_random_graphs_keep_their_function(start: int) -> None:
     regions = 0
     for seed in range(start, start + 10):
