@@ -17,6 +17,7 @@ from tests.support import zoo
 SLOW = {  # graphs of many nodes
     *("lstm", "gru", "bidirectional", "transformer", "vision_transformer", "normalizations"),
 }
+FAST = ("w4a8", "w8a16", "w4a4")
 CONFIGS: dict[str, Any] = {
     "w8a8": "w8a8",
     "w8a8-per_tensor": "w8a8-per_tensor",
@@ -74,7 +75,9 @@ def test_what_stays_float_is_counted_and_reported():
     assert all(node in str(report) and reason for node, reason in report.float_ops)
 
 
-@pytest.mark.parametrize("config", [c for c in CONFIGS if c != "w8a8"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(c, marks=[pytest.mark.slow] * (c not in FAST)) for c in CONFIGS if c != "w8a8"]
+)
 def test_every_config_has_parity(config):
     check("preactivation", CONFIGS[config])
 

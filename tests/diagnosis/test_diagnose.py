@@ -44,6 +44,7 @@ def lab(metric: str = "accuracy") -> Laboratory:
 # --- the workflow -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_wide_channels_are_blamed_on_weights_and_cured() -> None:
     d = wide()
     assert d.culprit == "weights"

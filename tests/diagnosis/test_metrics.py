@@ -49,6 +49,7 @@ def accuracy(outputs: np.ndarray, count: int = 200) -> float:
     return 100 * float(np.mean(outputs.argmax(-1) == digits_cnn.load_split().y_test[:count]))
 
 
+@pytest.mark.slow
 def test_accuracy_of_every_kind_of_model() -> None:
     model, qmodel, switches, lite = digits()
     metric = make_metric(None, samples(), model)
@@ -63,6 +64,7 @@ def test_accuracy_of_every_kind_of_model() -> None:
     assert metric(switches.model) == accuracy(switches.model.predict(x, verbose=0)) < metric(model)
 
 
+@pytest.mark.slow
 def test_agreement_without_labels() -> None:
     model, qmodel, _, _ = digits()
     unlabelled = samples(labels=False)

@@ -149,6 +149,7 @@ class Interrupting:
         return float(switched_on(model))
 
 
+@pytest.mark.slow
 def test_interrupted_work_is_resumed(tmp_path: Path) -> None:
     switches, metric = toy()
     path, function = tmp_path / "sensitivity.json", Interrupting()

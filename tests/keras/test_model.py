@@ -164,6 +164,7 @@ def test_all_on_is_the_simulation_up_to_roundings(name):
     assert np.mean(output == 0) > 0.5 and (name != "w8a8" or np.mean(output == 0) > 0.9)
 
 
+@pytest.mark.slow
 def test_all_on_decides_as_the_simulation_does():
     digits = digits_cnn.load_split()
     qmodel = kquant.quantize_model(keras.saving.load_model(digits_cnn.PATH), digits.calibration, "w8a8", progress=False)

@@ -13,6 +13,7 @@ from kquant.qat.batch_norm import BatchNormLayer, reestimate_batch_norm
 from kquant.qat.prepare import prepare_qat
 
 KINDS = ("keep", "double_forward", "batch_statistics")
+FIRST_FAST = (KINDS[0], *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[1:]))
 
 
 def images(n: int, seed: int = 0) -> np.ndarray:
@@ -51,7 +52,7 @@ def normalized(model: kquant.QuantizedModel) -> list[BatchNormLayer]:
     return [layer for layer in model.layers if isinstance(layer, BatchNormLayer)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FIRST_FAST)
 def test_training_starts_from_the_folded_network(kind):
     folded, model = (prepared(k) for k in ("fold", kind))
     assert len(normalized(model)) == 3
@@ -61,7 +62,7 @@ def test_training_starts_from_the_folded_network(kind):
     assert difference.max() < 2.5 and (difference < 0.5).mean() > 0.9  # a rounding of weights here and there
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FIRST_FAST)
 def test_in_training_the_statistics_are_those_of_the_batch(kind):
     """As Keras' own layers compute it in training, up to 8-bit quantization."""
     reference, x = float_model(), images(64, 5) * 0.9 + 0.3  # another distribution than the running statistics'
@@ -87,7 +88,7 @@ def test_running_statistics_follow_the_batch(kind):
     np.testing.assert_allclose(first.moving_mean.numpy(), 0.5 * before + 0.5 * u.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FIRST_FAST)
 def test_what_is_trained_is_deployed(kind, tmp_path):
     """With negative and small gammas, as training may leave them: the file computes what the model says."""
     model = prepared(kind, "w4a8")
@@ -154,7 +155,7 @@ def test_what_cannot_be_trained_with_batch_norm_is_refused():
         reestimate_batch_norm(prepared("fold"), [], progress=False)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FIRST_FAST)
 def test_a_batch_with_nan_leaves_no_trace(kind):
     model = prepared(kind)
     model.compile("sgd", "mse")

@@ -121,6 +121,7 @@ def test_a_custom_loop_takes_the_steps_of_fit():
 # --- what is trained, and what is not -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_student_approaches_its_teacher_and_the_teacher_stays():
     teacher = network(2)
     teacher.compile("sgd", "mse", metrics=["mae"])  # its metrics do not mix with the distiller's
@@ -151,6 +152,7 @@ def test_evaluate_and_predict_are_the_students():
     assert set(logs) == {"loss", "accuracy", "distillation_loss", "val_loss", "val_accuracy"}
 
 
+@pytest.mark.slow
 def test_a_saved_distiller_goes_on_as_if_nothing_had_happened(tmp_path):
     distiller = Distiller(quantized(network(1)), network(2, softmax=True), alpha=0.6, features={"hidden": "hidden"})
     distiller.compile(keras.optimizers.Adam(0.01), LABELS(from_logits=True), jit_compile=False)

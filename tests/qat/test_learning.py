@@ -258,7 +258,7 @@ def test_weights_may_train_as_they_are():
     )
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adam", marks=pytest.mark.slow), "sgd"])
 def test_training_does_not_depend_on_the_range_of_the_input(optimizer):
     """Images of 0 to 256 with a first layer of 1/256 its size: without units, Adam's first step ruins that layer."""
     curves = []

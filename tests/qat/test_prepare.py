@@ -241,6 +241,7 @@ def test_images_of_0_to_255_have_a_scale_of_1_by_right():
 # --- NaN in training --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_batch_with_nan_is_reported_and_changes_no_weight():
     prepared, x = prepare(small(), data(), gradient="lsq+"), data()
     arrays = {"x": x, "y": np.zeros((48, 4), np.float32), "sample_weight": np.ones(48, np.float32)}

@@ -95,6 +95,7 @@ def steps(model: QuantizedModel, optimizer: keras.optimizers.Optimizer, count: i
 # --- fit, evaluate, save, load ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fit_learns_weights_and_grids():
     model, (x, y) = compiled(prepared(config="w4a4", gradient="lsq+"), metrics=["accuracy"]), data(64)
     before = extract(model)

@@ -66,6 +66,7 @@ def compiled(model: keras.Model) -> keras.Model:
     return model
 
 
+@pytest.mark.slow
 def test_with_16_bits_everything_trains_as_in_float(tmp_path: Any) -> None:
     x, rng = data(8, 8, 3), np.random.default_rng(2)
     y = {"box": rng.normal(size=(len(x), 4)).astype(np.float32), "label": rng.integers(0, 3, len(x))}
@@ -268,7 +269,9 @@ def regrown(model: QuantizedModel) -> float:
     return float(np.mean(np.concatenate(found)))
 
 
-@pytest.mark.parametrize("solver", ["descent", "gram", "stochastic"])
+@pytest.mark.parametrize(
+    "solver", ["descent", *(pytest.param(s, marks=pytest.mark.slow) for s in ("gram", "stochastic"))]
+)
 @pytest.mark.parametrize("keep", [False, True])
 def test_pruned_weights_stay_zero_where_they_are_to(solver: str, keep: bool) -> None:
     x = data(8)

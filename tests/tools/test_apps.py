@@ -49,6 +49,7 @@ def test_the_files_are_those_of_the_library(files):
     assert Path(files.q_tflite).read_bytes() == content
 
 
+@pytest.mark.slow
 def test_evaluate_prints_what_the_models_score(files, capsys):
     options = {"model": digits_cnn.PATH, "quantized": files.q_keras, "tflite": files.q_tflite, "data": files.test_npz}
     assert run_app(evaluate, **options, batch_size=50) == 0
@@ -141,6 +142,7 @@ def test_what_is_missing_on_the_command_line_is_a_usage_error(module):
         run_app(module, model=digits_cnn.PATH)
 
 
+@pytest.mark.slow
 def test_an_app_as_a_process(tmp_path):
     command = [sys.executable, "-m", "kquant_tools.quantize"]
     env = checkout_environment()

@@ -28,6 +28,7 @@ def files(tmp_path_factory: Any) -> dict[str, str]:
     return {key: str(folder / name) for key, name in names.items()}
 
 
+@pytest.mark.slow
 def test_from_flags_to_files(files: dict[str, str], tmp_path: Path, capsys: Any) -> None:
     pytest.importorskip("plotly")
     written = {"html": "r.html", "json": "r.json", "recommended": "better.yaml"}

@@ -11,6 +11,7 @@ from kquant_tools.quiet import stderr_held_back
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_tensorflow_loads_without_notices() -> None:
     code = "import kquant_tools, sys; import tensorflow; print('loaded', tensorflow.__version__, file=sys.stderr)"
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}", "PATH": "/usr/bin:/bin"}
@@ -18,6 +19,7 @@ def test_tensorflow_loads_without_notices() -> None:
     assert run.stderr.startswith("loaded") and len(run.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_no_file_is_announced() -> None:
     """The demo prints what it says itself, and warnings of what it quantizes."""
     code = (

@@ -63,6 +63,7 @@ def trained(files):
     return SimpleNamespace(lines=lines, **{k.replace(".", "_"): v for k, v in paths.items()})
 
 
+@pytest.mark.slow
 def test_the_table_says_what_the_files_score(files, trained):
     rows = {line[:15].strip(): line[15:].split() for line in trained.lines}
     model = keras.saving.load_model(files.folder / "float.keras")
@@ -82,6 +83,7 @@ def test_the_written_model_is_the_file_and_can_train_on(files, trained):
     assert len(list(Path(trained.logs).iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_written_model(files, trained, tmp_path, capsys):
     options = {k: v for k, v in files.options.items() if k != "config"} | {"model": trained.out_keras, "epochs": 1}
     assert run_app(train_qat, **options, output=tmp_path / "more.keras", augment="flip_crop", optimizer="sgd") == 0
@@ -153,6 +155,7 @@ def test_errors_are_one_message_and_exit_status_1(files, tmp_path, capsys, chang
     assert error.startswith(message.format(folder=folder)) and len(error.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_nan_while_training_is_one_message(files, tmp_path, capsys):
     start = tmp_path / "ptq.keras"
     data = files.folder / "train.npz"

@@ -76,6 +76,7 @@ def test_training_keeps_to_the_table_and_moves_scales(config):
     assert kquant.verify_tflite(qat, kquant.export_tflite(qat).content, X[:32]).ok
 
 
+@pytest.mark.slow
 def test_the_simulation_has_the_values_of_the_integers():
     qmodel = kquant.quantize_model(network(), X, "w4a8-b32", progress=False)
     layer, qgraph = qmodel.get_layer("dense"), extract(qmodel)

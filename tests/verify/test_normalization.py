@@ -75,6 +75,7 @@ def test_a_generator_is_read_once():
     assert "not known" in step.note
 
 
+@pytest.mark.slow
 def test_a_normalization_trains():
     inputs = keras.Input((T, C))
     y = layers.Dense(4)(layers.LayerNormalization()(layers.Dense(C)(inputs)))
@@ -86,6 +87,7 @@ def test_a_normalization_trains():
     assert kquant.verify_tflite(qat, kquant.export_tflite(qat).content, x).ok
 
 
+@pytest.mark.slow
 def test_a_normalization_of_what_is_normalized_already() -> None:
     """Its mean is zero but for rounding: the grid of that must be one that kernels can compute."""
     keras.utils.set_random_seed(0)

@@ -68,6 +68,7 @@ if hasattr(L, "AdaptiveAveragePooling2D"):
     CASES["adaptive maximum"] = L.AdaptiveMaxPooling2D((3, 4))
 
 
+@pytest.mark.slow
 def test_in_integers() -> None:
     q, report, data, expected = quantized(lambda x: [function(x) for function in CASES.values()])
     assert not report.float_ops

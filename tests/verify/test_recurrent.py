@@ -47,6 +47,7 @@ def test_runs_in_integers(name: str) -> None:
     check(keras.Model(inputs, LAYERS[name](L.Dense(C)(inputs))), X)
 
 
+@pytest.mark.slow
 def test_hidden_steps() -> None:
     ids = keras.Input((STEPS,), dtype="int32")
     y = L.Bidirectional(L.LSTM(U, return_sequences=True))(L.Embedding(9, C, mask_zero=True)(ids))
@@ -64,6 +65,7 @@ def test_a_table_forth_and_back() -> None:
     check(keras.Model(ids, table(L.Dense(C)(table(ids)), reverse=True)), IDS)
 
 
+@pytest.mark.slow
 def test_a_state_goes_in_and_out_on_one_grid() -> None:
     inputs = [keras.Input((1, C)), keras.Input((U,)), keras.Input((U,))]
     y, *states = L.LSTM(U, return_sequences=True, return_state=True)(inputs[0], initial_state=inputs[1:])

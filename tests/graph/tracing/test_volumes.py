@@ -72,6 +72,7 @@ def test_the_file_computes_it_in_integers(name: str, config: str) -> None:
     assert np.square(expected - found).sum() < (0.002 if config == "w8a8" else 0.05) * np.square(expected).sum()
 
 
+@pytest.mark.slow
 def test_bias_correction_and_adaround_see_whole_samples() -> None:
     """A walk over more samples than fit at once cuts between samples, not between frames."""
     function, shape = CASES["frames"]

@@ -290,6 +290,7 @@ def test_files_that_cannot_be_read_are_refused(small: Pair, tmp_path: Path) -> N
             from_tfmot(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_training_goes_on(small: Pair) -> None:
     quantized, model = small
     x = inputs(quantized, 64)
