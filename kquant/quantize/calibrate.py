@@ -105,6 +105,7 @@ def over_data(
     def run(*feeds: Any) -> Any:
         return summarize(evaluate(graph, feeds, names))
 
+    run = run.get_concrete_function()  # a call of `run` would warn of traces: each walk over the data has its own
     rows = _rows_at_once(graph)
     total = data.num_batches
     for batch in tqdm(iter(data), desc=title, unit="batch", total=total, disable=not progress, leave=False):

@@ -11,6 +11,7 @@ import numpy as np
 from kquant.errors import ModelError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import op_of
+from kquant.graph.ops.record import Tie
 from kquant.graph.tracing.keras_graph import dtype_of, recorded_calls
 
 # type of an input -> what it can hold
@@ -71,7 +72,7 @@ def _typed(graph: Graph) -> Graph:
         # a mask compares the ids with zero, in any type
         places = [n for n in readers if n.op == "take_along" and n.inputs[0] != name]
         compares = [n for n in readers if n.op == "float" and n.origin_type == "NotEqual"]
-        moves = [n for n in readers if n.op in ("reshape", "transpose") and n.dtype == "int32"]
+        moves = [n for n in readers if op_of(n).grid is not Tie.OWN and n.dtype == "int32"]
         ids = [*places, *(n for n in readers if op_of(n).lookup or n in compares or n in moves)]
         casts = [n for n in readers if n.op == "float" and n.origin_type == "Cast" and n.dtype == "float32"]
         numbers = [n for n in readers if n not in ids and n.op != "float"]

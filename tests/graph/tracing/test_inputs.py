@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
 from keras import layers as L
 from keras import ops as K
 
+import kquant
 from kquant.errors import ModelError
 from kquant.graph.ops import evaluate
 from kquant.graph.tracing.trace import trace_model
@@ -31,6 +34,20 @@ def test_ids_that_are_compared_too_are_ids(dtype: str, compared_first: bool) -> 
     assert graph[graph.inputs[0]].dtype == "int32" and "float" not in {n.op for n in graph}
     data = IDS.astype(dtype)
     np.testing.assert_allclose(evaluate(graph, [data.astype("int32")])[0], model(data), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [lambda x: x[:, 1:], lambda x: K.reshape(x, (-1, 1, 3)), lambda x: K.flip(x, 1), lambda x: K.tile(x, (1, 2))],
+    ids=["slice", "reshape", "flip", "tile"],
+)
+def test_ids_that_are_moved_first_are_ids(moved: Any) -> None:
+    """The file moves them as integers."""
+    ids = keras.Input((3,), dtype="int32", name="ids")
+    model = keras.Model(ids, L.Embedding(10, 4)(moved(ids)))
+    qmodel = kquant.quantize_model(model, IDS.astype("int32"), "w8a8", progress=False)
+    found = kquant.TFLiteModel(kquant.export_tflite(qmodel, allow_float=False).content).predict(IDS.astype("int32"))[0]
+    np.testing.assert_allclose(found, model(IDS), rtol=0, atol=0.001)
 
 
 def test_ids_that_are_numbers_too_are_read_as_numbers_in_float() -> None:
