@@ -129,16 +129,21 @@ class Histogram(_Ranged):
         cells = self._first + np.arange(len(self._counts))
         return np.clip((cells + 0.5) * self.width, float(self.low), float(self.high))
 
-    def update(self, x: Any) -> None:
+    def update(self, x: Any, extremes: Any = ()) -> None:
         """Take in one batch.
 
+        Args:
+            x: the values.
+            extremes: the smallest and the largest value of what x was drawn from, if x is a part of it.
+
         Raises:
-            CalibrationError: x holds NaN or infinite values.
+            CalibrationError: there are NaN or infinite values.
         """
         x = np.asarray(x, np.float32).ravel()
         if not x.size:
             return
         self._range.update(x)
+        self._range.update(extremes)
         self._grow(_MIN_EXPONENT)
         for start in range(0, x.size, _BLOCK):
             cells = _cells(x[start : start + _BLOCK], self._exponent, self._first)

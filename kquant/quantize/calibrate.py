@@ -5,6 +5,7 @@ The float graph runs once over the data; memory does not grow with the number of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -30,6 +31,7 @@ from kquant.quantize.plan import Plan
 
 Observers = dict[str, Any]  # what `ranges.activation_range` reads: observers of the data, or moments
 
+_DRAWN = 2**13  # values of a sample that a histogram counts; all for small tensors
 _LARGEST_FACTOR = 128.0  # XNNPACK takes less than 256, and crashes with more
 
 # How each range method looks at a tensor; "batch_norm" does not, its moments come from the graph.
@@ -50,27 +52,39 @@ def quantize_graph(plan: Plan, data: CalibrationData | None, progress: bool = Tr
 def observe(plan: Plan, data: CalibrationData, progress: bool = True) -> Observers:
     """Statistics of the tensors whose values set a grid, from one pass over the data.
 
-    Extremes are reduced inside the compiled graph; only tensors whose range method looks at more
-    leave it, into streaming histograms or samples of rows. A graph that is made for training is observed as it trains:
-    behind a Dropout, say, values reach further than at inference.
+    Extremes are reduced inside the compiled graph. What other range methods look at leaves it: rows of logits, and for
+    histograms a part of every sample, evenly spread. A graph that is made for training is observed as it trains: behind
+    a Dropout, say, values reach further than at inference.
     """
     graph = in_training(plan.graph)
     names = [n for members in plan.observed.values() for n in members if op_of(graph[n]).values is None]
     kinds = {n: _OBSERVERS[m] for n in names if (m := plan.activations[n].method) in _OBSERVERS}
     observers: Observers = {n: kind(n) for n, kind in kinds.items()}
-    reduced = [n for n, kind in kinds.items() if kind is MinMax]
-    detailed = [n for n in kinds if n not in reduced]
+    drawn, rows = ([n for n, kind in kinds.items() if kind is wanted] for wanted in (Histogram, Rows))
+    reduced = [n for n in kinds if n not in rows]
 
-    def statistics(values: list[Any]) -> tuple[Any, Any]:
-        extremes = [[tf.reduce_min(v), tf.reduce_max(v)] for v in values[: len(reduced)]]
-        return tf.stack(extremes) if extremes else tf.zeros((0, 2)), values[len(reduced) :]
+    def statistics(values: list[Any]) -> tuple[Any, list[Any], list[Any]]:
+        tensors = dict(zip(kinds, values, strict=True))
+        extremes = [[tf.reduce_min(tensors[n]), tf.reduce_max(tensors[n])] for n in reduced]
+        stacked = tf.stack(extremes) if extremes else tf.zeros((0, 2))
+        return stacked, [_evenly_drawn(tensors[n], graph[n]) for n in drawn], [tensors[n] for n in rows]
 
-    for extremes, values in over_data(graph, [*reduced, *detailed], data, statistics, progress, "calibrating"):
+    for extremes, parts, wholes in over_data(graph, list(kinds), data, statistics, progress, "calibrating"):
+        values = dict(zip(drawn, parts, strict=True))
         for name, low_high in zip(reduced, extremes.numpy(), strict=True):
-            observers[name].update(low_high)
-        for name, value in zip(detailed, values, strict=True):
-            observers[name].update(np.asarray(value))  # an array where it depends on no input
+            observers[name].update(*((values[name], low_high) if name in values else (low_high,)))
+        for name, whole in zip(rows, wholes, strict=True):
+            observers[name].update(np.asarray(whole))  # an array where it depends on no input
     return observers
+
+
+def _evenly_drawn(x: Any, node: Node) -> Any:
+    """About `_DRAWN` values of every sample: each k-th, where k shares no factor with the size, so with no axis."""
+    size = sample_size(node)
+    step = -(-size // _DRAWN)
+    while math.gcd(step, size) > 1:
+        step += 1
+    return tf.reshape(x, (-1, size))[:, ::step]
 
 
 def smallest_outputs(
