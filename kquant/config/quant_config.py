@@ -178,7 +178,7 @@ class QuantConfig:
         """The configuration of a name `w<bits>[a<bits>][-per_tensor][-<format>][-b<block>]` or `a<bits>`, bits 2 to 16.
 
         Weights are symmetric, narrow-range and per-channel (`-per_tensor`: one scale per tensor),
-        with MSE ranges. Activations are asymmetric with min-max ranges, below 8 bits with MSE ranges; above
+        with MSE ranges. Activations are asymmetric with "auto" ranges, below 8 bits with MSE ranges; above
         8 bits they are symmetric. Below 8 bits the first layer's
         weights and the last layer's weights and output stay at 8 bits, and so do the model's
         inputs. Without `a<bits>` only the weights are quantized, without `w<bits>` only the activations, which

@@ -12,7 +12,7 @@ from kquant.config.text import suggest
 from kquant.errors import ConfigError
 
 WEIGHT_METHODS = ("min_max", "percentile", "mse")
-METHODS = (*WEIGHT_METHODS, "cross_entropy", "batch_norm")
+METHODS = (*WEIGHT_METHODS, "cross_entropy", "batch_norm", "auto")
 POSITIONS = ("first", "last")
 SOLVERS = ("descent", "gram", "stochastic")
 FORMATS = ("uniform", "ternary", "kmeans")
@@ -84,7 +84,9 @@ class QuantSpec:
             its own mirror image.
         per_channel: one scale per output channel instead of one per tensor.
         power_of_two: round the scale up to a power of two; symmetric only.
-        method: how the range is chosen, one of `METHODS`; weights take one of `WEIGHT_METHODS`.
+        method: how the range is chosen, one of `METHODS`; weights take one of `WEIGHT_METHODS`. "auto" is "mse" where
+            there are at most 8 bits, and "min_max" above them and in networks that multiply tensors with one another
+            (`quantize.plan`).
         percentile: for that method: which percentile, above 50 and at most 100, is the upper edge.
         format: weights only, one of `FORMATS`: all integers of a range ("uniform"), -1, 0 and 1 ("ternary"), or 2^bits
             integers of the int8 grid for every channel ("kmeans").
@@ -152,7 +154,7 @@ class QuantSpec:
 
 
 WEIGHTS = QuantSpec(symmetric=True, narrow_range=True, per_channel=True, method="mse")
-ACTIVATIONS = QuantSpec()
+ACTIVATIONS = QuantSpec(method="auto")
 
 
 @dataclass(frozen=True, kw_only=True)

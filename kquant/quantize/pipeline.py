@@ -77,7 +77,7 @@ def quantize_after_training(
         ConfigError: the config is impossible for its target, or asks without data for what needs data.
         CalibrationError: the data is unusable, or ranges need data and there is none.
     """
-    log = _Log(decide(make_plan(graph, config), config, data is not None))
+    log = _Log(decide(make_plan(graph, config), config, data))
     if log.takes("equalize"):
         graph, note = _equalize(graph)
         log.note("equalize", note)
@@ -181,18 +181,19 @@ class _Log:
         self.steps.append(Step(name=name, taken=True, note=text))
 
 
-def decide(plan: Plan, config: QuantConfig, has_data: bool) -> dict[str, str]:
+def decide(plan: Plan, config: QuantConfig, data: CalibrationData | None) -> dict[str, str]:
     """Why each step that the config can switch is left out; empty for a step to take.
 
     Where the config says None: equalization where weights have one scale per tensor; absorption without data, where
-    it narrows ranges that are guessed from statistics; AdaRound below 8 bits; bias correction where rounding shifts
-    means noticeably, below 8 bits or with one scale per tensor.
+    it narrows ranges that are guessed from statistics; AdaRound below 8 bits; bias correction always, but not
+    for 8 bits per channel from data that can be read once only.
 
     Raises:
         ConfigError: AdaRound is asked for and there is no data.
     """
     specs = [s for n, s in plan.weights.items() if op_of(plan.graph[n]).matrix]
     per_tensor, coarse = any(not s.per_channel for s in specs), any(s.bits < 8 for s in specs)
+    has_data, once = data is not None, data is not None and not data.repeatable
     nothing = "" if specs else "no weights are quantized"
     estimated = plan.observed and not has_data
     ranges = "activation ranges come from data" if has_data else "no activation range is estimated"
@@ -200,7 +201,7 @@ def decide(plan: Plan, config: QuantConfig, has_data: bool) -> dict[str, str]:
         "equalize": nothing or ("" if per_tensor else "every channel has a scale of its own"),
         "absorb_bias": "" if estimated else ranges,
         "adaround": nothing or ("it needs data" if not has_data else "" if coarse else "8 bits round well enough"),
-        "correct_bias": nothing or ("" if per_tensor or coarse or not has_data else "8 bits per channel shift no mean"),
+        "correct_bias": nothing or ("the data can be read once only" if once and not (per_tensor or coarse) else ""),
     }
     asked = {name: getattr(config, name) for name in advice}
     reasons = {n: why if asked[n] is None else "" if asked[n] else "switched off" for n, why in advice.items()}

@@ -121,6 +121,7 @@ def resolve(graph: Graph, config: QuantConfig) -> dict[str, LayerSpec]:
     """The config's word on every node; model inputs have a spec of their own."""
     linear = [n.origin for n in graph if op_of(n).matrix]
     first, last = (linear[0], linear[-1]) if linear else (None, None)
+    cautious = any(op_of(n).products for n in graph)
     specs: dict[str, LayerSpec] = {}
     matched: set[int] = set()
     for node in graph:
@@ -130,6 +131,7 @@ def resolve(graph: Graph, config: QuantConfig) -> dict[str, LayerSpec]:
         matched.update(spec.matched)
         if node.op == "input":
             spec = replace(spec, activations=spec.activations and config.input_spec)
+        spec = _with_method(spec, cautious)
         specs[node.name] = _widened(spec, node, get_target(config.target))
     origins = {n.origin or n.name: n.origin_type for n in graph}
     config.check_matched(matched, sorted(origins), sorted(set(origins.values())))
@@ -286,6 +288,18 @@ def share_grids(graph: Graph, integer: set[str], target: Target) -> dict[str, st
         if node.name in integer and (part := _part(node)):
             unite(parts.setdefault(part, node.name), node.name)
     return groups
+
+
+def _with_method(spec: LayerSpec, cautious: bool) -> LayerSpec:
+    """The spec, with a range method for "auto".
+
+    Ranges of least squared error cut off what is rare. That is best for convolutional networks; those that multiply
+    tensors with one another (attention, normalizations: `cautious`) are better off with all of the range.
+    """
+    own = spec.activations
+    if own is None or own.method != "auto":
+        return spec
+    return replace(spec, activations=replace(own, method="min_max" if cautious or own.bits > 8 else "mse"))
 
 
 def _activation_spec(node: Node, spec: LayerSpec) -> QuantSpec:

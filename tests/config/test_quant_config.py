@@ -67,7 +67,7 @@ def test_below_8_bits_inputs_and_ends_stay_at_8():
     config = QuantConfig.preset("w4a4")
     assert config.input_spec.bits == 8 and config.activations.method == "mse"
     assert QuantConfig.preset("a4").activations.method == "mse"
-    assert {QuantConfig.preset(p).activations.method for p in ("w4a8", "w8a16", "a8")} == {"min_max"}
+    assert {QuantConfig.preset(p).activations.method for p in ("w4a8", "w8a16", "a8")} == {"auto"}
     first, middle, last = (config.resolve("x", "Conv2D", first=i == 0, last=i == 2) for i in range(3))
     assert [s.weights.bits for s in (first, middle, last)] == [8, 4, 8]
     assert [s.activations.bits for s in (first, middle, last)] == [4, 4, 8]

@@ -156,8 +156,8 @@ def follow(name: str, op: str, source: str, shape=(None, 5), **attrs) -> Node:
 
 def test_the_logits_have_a_method_of_their_own():
     others = {"in", "c1", "dw", "cat", "mean"}
-    assert methods() == {**dict.fromkeys(others, "min_max"), "fc": "cross_entropy"}
-    assert methods(logits="mse")["fc"] == "mse" and methods(logits=None)["fc"] == "min_max"
+    assert methods() == {**dict.fromkeys(others, "mse"), "fc": "cross_entropy"}
+    assert methods(logits="mse")["fc"] == "mse" and methods(logits=None)["fc"] == "mse"
     assert type(observe(make_plan(toy_graph(), config()), calibration(toy_data(8)), False)["fc"]) is Rows
 
 
@@ -175,15 +175,15 @@ def test_logits_are_found_through_reshapes_and_only_in_front_of_a_final_softmax(
         follow("r1", "reshape", "fc", wide), follow("sm", "softmax", "r1", wide), follow("r2", "reshape", "sm")
     )
     assert methods(reshaped)["fc"] == "cross_entropy"
-    assert methods(logits_graph())["fc"] == "min_max"  # raw logits: a rule can
+    assert methods(logits_graph())["fc"] == "mse"  # raw logits: a rule can
     attention = logits_graph(follow("sm", "softmax", "fc"), follow("l", "logistic", "sm"))
-    assert methods(attention)["fc"] == "min_max"
+    assert methods(attention)["fc"] == "mse"
     split = (None, 5, 1)  # each row of the softmax is no row of the dense layer
     other_axis = logits_graph(follow("r", "reshape", "fc", split), follow("sm", "softmax", "r", split))
-    assert methods(other_axis)["fc"] == "min_max"
+    assert methods(other_axis)["fc"] == "mse"
     graph = toy_graph()
     both = Graph(dict(graph.nodes), ("in",), ("sm", "fc"), ("x",), ("y", "z"))
-    assert methods(both)["fc"] == "min_max"  # the logits are an output too
+    assert methods(both)["fc"] == "mse"  # the logits are an output too
 
 
 def test_a_fixed_range_needs_no_data():

@@ -26,6 +26,7 @@ from kquant.quantize.adaround import adaround
 from kquant.quantize.analytic_correction import correct_biases_analytically
 from kquant.quantize.bias_correction import correct_biases, round_kernel
 from kquant.quantize.calibrate import quantize_graph, smallest_outputs, weight_grids
+from kquant.quantize.data import CalibrationData
 from kquant.quantize.pipeline import decide, quantize_after_training
 from kquant.quantize.plan import make_plan
 from kquant.quantize.pooling import prepare_pooling
@@ -113,7 +114,7 @@ def assert_parity(qmodel: kquant.QuantizedModel) -> bytes:
 # --- which steps ------------------------------------------------------------------------------------------------------
 
 DECISIONS = [
-    ("w8a8", True, set()),
+    ("w8a8", True, {"correct_bias"}),
     ("w8a8", False, {"absorb_bias", "correct_bias"}),
     ("w8a8-per_tensor", True, {"equalize", "correct_bias"}),
     ("w8a8-per_tensor", False, {"equalize", "absorb_bias", "correct_bias"}),
@@ -121,10 +122,10 @@ DECISIONS = [
     ("w4a8", False, {"absorb_bias", "correct_bias"}),
     ("w4a8-per_tensor", True, {"equalize", "adaround"}),
     ("w4a4", True, {"adaround"}),
-    ("w8a16", True, set()),
+    ("w8a16", True, {"correct_bias"}),
     ("w4", True, {"adaround"}),
     ("w4", False, {"correct_bias"}),
-    ("w8", True, set()),
+    ("w8", True, {"correct_bias"}),
     ("a8", True, set()),
     ("a8", False, {"absorb_bias"}),
     ({"preset": "w4a8", "adaround": False}, True, {"correct_bias"}),
@@ -140,10 +141,14 @@ DECISIONS = [
 ]
 
 
+def given(has_data: bool) -> CalibrationData | None:
+    return calibration(toy_data()) if has_data else None
+
+
 @pytest.mark.parametrize(("settings", "has_data", "steps"), DECISIONS)
 def test_a_step_is_taken_where_it_helps_or_is_asked_for(settings, has_data, steps):
     chosen = QuantConfig.load(settings)
-    reasons = decide(make_plan(toy_graph(), chosen), chosen, has_data)
+    reasons = decide(make_plan(toy_graph(), chosen), chosen, given(has_data))
     assert set(reasons) == ALL
     assert {n for n, why in reasons.items() if not why} == steps
 
@@ -151,7 +156,7 @@ def test_a_step_is_taken_where_it_helps_or_is_asked_for(settings, has_data, step
 def test_every_step_that_is_left_out_has_its_reason():
     def why(name: str, settings: Any, has_data: bool = True) -> str:
         chosen = QuantConfig.load(settings)
-        return decide(make_plan(toy_graph(), chosen), chosen, has_data)[name]
+        return decide(make_plan(toy_graph(), chosen), chosen, given(has_data))[name]
 
     assert why("equalize", "w8a8") == "every channel has a scale of its own"
     assert why("equalize", {"preset": "w8a8-per_tensor", "equalize": False}) == "switched off"
@@ -160,8 +165,17 @@ def test_every_step_that_is_left_out_has_its_reason():
     assert why("absorb_bias", "w8", False) == "no activation range is estimated"
     assert why("adaround", "w8a8") == "8 bits round well enough"
     assert why("adaround", "w4a8", False) == "it needs data"
-    assert why("correct_bias", "w8a8") == "8 bits per channel shift no mean"
     assert why("correct_bias", "w4a8") == "AdaRound sets the biases too"
+
+
+def test_what_can_be_read_once_is_not_read_for_eight_bits_alone():
+    def why(settings: Any) -> str:
+        chosen = QuantConfig.load(settings)
+        data = CalibrationData((x for x in [toy_data()]), [("in", toy_data().shape, "float32")])
+        return decide(make_plan(toy_graph(), chosen), chosen, data)["correct_bias"]
+
+    assert why("w8a8") == "the data can be read once only"
+    assert why("w8a8-per_tensor") == why({"correct_bias": True}) == ""
 
 
 def test_adaround_without_data_is_refused():
@@ -182,7 +196,7 @@ def test_the_steps_are_reported_in_order(data, tmp_path):
     assert all(r.note and f"{r.name} " in qmodel.report and r.note in qmodel.report for r in rows)
     assert "regions in" in note(qmodel, "equalize") and "channels of" in note(qmodel, "absorb_bias")
     assert ("empirical, 5 layers" if data else "analytic, 5 layers") in note(qmodel, "correct_bias")
-    assert ("from the data: min_max of" if data else "without data: batch_norm of") in note(qmodel, "activation ranges")
+    assert ("from the data: mse of" if data else "without data: batch_norm of") in note(qmodel, "activation ranges")
     assert data or "'image' is estimated to be within" in note(qmodel, "activation ranges")
     qmodel.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
@@ -221,7 +235,7 @@ def test_the_data_free_pipeline_is_its_steps_one_after_the_other():
 
 
 def test_without_a_step_it_is_the_plain_quantization():
-    settings = config("w8a8")
+    settings = config("w8a8", correct_bias=False)
     qgraph, quantization, _ = quantize_after_training(toy_graph(), settings, calibration(toy_data()), progress=False)
     graph, _ = prepare_pooling(toy_graph(), settings, calibration(toy_data()), progress=False)
     plain = quantize_graph(make_plan(graph, settings), calibration(toy_data()), progress=False)

@@ -168,6 +168,7 @@ RECORDS = collect(
         name="batch_matmul",
         compute=lambda n, xs, w: tf.matmul(*xs, transpose_b=n.attrs.get("adjoint", False)),
         fuses_clip=True,
+        products=True,
         channels=Channels(in_front=_into_first, constant=lambda n, x: np.full_like(x, np.nan)),
         moments=_product_moments,
     ),

@@ -52,6 +52,6 @@ def _root_moments(node: Node, sources: Sequence[Node], xs: Sequence[Moments]) ->
 
 
 RECORDS = collect(
-    Op(name="normalize", compute=_normalize, parameters=("scale", "gamma", "beta"), moments=_moments),
+    Op(name="normalize", compute=_normalize, parameters=("scale", "gamma", "beta"), products=True, moments=_moments),
     Op(name="rsqrt", compute=lambda n, xs, w: tf.math.rsqrt(xs[0]), elementwise=True, moments=_root_moments),
 )

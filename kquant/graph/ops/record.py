@@ -63,6 +63,7 @@ class Op:
         elementwise: the same function of every element.
         program: f(node) -> its value, element by element, as a program of its inputs (`functions`), without a fused
             activation; None where it is none.
+        products: it multiplies tensors with one another: an entry that a range cuts off changes all that it meets.
         averages: on the grid of its input, with values between the steps of it.
         inserts: name of the attribute with the value that it puts, on the grid of its input, beside those of the input.
         largest: each of its outputs is the largest of several inputs.
@@ -89,6 +90,7 @@ class Op:
     fuses_clip: bool = False
     elementwise: bool = False
     program: Callable[[Node], Program | None] = lambda node: None
+    products: bool = False
     averages: bool = False
     inserts: str | None = None
     largest: bool = False
