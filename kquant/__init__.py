@@ -12,7 +12,7 @@ from kquant.graph.backend import check_backend
 check_backend()
 
 from kquant.config.quant_config import QuantConfig  # noqa: E402
-from kquant.config.specs import AdaRound, QuantSpec, Rule, Training  # noqa: E402
+from kquant.config.specs import AdaRound, Prune, QuantSpec, Rule, Training  # noqa: E402
 from kquant.diagnosis.diagnose import diagnose  # noqa: E402
 from kquant.diagnosis.records import Diagnosis  # noqa: E402
 from kquant.errors import (  # noqa: E402
@@ -57,6 +57,7 @@ __all__ = [
     "MissingPackageError",
     "ModelError",
     "ParityReport",
+    "Prune",
     "QuantConfig",
     "QuantSpec",
     "QuantizationWarning",

@@ -1,6 +1,6 @@
 """What to quantize and how: frozen settings, without TensorFlow."""
 
 from kquant.config.quant_config import PRESETS, QuantConfig
-from kquant.config.specs import AdaRound, QuantSpec, Rule, Training
+from kquant.config.specs import AdaRound, Prune, QuantSpec, Rule, Training
 
-__all__ = ["PRESETS", "AdaRound", "QuantConfig", "QuantSpec", "Rule", "Training"]
+__all__ = ["PRESETS", "AdaRound", "Prune", "QuantConfig", "QuantSpec", "Rule", "Training"]

@@ -17,13 +17,14 @@ from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import LayerSpec, QuantSpec
 from kquant.errors import ConfigError
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import op_of
+from kquant.graph.ops import linear_of, op_of, weight_view
 from kquant.graph.transforms.bound_masks import unbounded_masks
 from kquant.grids.grid import Grid
 from kquant.quantize.record import Skip
 from kquant.targets.target import Target, get_target
 
 _PASSES = ("reshape", "train_only")  # a final softmax, and its logits, are looked for through them
+_SMALL = 0.1  # a last layer with less than this share of the weights is small
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,11 +122,17 @@ def resolve(graph: Graph, config: QuantConfig) -> dict[str, LayerSpec]:
     """The config's word on every node; model inputs have a spec of their own."""
     linear = [n.origin for n in graph if op_of(n).matrix]
     first, last = (linear[0], linear[-1]) if linear else (None, None)
+    small = _share_of(graph, last) < _SMALL
     specs: dict[str, LayerSpec] = {}
     matched: set[int] = set()
     for node in graph:
         spec = config.resolve(
-            node.origin or node.name, node.origin_type, first=node.origin == first, last=node.origin == last
+            node.origin or node.name,
+            node.origin_type,
+            first=node.origin == first,
+            last=node.origin == last,
+            small_last=small and node.origin == last,
+            depthwise=op_of(node).matrix and linear_of(node).channelwise,
         )
         matched.update(spec.matched)
         if node.op == "input":
@@ -134,6 +141,13 @@ def resolve(graph: Graph, config: QuantConfig) -> dict[str, LayerSpec]:
     origins = {n.origin or n.name: n.origin_type for n in graph}
     config.check_matched(matched, sorted(origins), sorted(set(origins.values())))
     return specs
+
+
+def _share_of(graph: Graph, origin: str | None) -> float:
+    """The share of a layer of the user's in the weights of all matrix products."""
+    sizes = [(n.origin, weight_view(n).size) for n in graph if op_of(n).matrix]
+    own, total = sum(size for name, size in sizes if name == origin), sum(size for _, size in sizes)
+    return own / total if total else 0.0
 
 
 def _widened(spec: LayerSpec, node: Node, target: Target) -> LayerSpec:

@@ -136,7 +136,7 @@ class Target:
         if spec is None:
             return
         low, high = self.weight_bits
-        if not low <= spec.bits <= high:
+        if not low <= max(spec.bits, 2) <= high:  # 1 bit is -1 and 1, which take two
             raise ConfigError(f"{where}: {self.name} takes {low} to {high} bits, found {spec.bits}; set bits={high}.")
         if self.symmetric_weights and not (spec.symmetric and spec.signed):
             raise ConfigError(
