@@ -30,7 +30,8 @@ from kquant.errors import ConfigError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import bias_of, clip_of, linear_of, op_of, weight_of, weight_view
 from kquant.grids.formats import FORMATS, weight_grid
-from kquant.grids.grid import Grid, fake_quantize, fit_bias
+from kquant.grids.formats.blocks import in_float16
+from kquant.grids.grid import Grid, dequantize, fake_quantize, fit_bias, quantize
 from kquant.quantize.descent import Quadratic, descent, sequential
 from kquant.quantize.gram import (
     Moments,
@@ -198,12 +199,12 @@ def round_layer(
     task: Task = Task(),  # noqa: B008 (frozen)
 ) -> tuple[Node, LayerRounding]:
     """One layer of `adaround`, from passes over its inputs (x, x^)."""
-    if grid.table is not None and settings.solver != "descent":
+    if (grid.table is not None or grid.scale.ndim == 2) and settings.solver != "descent":
         raise ConfigError(
             f"{node.origin or node.name!r}: the solver {settings.solver!r} relaxes between two neighbouring integers, "
-            'and the weights have a table of allowed ones; use solver="descent".'
+            'and the weights have a table of allowed ones, or scales of blocks; use solver="descent".'
         )
-    view, w = weight_view(node), to_matrices(node, node.weights[weight_of(node).name])
+    w = to_matrices(node, node.weights[weight_of(node).name])
     m = moments(node, batches(), positions=_positions(node, settings), seed=seed)
     target, metric = m.target(w, settings.damping)
     free = (w != 0).astype(np.float32) if task.keep_zeros else None
@@ -220,8 +221,8 @@ def round_layer(
     if best.table is not None and task.spec is not None and settings.scales != (1.0,):
         fit = Fit(problem_of, target, metric, FORMATS[task.spec.format].design)
         best, u = refitted(fit, best, u, settings.sweeps)
-    integers = from_matrices(node, u).reshape(view.shape) + best.spread(best.zero_point, view.shape)
-    return _with_integers(node, m, grid, best, integers.astype(np.int8 if best.container == 8 else np.int16))
+    integers = _integers(node, u, best, scale)
+    return _with_integers(node, m, grid, best, integers)
 
 
 def _chosen(node: Node, grid: Grid, m: Moments, target: Array, metric: Array, task: Task) -> Grid:
@@ -248,13 +249,10 @@ def _with_integers(node: Node, m: Moments, grid: Grid, best: Grid, integers: Arr
     """The node with integers on the grid `best` and the bias that belongs to them; and how it compares to `grid`."""
     key = weight_of(node).name
     kernel, view = node.weights[key], weight_view(node)
-    centered = integers - best.spread(best.zero_point, view.shape)
-    u, scale = (
-        to_matrices(node, centered.astype(np.float32).reshape(kernel.shape)),
-        channels_to_groups(node, best.scale),
+    rounded, nearest = (
+        to_matrices(node, values.reshape(kernel.shape))
+        for values in (dequantize(integers, best), fake_quantize(view, grid))
     )
-    rounded = (u * scale).astype(np.float32)
-    nearest = to_matrices(node, fake_quantize(view, grid).reshape(kernel.shape))
     row = LayerRounding(
         node=node.name,
         grid=best,
@@ -263,7 +261,7 @@ def _with_integers(node: Node, m: Moments, grid: Grid, best: Grid, integers: Arr
         power=float(m.power.sum()),
         nearest_loss=float(m.loss(nearest).sum()),
         loss=float(m.loss(rounded).sum()),
-        changed=float(np.mean(u != np.rint(nearest / channels_to_groups(node, grid.scale)))),
+        changed=float(np.mean(integers != quantize(view, grid))),
     )
     found = {key: from_matrices(node, rounded), bias_of(node): m.bias(rounded).astype(np.float32)}
     return node.with_weights(**found), row
@@ -285,11 +283,37 @@ def _positions(node: Node, settings: AdaRound) -> int:
 
 
 def _problem(node: Node, grid: Grid, target: Array, metric: Array) -> tuple[Quadratic, Array]:
-    scale = channels_to_groups(node, grid.scale)
     zero = channels_to_groups(node, grid.zero_point)
-    levels = None if grid.table is None else _levels(node, grid)
+    scale = channels_to_groups(node, grid.scale if grid.scale.ndim < 2 else grid.scale.max(axis=1))
+    levels = _levels(node, grid) if grid.table is not None else _block_levels(node, grid, scale)
     steps = target / scale.astype(np.float64)
     return Quadratic(metric, steps, grid.qmin - zero, grid.qmax - zero, levels), scale
+
+
+def _block_levels(node: Node, grid: Grid, scale: Array) -> Array | None:
+    """Where blocks have scales of their own: the allowed values in units of a channel's `scale`, which are no integers.
+
+    So all weights of a column are in one unit, as the quadratic form has them.
+    """
+    if grid.scale.ndim < 2:
+        return None
+    ratio = _block_scales(node, grid) / scale
+    return np.arange(grid.qmin, grid.qmax + 1, dtype=np.float32)[:, None, None, None] * ratio
+
+
+def _block_scales(node: Node, grid: Grid) -> Array:
+    """The scale of every weight, as `to_matrices` has the weights."""
+    shape = weight_view(node).shape
+    each = np.broadcast_to(grid.spread(grid.scale, shape), shape)
+    return to_matrices(node, each.reshape(node.weights[weight_of(node).name].shape))
+
+
+def _integers(node: Node, u: Array, grid: Grid, scale: Array) -> Array:
+    """What the solvers found, as integers of the grid in the shape of the `weight_view`."""
+    shape = weight_view(node).shape
+    steps = u if grid.scale.ndim < 2 else np.rint(u * (scale / _block_scales(node, grid)))
+    integers = from_matrices(node, steps).reshape(shape) + grid.spread(grid.zero_point, shape)
+    return np.asarray(integers.astype(np.int8 if grid.container == 8 else np.int16))
 
 
 def _levels(node: Node, grid: Grid) -> Array:
@@ -316,4 +340,6 @@ def _rescaled(node: Node, grid: Grid, target: Array, metric: Array, factors: tup
         cost = problem.cost(u) * np.square(scale, dtype=np.float64)
         costs.append(cost.reshape(-1) if grid.axis is not None else cost.sum())
     factor = np.asarray(factors, np.float32)[np.argmin(costs, axis=0)]
+    if grid.scale.ndim == 2:
+        return replace(grid, scale=in_float16(grid.scale * factor[:, None]))
     return replace(grid, scale=np.asarray(grid.scale * factor, np.float32))

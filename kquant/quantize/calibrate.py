@@ -130,7 +130,7 @@ def weight_grids(plan: Plan) -> dict[str, Grid]:
             plain = replace(spec, bits=max(spec.bits, 2), format="uniform", block=None)
             grids[name] = grid_from_range(np.zeros_like(high), high / 256, plain, axis)
         else:
-            grids[name] = weight_grid(w, spec, axis, name=node.origin or name)
+            grids[name] = weight_grid(w, spec, axis, name=node.origin or name, block_scales=plan.block_scales(name))
     return grids
 
 

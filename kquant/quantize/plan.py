@@ -61,6 +61,12 @@ class Plan:
         """The nodes whose grid the target dictates."""
         return tuple(n for n, first in self.groups.items() if first in self.fixed)
 
+    def block_scales(self, name: str) -> bool:
+        """Whether the kernel of a node reads scales of blocks of its weight: one that runs in float."""
+        spec = self.weights[name]
+        in_float = name not in self.activations
+        return spec.block is not None and in_float and self.target.takes_blocks(self.graph[name].op, spec.bits)
+
     @property
     def observed(self) -> dict[str, tuple[str, ...]]:
         """The `sources` without a fixed range: the tensors that have to be looked at."""
@@ -104,7 +110,7 @@ def make_plan(graph: Graph, config: QuantConfig) -> Plan:
         activations[name] = _logits_spec(activations[name], specs[name], config)
     return Plan(
         graph=graph,
-        weights=_weight_specs(graph, specs, integer),
+        weights=_weight_specs(graph, specs, integer, target),
         activations=activations,
         groups=groups,
         fixed=fixed,
@@ -360,7 +366,7 @@ def _centered(graph: Graph, groups: dict[str, str], integer: Iterable[str], targ
     return {n for n in integer if groups[n] in found}
 
 
-def _weight_specs(graph: Graph, specs: dict[str, LayerSpec], integer: set[str]) -> dict[str, QuantSpec]:
+def _weight_specs(graph: Graph, specs: dict[str, LayerSpec], integer: set[str], target: Target) -> dict[str, QuantSpec]:
     """Specs of the weights. Batch-norm scales and PReLU slopes are few, and keep 8 bits.
 
     A table that is read in integers is not among them: it has the grid of the output.
@@ -376,6 +382,7 @@ def _weight_specs(graph: Graph, specs: dict[str, LayerSpec], integer: set[str]) 
         if not record.matrix:
             own = spec.per_channel and record.weight.channels is not None
             bits = spec.bits if record.lookup else 8
-            spec = replace(spec, bits=bits, per_channel=own, format="uniform", block=None)
+            blocks = record.lookup and target.takes_blocks(node.op, bits)
+            spec = replace(spec, bits=bits, per_channel=own, format="uniform", block=spec.block if blocks else None)
         chosen[node.name] = spec
     return chosen

@@ -104,6 +104,11 @@ class Target:
                     return container
         return 8
 
+    def takes_blocks(self, op: str, width: int) -> bool:
+        """Whether the float kernel of `op` reads weights of `width` bits with a scale for every block of inputs."""
+        layout = self.kernels[op].layout if op in self.kernels else None
+        return layout is not None and any(width <= bits for bits in layout.blocks)
+
     def fixed_output(self, op: str, container: int) -> tuple[float, int] | None:
         """The (scale, zero point) that the kernel of `op` insists on for its output, if it does."""
         return self.kernels[op].output.get(container) if op in self.kernels else None

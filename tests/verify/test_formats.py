@@ -101,3 +101,43 @@ def test_the_simulation_has_the_values_of_the_integers():
     real = np.asarray(layer._real_weights()["kernel"])
     np.testing.assert_array_equal(real, fake_quantize(real, qgraph.weights["dense"]))
     np.testing.assert_array_equal(real, qgraph.integers["dense"] * qgraph.weights["dense"].scale)
+
+
+def tokens() -> keras.Model:
+    keras.utils.set_random_seed(0)
+    ids = keras.Input((6,), dtype="int32", name="ids")
+    x = layers.Embedding(50, 64, name="table")(ids)
+    x = layers.Dense(48, activation="relu", name="hidden")(layers.GlobalAveragePooling1D()(x))
+    return keras.Model(ids, layers.Dense(40, name="scores")(layers.Dense(96, name="middle")(x)))
+
+
+IDS = np.random.default_rng(3).integers(0, 50, (200, 6)).astype(np.int32)
+
+
+@pytest.mark.parametrize("mode", ["dynamic_range", "weight_only"])
+def test_weight_files_have_scales_of_blocks_where_kernels_read_them(mode):
+    """hidden reads 64 inputs in two blocks; middle 48, which is no multiple of 32: a table on int8."""
+    qmodel = kquant.quantize_model(tokens(), IDS, "w4-b32", progress=False)
+    qgraph = extract(qmodel)
+    assert qgraph.weights["hidden"].scale.shape == (48, 2) and qgraph.weights["table"].scale.shape == (50, 2)
+    assert qgraph.weights["middle"].scale.shape == (96,) and qgraph.weights["scores"].scale.shape == (40, 3)
+    content = kquant.export_tflite(qmodel, mode=mode).content
+    stored = read_tensors(content)
+    assert {t.type for t in stored.values() if t.name.endswith("scales")} == {"FLOAT16"}
+    want, found = qmodel.predict(IDS, verbose=0), kquant.TFLiteModel(content).predict(IDS)[0]
+    noise = np.square(want - found).sum() / np.square(want).sum()
+    assert noise < (1e-3 if mode == "dynamic_range" else 1e-9)  # which quantizes the activations, too
+    table = next(t for t in stored.values() if t.name == "table/table")
+    assert table.type == "INT4"
+    np.testing.assert_array_equal(table.data, qgraph.integers["table"])
+
+
+def test_rounding_with_scales_of_blocks_beats_nearest_and_saves():
+    model = tokens()
+    errors = {}
+    for rounding in (None, False):
+        qmodel = kquant.quantize_model(model, IDS, {"preset": "w4-b32", "adaround": rounding}, progress=False)
+        errors[rounding] = np.square(qmodel.predict(IDS, verbose=0) - model.predict(IDS, verbose=0)).sum()
+        grid, integers = extract(qmodel).weights["hidden"], extract(qmodel).integers["hidden"]
+        assert np.abs(integers).max() <= 7 and (grid.scale == grid.scale.astype(np.float16)).all()
+    assert errors[None] < 0.6 * errors[False]

@@ -11,7 +11,7 @@ from kquant.config.specs import QuantSpec
 from kquant.grids.formats.apot import apot
 from kquant.grids.formats.binary import binary
 from kquant.grids.formats.binary_bases import bases_design, binary_bases
-from kquant.grids.formats.blocks import as_tables, block_axis_of, blocks_of
+from kquant.grids.formats.blocks import as_scales, as_tables, block_axis_of, blocks_of, fits_kernels
 from kquant.grids.formats.kmeans import kmeans, kmeans_design
 from kquant.grids.formats.power_of_two import power_of_two
 from kquant.grids.formats.ternary import ternary
@@ -50,7 +50,14 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
 )
 
 
-def weight_grid(w: Any, spec: QuantSpec, axis: int | None = None, importance: Any = None, name: str = "") -> Grid:
+def weight_grid(
+    w: Any,
+    spec: QuantSpec,
+    axis: int | None = None,
+    importance: Any = None,
+    name: str = "",
+    block_scales: bool = False,
+) -> Grid:
     """The grid of a weight tensor in the format of its spec, for kernels that have one scale per channel.
 
     Args:
@@ -60,6 +67,7 @@ def weight_grid(w: Any, spec: QuantSpec, axis: int | None = None, importance: An
         importance: how much the squared error of each weight counts (second moments of what it multiplies), in the
             shape of `w`; equally by default.
         name: the layer's name, for messages.
+        block_scales: the kernel reads scales of blocks, too: uniform weights get them where it takes the blocks.
 
     Raises:
         ModelError: the weights are not finite.
@@ -71,4 +79,6 @@ def weight_grid(w: Any, spec: QuantSpec, axis: int | None = None, importance: An
         return uniform(w, replace(spec, block=None), None, importance)
     along = block_axis_of(w.ndim, axis)
     parts = [FORMATS[spec.format].make(part, spec, axis, None) for part in blocks_of(w, spec.block, along)]
+    if block_scales and spec.format == "uniform" and fits_kernels(w.shape[along], spec.block):
+        return as_scales(parts, spec.block, along)
     return as_tables(parts, spec.block, along)
