@@ -53,9 +53,14 @@ def formats(name: str, options: Options) -> Iterator[Sequence[Any]]:
             entropy, zeros = of_weights(qgraph)
             first = (name, preset, rounding, size, seen, expected, top1, expected - top1)
             kl = divergence(qgraph, batches, wanted)
-            flash, packed = compile_file(content, ACCELERATORS[0]).flash, lzma.compress(content, preset=_XZ)
+            flash, packed = compile_file(content, ACCELERATORS[0]).flash, xz(content)
             yield *first, f"{kl:.4f}", f"{entropy:.3f}", f"{zeros:.3f}", len(content), flash, len(packed)
             keras.backend.clear_session()
+
+
+def xz(content: bytes) -> bytes:
+    """The file as `xz -9e` packs it."""
+    return lzma.compress(content, preset=_XZ)
 
 
 def of_weights(qgraph: QuantizedGraph) -> tuple[float, float]:

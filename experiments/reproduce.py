@@ -10,10 +10,10 @@ r"""Measures and prints a table on the evaluation data (KQUANT_DATA); --write ke
 
 accuracy: top-1 of the exported file on all evaluation samples, against the float model and the
 TensorFlow converter. parity: the contract of `verify_tflite`, and the share of equal elements. 1 to 6: the tables of
-the white paper, see `experiments.paper_tables`. diagnosis, sensitivity: see `experiments.debug_tables`. 7 to 10 and
-training: see `experiments.training_tables`. targets: what files take on TensorFlow Lite Micro and Arm Ethos-U, see
-`experiments.targets`. formats: weights of few bits, see `experiments.formats`. sentences: MiniLM on STS-B, see
-`experiments.sentences`. Calibration uses the calibration sets only.
+the white paper, see `experiments.paper_tables`. diagnosis, sensitivity: see `experiments.debug_tables`. 7 to 10,
+training and few_bits: see `experiments.training_tables`. targets: what files take on TensorFlow Lite Micro and Arm
+Ethos-U, see `experiments.targets`. formats: weights of few bits, see `experiments.formats`. sentences: MiniLM on STS-B,
+see `experiments.sentences`. Calibration uses the calibration sets only.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from models.data import path
 from .tables import Options, Table
 
 STYLES = ("layers", "ops")
-FLOAT_MODES = {"w8": "dynamic_range", "w4": "dynamic_range"}
 HEADER = (
     *("style", "config", "mode", "seed", "sentences", "pairs", "float_spearman", "spearman", "cosine"),
     *("bytes", "float_bytes", "float_operations", "time_ratio", "seconds"),
@@ -99,7 +98,7 @@ def measured(style: str, options: Options) -> Iterator[Sequence[Any]]:
     expected = _score(exact, scores)
     count = options.calibration or 200
     for config in options.configs:
-        mode = FLOAT_MODES.get(config, "integer")
+        mode = "dynamic_range" if kquant.QuantConfig.load(config).activations is None else "integer"
         for seed in range(options.seeds if mode == "integer" else 1):
             start = time.perf_counter()
             (data, _), _ = sentences("dev", count, seed)
