@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kquant.config.quant_config import QuantConfig
-from kquant.config.specs import ACTIVATIONS, METHODS, WEIGHTS, Rule
+from kquant.config.specs import ACTIVATIONS, METHODS, WEIGHTS, Prune, Rule
 from kquant.errors import ConfigError
 from kquant.targets.target import get_target
 from tests.support.strategies import specs
@@ -31,6 +31,8 @@ CONFIGS = st.builds(
     widen=st.booleans(),
     channel_scales=st.booleans(),
     logits=st.sampled_from([None, *METHODS]),
+    divergence=st.none() | st.floats(1e-6, 10),
+    prune=st.sampled_from([None, Prune(sparsity=0.7, by="sensitivity"), Prune(pattern="2:4", keep="^head")]),
     rules=st.lists(RULES, max_size=3),
 )
 
