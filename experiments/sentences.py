@@ -20,7 +20,7 @@ import kquant
 from kquant.targets.litert.flatbuffer import summary
 from models.data import path
 
-from .tables import Options, Table
+from .tables import OneTable, Options
 
 STYLES = ("layers", "ops")
 HEADER = (
@@ -122,11 +122,4 @@ def rows(name: str, options: Options) -> Iterator[Sequence[Any]]:
             yield from measured(style, options)
 
 
-class _OneTable(Table):
-    """A table that does not go by the models of `zoo`."""
-
-    def all_rows(self, names: Sequence[str], options: Options) -> Iterator[Sequence[Any]]:
-        return self.rows("", options)
-
-
-TABLES = {"sentences": _OneTable(rows, HEADER, ("style", "config", "mode", "seed"))}
+TABLES = {"sentences": OneTable(rows, HEADER, ("style", "config", "mode", "seed"))}
