@@ -11,8 +11,9 @@ from kquant.graph.backend import check_backend
 
 check_backend()
 
+from kquant.config.pruning import Prune  # noqa: E402
 from kquant.config.quant_config import QuantConfig  # noqa: E402
-from kquant.config.specs import AdaRound, Prune, QuantSpec, Rule, Training  # noqa: E402
+from kquant.config.specs import AdaRound, QuantSpec, Rule, Training  # noqa: E402
 from kquant.diagnosis.diagnose import diagnose  # noqa: E402
 from kquant.diagnosis.records import Diagnosis  # noqa: E402
 from kquant.errors import (  # noqa: E402

@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from kquant.config.pruning import Prune
 from kquant.config.specs import (
     ACTIVATIONS,
     FORMATS,
@@ -27,7 +28,6 @@ from kquant.config.specs import (
     WEIGHTS,
     AdaRound,
     LayerSpec,
-    Prune,
     QuantSpec,
     Rule,
     check_activations,
@@ -318,14 +318,14 @@ _PARSERS = {".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".json": json.loads
 
 def _kept(weights: QuantSpec, activations: QuantSpec | None) -> tuple[Rule, ...]:
     """The rules of a preset: what stays at 8 bits."""
-    plain_weights = {"format": "uniform", "block": None}
-    kept = {"bits": 8, **({} if (weights.format, weights.block) == ("uniform", None) else plain_weights)}
+    kept = {"bits": 8}
+    ends: tuple[Rule, ...] = ()
     if activations is not None and activations.bits < 8:
-        first, last = Rule(position="first", weights=kept), Rule(position="last", weights=kept, activations={"bits": 8})
-        return (first, last) if weights.format == "uniform" else (first, last, Rule(position="depthwise", weights=kept))
+        ends = (Rule(position="first", weights=kept), Rule(position="last", weights=kept, activations=kept))
     if weights.format == "uniform":
-        return ()
-    return tuple(Rule(position=p, weights=kept) for p in ("first", "depthwise", "small_last"))
+        return ends
+    few = tuple(Rule(position=p, weights=kept) for p in ("first", "depthwise", "small_last"))
+    return (*ends, few[1]) if ends else few
 
 
 def _rule(values: Any) -> Rule:

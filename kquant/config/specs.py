@@ -28,8 +28,6 @@ FORMATS: Mapping[str, tuple[int, int]] = MappingProxyType(
         "binary": (1, 1),
     }
 )
-PRUNINGS = ("magnitude", "obs")
-SHARES = ("uniform", "sensitivity")
 GRADIENTS = ("ste", "lsq", "lsq+", "min_max", "tqt")
 BATCH_NORMS = ("fold", "keep", "double_forward", "batch_statistics")
 
@@ -170,12 +168,18 @@ class QuantSpec:
             raise ConfigError("Formats and blocks of weights need a symmetric signed grid, power_of_two=False.")
 
     def override(self, changes: Mapping[str, Any]) -> QuantSpec:
-        """A copy with `changes` applied; more than 8 bits imply a symmetric grid unless they say otherwise."""
+        """A copy with `changes` applied.
+
+        More than 8 bits imply a symmetric grid, and 8 bits or more uniform weights without blocks, unless the changes
+        say otherwise: so {"bits": 8} exempts a layer from a format.
+        """
         known_keys(changes, QuantSpec, "a QuantSpec")
         changes = dict(changes)
         bits: Any = changes.get("bits")
         if _is_int(bits) and self.bits <= 8 < bits:
             changes.setdefault("symmetric", True)
+        if _is_int(bits) and bits >= 8 and not {"format", "block"} & changes.keys():
+            changes |= {"format": "uniform", "block": None}
         if changes.get("symmetric") is False:
             changes.setdefault("narrow_range", False)
         return replace(self, **changes)
@@ -317,44 +321,6 @@ class AdaRound:
         object.__setattr__(self, "scales", tuple(self.scales))  # JSON has lists only
         if not self.scales or not all(isinstance(s, int | float) and 0 < s < math.inf for s in self.scales):
             raise ConfigError(f"scales must be positive numbers, at least one, found {self.scales!r}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prune:
-    """Which weights of matrix products become zero (`quantize.prune`), in one shot, with the others and the biases
-    repaired.
-
-    Attributes:
-        sparsity: the share of zeros, above 0 and below 1.
-        method: one of `PRUNINGS`: the smallest weights ("magnitude"), or those that cost the output least once the
-            others have made up for them, on the second moments of the inputs ("obs": optimal brain surgeon).
-        by: "uniform" for the same share in every layer, or "sensitivity" for one threshold of what a weight costs
-            the network's outputs.
-        pattern: "2:4": of every four consecutive input channels two stay (a `sparsity` of 0.5); None for none.
-        keep: names of layers (regular expression found anywhere in the name) that are not pruned; empty for none.
-
-    Raises:
-        ConfigError: a value is out of bounds.
-    """
-
-    sparsity: float = 0.5
-    method: str = "obs"
-    by: str = "uniform"
-    pattern: str | None = None
-    keep: str = ""
-
-    def __post_init__(self) -> None:
-        for name, known in (("method", PRUNINGS), ("by", SHARES), ("pattern", (None, "2:4"))):
-            if (value := getattr(self, name)) not in known:
-                raise ConfigError(f"Unknown {name} {value!r} of prune; use one of {known}.")
-        if not is_positive(self.sparsity) or self.sparsity >= 1:
-            raise ConfigError(f"sparsity must be a number above 0 and below 1, found {self.sparsity!r}.")
-        if self.pattern is not None and (self.sparsity != 0.5 or self.by != "uniform"):
-            raise ConfigError(f'pattern="{self.pattern}" is sparsity=0.5 in every layer: set by="uniform".')
-        try:
-            re.compile(self.keep)
-        except (re.error, TypeError) as error:
-            raise ConfigError(f"{self.keep!r} in {self} is not a regular expression: {error}.") from error
 
 
 @dataclass(frozen=True, kw_only=True)

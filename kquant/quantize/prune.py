@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from kquant.config.specs import AdaRound, Prune
+from kquant.config.pruning import Prune
+from kquant.config.specs import AdaRound
 from kquant.errors import ConfigError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import bias_of, linear_of, op_of, weight_of, weight_view

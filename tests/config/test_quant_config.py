@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kquant.config.pruning import Prune
 from kquant.config.quant_config import QuantConfig
-from kquant.config.specs import ACTIVATIONS, METHODS, WEIGHTS, Prune, Rule
+from kquant.config.specs import ACTIVATIONS, METHODS, WEIGHTS, Rule
 from kquant.errors import ConfigError
 from kquant.targets.target import get_target
 from tests.support.strategies import specs
@@ -63,6 +64,20 @@ def test_presets_say_what_their_name_says():
     w8a16 = QuantConfig.preset("w8a16")
     assert (w8a16.activations.bits, w8a16.activations.symmetric, w8a16.target) == (16, True, "litert")
     assert QuantConfig.preset("w4").activations is None and QuantConfig.preset("w4").input_spec is None
+
+
+def test_8_bits_exempt_a_layer_from_a_format_and_from_blocks():
+    for preset in ("w2a8-ternary", "w1a8-binary", "w4a8-b32", "w4a8-kmeans"):
+        config = QuantConfig.load({"preset": preset, "rules": [{"name": "^head$", "weights": {"bits": 8}}]})
+        head, other = (config.resolve(name, "Dense").weights for name in ("head", "body"))
+        assert (head.bits, head.format, head.block) == (8, "uniform", None)
+        assert (other.bits, other.format, other.block) == (
+            config.weights.bits,
+            config.weights.format,
+            config.weights.block,
+        )
+    with pytest.raises(ConfigError, match="must be 2, found 3"):
+        QuantConfig.load({"preset": "w2a8-ternary", "rules": [{"name": "^head$", "weights": {"bits": 3}}]})
 
 
 def test_below_8_bits_inputs_and_ends_stay_at_8():

@@ -8,7 +8,7 @@ import pytest
 from keras import layers
 
 import kquant
-from kquant.config.specs import Prune
+from kquant.config.pruning import Prune
 from kquant.errors import ConfigError
 from kquant.graph.ops import evaluate, weight_view
 from kquant.keras.model import extract
