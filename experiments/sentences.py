@@ -20,10 +20,9 @@ import kquant
 from kquant.targets.litert.flatbuffer import summary
 from models.data import path
 
-from .tables import Options, Table
+from .tables import OneTable, Options
 
 STYLES = ("layers", "ops")
-FLOAT_MODES = {"w8": "dynamic_range", "w4": "dynamic_range"}
 HEADER = (
     *("style", "config", "mode", "seed", "sentences", "pairs", "float_spearman", "spearman", "cosine"),
     *("bytes", "float_bytes", "float_operations", "time_ratio", "seconds"),
@@ -99,7 +98,7 @@ def measured(style: str, options: Options) -> Iterator[Sequence[Any]]:
     expected = _score(exact, scores)
     count = options.calibration or 200
     for config in options.configs:
-        mode = FLOAT_MODES.get(config, "integer")
+        mode = "dynamic_range" if kquant.QuantConfig.load(config).activations is None else "integer"
         for seed in range(options.seeds if mode == "integer" else 1):
             start = time.perf_counter()
             (data, _), _ = sentences("dev", count, seed)
@@ -123,11 +122,4 @@ def rows(name: str, options: Options) -> Iterator[Sequence[Any]]:
             yield from measured(style, options)
 
 
-class _OneTable(Table):
-    """A table that does not go by the models of `zoo`."""
-
-    def all_rows(self, names: Sequence[str], options: Options) -> Iterator[Sequence[Any]]:
-        return self.rows("", options)
-
-
-TABLES = {"sentences": _OneTable(rows, HEADER, ("style", "config", "mode", "seed"))}
+TABLES = {"sentences": OneTable(rows, HEADER, ("style", "config", "mode", "seed"))}

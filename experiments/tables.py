@@ -81,6 +81,13 @@ class Table:
         return Results(f"table_{name}" if name.isdecimal() else name, self.header, self.key)
 
 
+class OneTable(Table):
+    """A table that does not go by the models of `zoo`."""
+
+    def all_rows(self, names: Sequence[str], options: Options) -> Iterator[Sequence[Any]]:
+        return self.rows("", options)
+
+
 def converted(model: keras.Model, name: str) -> bytes:
     """TensorFlow's full-integer post-training quantization, per channel, on the same data."""
     import tensorflow as tf

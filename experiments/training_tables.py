@@ -18,10 +18,13 @@ import numpy as np
 
 import kquant
 from kquant.qat.distill import gives_probabilities
+from kquant.targets.ethos_u.target import ACCELERATORS
+from kquant.targets.ethos_u.vela import compile_file
 from kquant_tools.augment import training_batches
 from kquant_tools.recipe import recipe
 
 from . import zoo
+from .formats import xz
 from .paper_tables import spread
 from .tables import OFF, Options, Table
 
@@ -97,8 +100,9 @@ class Course:
         return numbers if report.ok else f"FAILS: {numbers}"
 
 
-# variant -> preset, batch normalization, whether the float model teaches
-AGAINST_FLOAT: Mapping[str, tuple[str, str, bool]] = {
+# variant -> config, batch normalization, whether the float model teaches
+Variants = Mapping[str, tuple[Any, str, bool]]
+AGAINST_FLOAT: Variants = {
     "w8a8": ("w8a8", "fold", False),
     "w4a8": ("w4a8", "fold", False),
     "w4a4": ("w4a4", "fold", False),
@@ -107,28 +111,48 @@ AGAINST_FLOAT: Mapping[str, tuple[str, str, bool]] = {
     "w4a8, batch norm kept": ("w4a8", "keep", False),
     "w4a4, batch norm kept": ("w4a4", "keep", False),
 }
+FEW_BITS: Variants = {
+    "ternary": ("w2a8-ternary", "keep", True),
+    "four levels": ("w2a8-kmeans", "keep", True),
+    "binary": ("w1a8-binary", "keep", True),
+    "80 % zeros": ({"preset": "w8a8", "prune": {"sparsity": 0.8, "by": "sensitivity"}}, "keep", True),
+}
 
 
 def against_float(name: str, options: Options) -> Iterator[Sequence[Any]]:
     """Trained with quantization against the float model, fine-tuned alike; the teacher is the float model of a seed."""
+    yield from (row[:-2] for row in trained_alike(name, options, AGAINST_FLOAT))
+
+
+def few_bits(name: str, options: Options) -> Iterator[Sequence[Any]]:
+    """The same for weights of few bits, with the flash that Vela makes of them and the size of the file after xz."""
+    yield from trained_alike(name, options, FEW_BITS)
+
+
+def trained_alike(name: str, options: Options, variants: Variants) -> Iterator[Sequence[Any]]:
+    """A row for the float model and for every variant; sizes, of the last seed's file, come last."""
     course = Course.of(name, options)
     floats = [course.fine_tuned(seed) for seed in range(options.seeds)]
     tops = [zoo.float_top1(model, course.batches) for model, _ in floats]
     before = zoo.float_top1(course.model, course.batches)
-    yield name, "float", course.epochs, before, spread(tops), 0.0, "-", f"{floats[0][1]:.0f}"
-    for variant in filter(options.wants, AGAINST_FLOAT):
-        preset, batch_norm, distilled = AGAINST_FLOAT[variant]
+    yield name, "float", course.epochs, before, spread(tops), 0.0, "-", f"{floats[0][1]:.0f}", "", ""
+    for variant in filter(options.wants, variants):
+        config, batch_norm, distilled = variants[variant]
         begun, ended, seconds, model = [], [], 0.0, None
         for seed, (teacher, _) in enumerate(floats):
-            model = course.prepared(preset, seed, batch_norm=batch_norm)
+            model = course.prepared(config, seed, batch_norm=batch_norm)
             begun.append(course.score(model))
             seconds = course.train(model, seed, teacher if distilled else None)
             if batch_norm != "fold":
                 course.reestimate(model)
             ended.append(course.score(model))
         difference = float(np.mean(ended) - np.mean(tops))
-        parity = course.parity(model) if model is not None else "-"
-        yield name, variant, course.epochs, spread(begun), spread(ended), difference, parity, f"{seconds:.0f}"
+        if model is None:
+            continue
+        content = kquant.export_tflite(model).content
+        sizes = compile_file(content, ACCELERATORS[0]).flash, len(xz(content))
+        parity, times = course.parity(model), f"{seconds:.0f}"
+        yield name, variant, course.epochs, spread(begun), spread(ended), difference, parity, times, *sizes
 
 
 _PER_TENSOR, _PER_CHANNEL = "w4a8-per_tensor", "w4a8"
@@ -194,6 +218,10 @@ def _table(variants: Mapping[str, tuple[Any, Mapping[str, Any]]]) -> Table:
     return Table(rows, (*columns, "without re-estimation") if with_statistics else columns, ("model", "variant"))
 
 
+_TRAINED = (
+    *("model", "variant", "epochs", "before", "trained", "to float, trained alike"),
+    *("reference LSB, LSB op by op, same decision", "seconds an epoch"),
+)
 TABLES = {
     "7": _table(FOLDING),
     "8": _table(RANGES),
@@ -201,8 +229,8 @@ TABLES = {
     "10": _table(WIDTHS),
     "training": Table(
         against_float,
-        ("model", "variant", "epochs", "before", "trained", "to float, trained alike")
-        + ("reference LSB, LSB op by op, same decision", "seconds an epoch"),
+        _TRAINED,
         ("model", "variant"),
     ),
+    "few_bits": Table(few_bits, (*_TRAINED, "flash", "xz"), ("model", "variant")),
 }

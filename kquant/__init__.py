@@ -11,6 +11,7 @@ from kquant.graph.backend import check_backend
 
 check_backend()
 
+from kquant.config.pruning import Prune  # noqa: E402
 from kquant.config.quant_config import QuantConfig  # noqa: E402
 from kquant.config.specs import AdaRound, QuantSpec, Rule, Training  # noqa: E402
 from kquant.diagnosis.diagnose import diagnose  # noqa: E402
@@ -57,6 +58,7 @@ __all__ = [
     "MissingPackageError",
     "ModelError",
     "ParityReport",
+    "Prune",
     "QuantConfig",
     "QuantSpec",
     "QuantizationWarning",

@@ -20,8 +20,10 @@ from typing import Any
 
 import yaml
 
+from kquant.config.pruning import Prune
 from kquant.config.specs import (
     ACTIVATIONS,
+    FORMATS,
     METHODS,
     WEIGHTS,
     AdaRound,
@@ -30,11 +32,14 @@ from kquant.config.specs import (
     Rule,
     check_activations,
     check_weights,
+    is_positive,
     known_keys,
 )
 from kquant.config.text import plain, suggest
 from kquant.errors import ConfigError
 
+_PRESET = rf"w(\d+)(?:a(\d+))?(-per_tensor)?(?:-({'|'.join(FORMATS)}))?(?:-b(\d+))?(?:-d(\d*\.?\d+))?"
+_FORMAT_PRESETS = ("w4a8-kmeans", "w4a8-apot", "w4a8-power_of_two", "w3a8-binary_bases", "w2a8-ternary", "w1a8-binary")
 PRESETS = ("w8a8", "w8a8-per_tensor", "w4a8", "w4a8-per_tensor", "w8a16", "w4a16", "w4a4", "w8", "w4")
 
 
@@ -68,6 +73,11 @@ class QuantConfig:
             where the data says that it gains bits (`quantize.channel_scales`).
         logits: range method of the tensor in front of a final softmax, where no rule sets its `method` or
             `range`; None treats it as all others. "cross_entropy" is section 3.1 of the white paper.
+        divergence: how far rounding the weights to nearest may take the outputs from those of the float network, as a
+            Kullback-Leibler divergence in nats (0.02 hurts little, 0.5 much; AdaRound leaves a fraction of it): uniform
+            weights of 8 bits get a step per channel that spends it evenly (`quantize.sensitivity`), which a coder of
+            weights turns into small files. Needs data. None takes the finest steps.
+        prune: which weights become zero before the others are quantized; a `Prune`, or None for none.
         rules: changes for some layers; where several match, later ones win.
 
     Raises:
@@ -86,6 +96,8 @@ class QuantConfig:
     widen: bool = True
     channel_scales: bool = True
     logits: str | None = "cross_entropy"
+    divergence: float | None = None
+    prune: Prune | None = None
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
@@ -103,6 +115,13 @@ class QuantConfig:
             object.__setattr__(self, "adaround", AdaRound(**self.adaround))
         if not isinstance(self.adaround, AdaRound | bool | None):
             raise ConfigError(f"adaround must be true, false, None or an AdaRound, found {self.adaround!r}.")
+        if isinstance(self.prune, Mapping):
+            known_keys(self.prune, Prune, "prune")
+            object.__setattr__(self, "prune", Prune(**self.prune))
+        if not isinstance(self.prune, Prune | None):
+            raise ConfigError(f"prune must be a Prune or None, found {self.prune!r}.")
+        if self.divergence is not None and not is_positive(self.divergence):
+            raise ConfigError(f"divergence must be a positive number of nats or None, found {self.divergence!r}.")
         if self.logits is not None and self.logits not in METHODS:
             raise ConfigError(
                 f"logits must be a range method or None, found {self.logits!r}{suggest(str(self.logits), METHODS)}; "
@@ -125,22 +144,27 @@ class QuantConfig:
             raise ConfigError(f"target must be the name of a target, found {self.target!r}.")
 
     @property
+    def keeps_zeros(self) -> bool:
+        """Whether weights that are zero stay zero."""
+        return self.keep_zeros or self.prune is not None
+
+    @property
     def input_spec(self) -> QuantSpec | None:
         """The spec of the model's inputs, None where they stay float."""
         if self.inputs is not None or self.activations is None:
             return self.inputs
         return replace(self.activations, bits=max(8, self.activations.bits))
 
-    def resolve(self, layer_name: str, layer_type: str, first: bool = False, last: bool = False) -> LayerSpec:
+    def resolve(self, layer_name: str, layer_type: str, **positions: bool) -> LayerSpec:
         """The specs of one layer.
 
         Args:
             layer_name: name of the user's layer.
             layer_type: its class name.
-            first: it is the first layer with weights; `last` likewise.
+            positions: which of `specs.POSITIONS` it has.
         """
         weights, activations, is_float, reasons = self.weights, self.activations, False, []
-        matched = tuple(i for i, r in enumerate(self.rules) if r.matches(layer_name, layer_type, first, last))
+        matched = tuple(i for i, r in enumerate(self.rules) if r.matches(layer_name, layer_type, **positions))
         for i in matched:
             rule = self.rules[i]
             weights, activations = rule.apply(weights, activations)
@@ -175,26 +199,28 @@ class QuantConfig:
 
     @classmethod
     def preset(cls, name: str) -> QuantConfig:
-        """The configuration of a name `w<bits>[a<bits>][-per_tensor][-<format>][-b<block>]` or `a<bits>`, bits 2 to 16.
+        """The configuration of a name `w<bits>[a<bits>][-per_tensor][-<format>][-b<block>][-d<D>]` or `a<bits>`.
 
         Weights are symmetric, narrow-range and per-channel (`-per_tensor`: one scale per tensor),
         with MSE ranges. Activations are asymmetric with "auto" ranges, below 8 bits with MSE ranges; above
         8 bits they are symmetric. Below 8 bits the first layer's
         weights and the last layer's weights and output stay at 8 bits, and so do the model's
-        inputs. Without `a<bits>` only the weights are quantized, without `w<bits>` only the activations, which
-        no hardware runs (target "simulation").
+        inputs. With a format, e.g. w2a8-ternary or w1a8-binary, the first layer, depthwise layers and a small last
+        layer (see `specs.Rule`) have uniform weights of 8 bits: they are few, and much hangs on each. With `-d<D>`,
+        e.g. w8a8-d0.1, the steps of the weights are those of a `divergence` of D. Without `a<bits>` only the weights
+        are quantized, without `w<bits>` only the activations, which no hardware runs (target "simulation").
 
         Raises:
             ConfigError: not such a name.
         """
         if alone := re.fullmatch(r"a(\d+)", str(name)):
             return cls(weights=None, activations=_activations(int(alone[1])), target="simulation")
-        match = re.fullmatch(r"w(\d+)(?:a(\d+))?(-per_tensor)?(?:-([a-z]+))?(?:-b(\d+))?", str(name))
+        match = re.fullmatch(_PRESET, str(name))
         if match is None:
-            hint = suggest(str(name), PRESETS)
+            hint = suggest(str(name), (*PRESETS, *_FORMAT_PRESETS))
             raise ConfigError(
                 f"Unknown preset {name!r}{hint}; it has the form "
-                "w<bits>[a<bits>][-per_tensor][-<format>][-b<block>], e.g. w8a8."
+                "w<bits>[a<bits>][-per_tensor][-<format>][-b<block>][-d<divergence>], e.g. w8a8."
             )
         w_bits, per_tensor = int(match[1]), match[3] is not None
         weights = replace(
@@ -205,19 +231,13 @@ class QuantConfig:
             block=None if match[5] is None else int(match[5]),
         )
         target = "litert_per_tensor" if per_tensor else "litert"
-        if match[2] is None:
-            return cls(weights=weights, activations=None, target=target)
-        a_bits = int(match[2])
-        if a_bits > 8:
-            return cls(weights=weights, activations=_activations(a_bits))
-        activations = _activations(a_bits)
-        plain_weights = (
-            {} if (weights.format, weights.block) == ("uniform", None) else {"format": "uniform", "block": None}
+        made = cls(
+            weights=weights,
+            activations=None if match[2] is None else _activations(int(match[2])),
+            target="litert" if match[2] and int(match[2]) > 8 else target,
+            divergence=None if match[6] is None else float(match[6]),
         )
-        keep = {"bits": 8}
-        kept = {**keep, **plain_weights}
-        rules = (Rule(position="first", weights=kept), Rule(position="last", weights=kept, activations=keep))
-        return cls(weights=weights, activations=activations, target=target, rules=rules if a_bits < 8 else ())
+        return replace(made, rules=_kept(weights, made.activations))
 
     @staticmethod
     def names() -> tuple[str, ...]:
@@ -273,7 +293,9 @@ class QuantConfig:
         """Plain dicts, lists, strings and numbers: `from_dict` gives the same configuration back."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["rules"] = [rule.to_dict() for rule in self.rules]
-        return {name: plain(asdict(v) if isinstance(v, QuantSpec | AdaRound) else v) for name, v in values.items()}
+        return {
+            name: plain(asdict(v) if isinstance(v, QuantSpec | AdaRound | Prune) else v) for name, v in values.items()
+        }
 
     def to_yaml(self) -> str:
         """The configuration as a YAML document."""
@@ -292,6 +314,18 @@ class QuantConfig:
 
 
 _PARSERS = {".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".json": json.loads}
+
+
+def _kept(weights: QuantSpec, activations: QuantSpec | None) -> tuple[Rule, ...]:
+    """The rules of a preset: what stays at 8 bits."""
+    kept = {"bits": 8}
+    ends: tuple[Rule, ...] = ()
+    if activations is not None and activations.bits < 8:
+        ends = (Rule(position="first", weights=kept), Rule(position="last", weights=kept, activations=kept))
+    if weights.format == "uniform":
+        return ends
+    few = tuple(Rule(position=p, weights=kept) for p in ("first", "depthwise", "small_last"))
+    return (*ends, few[1]) if ends else few
 
 
 def _rule(values: Any) -> Rule:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from types import MappingProxyType
 from typing import Any
 
 from kquant.config.text import suggest
@@ -13,9 +14,20 @@ from kquant.errors import ConfigError
 
 WEIGHT_METHODS = ("min_max", "percentile", "mse")
 METHODS = (*WEIGHT_METHODS, "cross_entropy", "batch_norm", "auto")
-POSITIONS = ("first", "last")
+POSITIONS = ("first", "last", "small_last", "depthwise")
 SOLVERS = ("descent", "gram", "stochastic")
-FORMATS = ("uniform", "ternary", "kmeans")
+# format of weights -> smallest and largest number of bits of a code of fixed length for its values
+FORMATS: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {
+        "uniform": (2, 16),
+        "power_of_two": (2, 4),
+        "apot": (4, 5),
+        "kmeans": (2, 6),
+        "binary_bases": (2, 4),
+        "ternary": (2, 2),
+        "binary": (1, 1),
+    }
+)
 GRADIENTS = ("ste", "lsq", "lsq+", "min_max", "tqt")
 BATCH_NORMS = ("fold", "keep", "double_forward", "batch_statistics")
 
@@ -72,12 +84,17 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_positive(value: Any) -> bool:
+    """Whether it is a positive, finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
     """How one tensor is quantized.
 
     Attributes:
-        bits: 2 to 16.
+        bits: 2 to 16, and of formats what `FORMATS` says: 1 of "binary".
         symmetric: the zero point is 0 (eq. 7), or the low edge where `signed` is False (eq. 8b).
         signed: symmetric only: whether the grid reaches below 0.
         narrow_range: symmetric signed only: leave out the smallest integer, so that the grid is
@@ -88,8 +105,10 @@ class QuantSpec:
             there are at most 8 bits, and "min_max" above them and in networks that multiply tensors with one another
             (`quantize.plan`).
         percentile: for that method: which percentile, above 50 and at most 100, is the upper edge.
-        format: weights only, one of `FORMATS`: all integers of a range ("uniform"), -1, 0 and 1 ("ternary"), or 2^bits
-            integers of the int8 grid for every channel ("kmeans").
+        format: weights only, one of `FORMATS` (`grids.formats` has them): all integers of a range ("uniform"); 0 and
+            powers of two ("power_of_two"); sums of two powers of two ("apot"); 2^bits integers of the int8 grid
+            ("kmeans"), or those that are sums of +-a_1 .. +-a_bits ("binary_bases"); -1, 0 and 1 ("ternary"); -1 and 1
+            ("binary").
         block: weights only: how many inputs of a channel share a scale; None for all of them.
         range: activations only: the range itself, (low, high), e.g. (-1, 1) for images in -1..1. The grid covers
             it, widened to contain 0; `method` is not consulted and the tensor needs no data.
@@ -111,8 +130,7 @@ class QuantSpec:
     block: int | None = None
 
     def __post_init__(self) -> None:
-        if not _is_int(self.bits) or not 2 <= self.bits <= 16:
-            raise ConfigError(f"bits must be an integer from 2 to 16, found {self.bits!r}.")
+        self._check_format()
         for name in ("symmetric", "signed", "narrow_range", "per_channel", "power_of_two"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, found {getattr(self, name)!r}.")
@@ -124,7 +142,6 @@ class QuantSpec:
             raise ConfigError(f"percentile must be above 50 and at most 100, found {self.percentile!r}.")
         if self.range is not None:
             object.__setattr__(self, "range", _valid_range(self.range))
-        self._check_format()
         if not self.symmetric and (self.power_of_two or not self.signed):
             name = "power_of_two" if self.power_of_two else "signed=False"
             raise ConfigError(f"{name} needs a symmetric grid; set symmetric=True.")
@@ -133,21 +150,38 @@ class QuantSpec:
 
     def _check_format(self) -> None:
         if self.format not in FORMATS:
-            raise ConfigError(f"Unknown format {self.format!r}{suggest(self.format, FORMATS)}; use one of {FORMATS}.")
-        if self.format == "ternary" and self.bits != 2:
-            raise ConfigError(f"Ternary weights take 2 bits, found bits={self.bits}; set bits=2.")
+            known = ", ".join(FORMATS)
+            raise ConfigError(
+                f"Unknown format {self.format!r}{suggest(str(self.format), FORMATS)}; use one of {known}."
+            )
+        low, high = FORMATS[self.format]
+        if not _is_int(self.bits) or not low <= self.bits <= high:
+            which = "" if self.format == "uniform" else f' of format="{self.format}"'
+            number = f"an integer from {low} to {high}" if low < high else f"{low}"
+            hint = ' (1 bit is format="binary")' if self.format == "uniform" and self.bits == 1 else ""
+            raise ConfigError(f"bits{which} must be {number}, found {self.bits!r}{hint}.")
         if self.block is not None and (not _is_int(self.block) or self.block < 1 or not self.per_channel):
             raise ConfigError(f"block must be a number of inputs, with per_channel=True, found {self.block!r}.")
+        if self.block is not None and self.format in ("kmeans", "binary_bases"):
+            raise ConfigError(
+                f'Blocks scale given levels, and format="{self.format}" chooses them: remove one of both.'
+            )
         if (self.format != "uniform" or self.block) and (not (self.symmetric and self.signed) or self.power_of_two):
             raise ConfigError("Formats and blocks of weights need a symmetric signed grid, power_of_two=False.")
 
     def override(self, changes: Mapping[str, Any]) -> QuantSpec:
-        """A copy with `changes` applied; more than 8 bits imply a symmetric grid unless they say otherwise."""
+        """A copy with `changes` applied.
+
+        More than 8 bits imply a symmetric grid, and 8 bits or more uniform weights without blocks, unless the changes
+        say otherwise: so {"bits": 8} exempts a layer from a format.
+        """
         known_keys(changes, QuantSpec, "a QuantSpec")
         changes = dict(changes)
         bits: Any = changes.get("bits")
         if _is_int(bits) and self.bits <= 8 < bits:
             changes.setdefault("symmetric", True)
+        if _is_int(bits) and bits >= 8 and not {"format", "block"} & changes.keys():
+            changes |= {"format": "uniform", "block": None}
         if changes.get("symmetric") is False:
             changes.setdefault("narrow_range", False)
         return replace(self, **changes)
@@ -165,7 +199,8 @@ class Rule:
         name: regular expression found anywhere in the layer's name (`re.search`); anchor it with
             ^ and $ for the whole name.
         layer_type: regular expression for the layer's whole class name, e.g. "Conv2D|Dense".
-        position: "first" or "last" among the layers with weights.
+        position: "first" or "last" among the layers with weights; "small_last", the last where it has less than a
+            tenth of all weights; "depthwise", those whose outputs read one channel each.
         weights: fields of the weights' `QuantSpec` to change.
         activations: fields of the `QuantSpec` of the layer's output to change.
         float: True leaves the layer in float, False takes back what an earlier rule said.
@@ -204,12 +239,12 @@ class Rule:
     def __str__(self) -> str:
         return f"Rule({', '.join(f'{f.name}={v!r}' for f in fields(self) if (v := getattr(self, f.name)) is not None)})"
 
-    def matches(self, layer_name: str, layer_type: str, first: bool = False, last: bool = False) -> bool:
-        """Whether the rule selects a layer."""
+    def matches(self, layer_name: str, layer_type: str, **positions: bool) -> bool:
+        """Whether the rule selects a layer, of which some of the `POSITIONS` are true."""
         return (
             (self.name is None or re.search(self.name, layer_name) is not None)
             and (self.layer_type is None or re.fullmatch(self.layer_type, layer_type) is not None)
-            and (self.position is None or (first if self.position == "first" else last))
+            and (self.position is None or positions.get(self.position, False))
         )
 
     def apply(

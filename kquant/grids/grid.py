@@ -94,8 +94,9 @@ class Grid:
 
     def entropy(self, integers: Any) -> float:
         """Zero-order entropy of integers of the grid, in bits per value."""
-        counts = np.unique(np.asarray(integers), return_counts=True)[1]
-        share = counts / counts.sum()
+        found = np.asarray(integers).reshape(-1).astype(np.int64)
+        counts = np.bincount(found - found.min(initial=0))
+        share = counts[counts > 0] / counts.sum()
         return float(-(share * np.log2(share)).sum())
 
     def spread(self, values: Any, shape: tuple[int, ...]) -> Any:

@@ -1,4 +1,4 @@
-"""What was quantized and how, as rows and as text."""
+"""What was quantized and how, as rows and as text; with what a coder of weights would make of them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def layer_rows(quantization: Quantization, qgraph: QuantizedGraph) -> list[dict[
                 "node": node.name,
                 "op": node.op,
                 "weights": _weights(w),
+                **_statistics(qgraph, node.name),
                 "range": _range(q),
                 "grid": "float" if q is None else f"{q.bits}-bit",
                 "shared": "fixed by the target" if dictated else quantization.shared.get(node.name, ""),
@@ -38,6 +39,14 @@ def _weights(q: Grid | None) -> str:
     return "" if q is None else f"{q.bits}-bit {'per channel' if np.ndim(q.scale) else 'per tensor'}"
 
 
+def _statistics(qgraph: QuantizedGraph, name: str) -> dict[str, float | None]:
+    """Zero-order entropy of the integers of a node's weight, in bits each, and the share of zeros among them."""
+    q, integers = qgraph.weights.get(name), qgraph.integers.get(name)
+    if q is None or integers is None:
+        return {"entropy": None, "zeros": None}
+    return {"entropy": q.entropy(integers), "zeros": float(np.mean(integers == 0))}
+
+
 def _range(q: Grid | None) -> list[float] | None:
     return None if q is None else [float(q.scale * (b - q.zero_point)) for b in (q.qmin, q.qmax)]
 
@@ -47,12 +56,13 @@ def format_report(quantization: Quantization, qgraph: QuantizedGraph) -> str:
     rows = []
     for row in layer_rows(quantization, qgraph):
         bounds = "" if row["range"] is None else "[{:.4g}, {:.4g}]".format(*row["range"])
-        rows.append((row["node"], row["op"], row["weights"], row["grid"], bounds, row["shared"]))
+        coded = "" if row["entropy"] is None else f"{row['entropy']:.2f} bits, {100 * row['zeros']:.0f} % zeros"
+        rows.append((row["node"], row["op"], row["weights"], coded, row["grid"], bounds, row["shared"]))
     steps = [(s.name, "yes" if s.taken else "no", s.note) for s in quantization.steps]
     text = [f"target: {quantization.target}"]
     if steps:
         text += [table(("step", "taken", "what, or why not"), steps), ""]
-    text.append(table(("tensor", "op", "weights", "output", "range", "grid of"), rows))
+    text.append(table(("tensor", "op", "weights", "entropy", "output", "range", "grid of"), rows))
     if quantization.skipped:
         text.append("\nstays float:")
         text.append(table(("node", "layer", "reason"), [(s.node, s.layer, s.reason) for s in quantization.skipped]))

@@ -13,7 +13,7 @@ import tensorflow as tf
 from kquant.errors import ConfigError, ModelError
 from kquant.keras.fake_quant import FakeQuant
 from kquant.keras.layer import QuantizedLayer
-from kquant.keras.model import QuantizedModel
+from kquant.keras.model import QuantizedModel, extract
 from kquant.qat.distill import Distiller
 
 
@@ -70,7 +70,8 @@ class LogQuantizers(keras.callbacks.Callback):
     """Writes grids and the training logs to TensorBoard, once per epoch.
 
     The scalars are `scale/<quantizer>` (the geometric mean over channels), `zero_point/<quantizer>` for those with one
-    zero point, and `epoch_<name>` for every entry of the logs. Writing them does not need TensorBoard itself.
+    zero point, `entropy/<quantizer>` (zero-order, in bits) and `zeros/<quantizer>` (the share) for those of weights,
+    and `epoch_<name>` for every entry of the logs. Writing them does not need TensorBoard itself.
 
     Args:
         log_dir: the folder of the event file; made if needed.
@@ -95,6 +96,7 @@ class LogQuantizers(keras.callbacks.Callback):
             values[f"scale/{name}"] = float(np.exp(np.mean(np.log(grid.scale))))
             if np.ndim(grid.zero_point) == 0:
                 values[f"zero_point/{name}"] = float(grid.zero_point)
+        values |= weight_statistics(self.model)
         with self._writer.as_default():
             for tag, value in values.items():
                 _write_scalar(tag, value, epoch)
@@ -113,7 +115,7 @@ def quantizers_of(model: keras.Model) -> dict[str, FakeQuant]:
     Raises:
         ModelError: the model is not quantized.
     """
-    student = model.student if isinstance(model, Distiller) else model
+    student = _student(model)
     if not isinstance(student, QuantizedModel):
         raise ModelError(f"{student.name!r} has no quantizers: train the result of kquant.prepare_qat.")
     found: dict[str, FakeQuant] = {}
@@ -123,6 +125,25 @@ def quantizers_of(model: keras.Model) -> dict[str, FakeQuant]:
                 found[f"{layer.node.name}/weights"] = layer.weight_quantizer
             found.update(layer.quantizers)
     return found
+
+
+def weight_statistics(model: keras.Model) -> dict[str, float]:
+    """What a coder would make of the weights of a quantized model, or of a distiller's student, as they stand now.
+
+    Returns:
+        `entropy/<node>/weights` and `zeros/<node>/weights` -> bits, and the share of zeros.
+    """
+    qgraph, values = extract(_student(model)), {}
+    for name, grid in qgraph.weights.items():
+        if grid is not None:
+            integers = qgraph.integers[name]
+            values[f"entropy/{name}/weights"] = grid.entropy(integers)
+            values[f"zeros/{name}/weights"] = float(np.mean(integers == 0))
+    return values
+
+
+def _student(model: keras.Model) -> keras.Model:
+    return model.student if isinstance(model, Distiller) else model
 
 
 def _write_scalar(tag: str, value: float, step: int) -> None:

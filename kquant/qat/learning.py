@@ -56,7 +56,7 @@ def learning_of(qgraph: QuantizedGraph, config: QuantConfig, training: Training)
         layer=batch_norm_layers(qgraph, training),
         tied_grids=tuple(names for names in owners if len(names) > 1),
         relative_weights=training.relative_weights,
-        keep_zeros=config.keep_zeros,
+        keep_zeros=config.keeps_zeros,
     )
 
 

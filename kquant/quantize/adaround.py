@@ -25,11 +25,13 @@ from typing import Any
 
 import numpy as np
 
-from kquant.config.specs import AdaRound
+from kquant.config.specs import AdaRound, QuantSpec
 from kquant.errors import ConfigError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import bias_of, clip_of, linear_of, op_of, weight_of, weight_view
-from kquant.grids.grid import Grid, fake_quantize, fit_bias
+from kquant.grids.formats import FORMATS, weight_grid
+from kquant.grids.formats.blocks import in_float16
+from kquant.grids.grid import Grid, dequantize, fake_quantize, fit_bias, quantize
 from kquant.quantize.descent import Quadratic, descent, sequential
 from kquant.quantize.gram import (
     Moments,
@@ -40,7 +42,9 @@ from kquant.quantize.gram import (
     sampled_rows,
     to_matrices,
 )
+from kquant.quantize.refit import Fit, refitted
 from kquant.quantize.relaxation import relax_gram, relax_rows
+from kquant.quantize.sensitivity import with_steps
 from kquant.quantize.tied import inputs_of, tied_weights
 from kquant.quantize.walk import Batches, Data, layer_by_layer
 
@@ -121,6 +125,8 @@ def adaround(
     memory: int = 3 << 28,
     input_bits: Mapping[str, int] = MappingProxyType({}),
     keep_zeros: bool = False,
+    specs: Mapping[str, QuantSpec] = MappingProxyType({}),
+    allowed: Mapping[str, Array] = MappingProxyType({}),
 ) -> tuple[Graph, list[LayerRounding]]:
     """Round the weights of linear operations with the output in view.
 
@@ -136,6 +142,9 @@ def adaround(
         input_bits: node -> bits of the grid that its input will have, so that the bias fits 32 bits beside the integers
             that are decided here (`fit_bias`); without an entry it is not looked at.
         keep_zeros: weights that are exactly zero stay zero.
+        specs: node -> the spec of its weights: what has a table of levels is fitted anew to the weights that repair
+            earlier errors, weighted by the second moments of the inputs, and again to the integers (`refit`).
+        allowed: node -> what decides the step of each channel (`sensitivity.allowed_errors`); others keep their grid.
 
     Returns:
         The graph with kernels on the grids that the report names and biases that fit them, and a report per layer in
@@ -150,21 +159,35 @@ def adaround(
 
     def solve(node: Node, batches: Batches) -> Node:
         inputs = batches if settings.asymmetric else lambda: ((x, x) for x, _ in batches())
-        grid, bits = weights[node.name], input_bits.get(node.name)
+        grid, task = weights[node.name], task_of(node)
         if (first := tied.get(node.name)) is not None:
             if first not in rounded:
                 together = inputs_of(graph, [n for n, f in tied.items() if f == first], data)
-                rounded[first] = round_layer(node, together, grid, settings, seed, bits, keep_zeros)[1]
+                rounded[first] = round_layer(node, together, grid, settings, seed, task)[1]
             node, row = as_rounded(node, inputs, rounded[first], grid, settings, seed)
         else:
-            node, row = round_layer(node, inputs, grid, settings, seed, bits, keep_zeros)
+            node, row = round_layer(node, inputs, grid, settings, seed, task)
         report.append(row)
         return node
+
+    def task_of(node: Node) -> Task:
+        name = node.name
+        return Task(input_bits.get(name), keep_zeros, specs.get(name), allowed.get(name))
 
     tied = tied_weights(graph, names)
 
     graph = layer_by_layer(graph, names, data, solve, memory=memory, progress=progress, title="rounding")
     return graph, report
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is asked of one layer, besides its grid; see `adaround`."""
+
+    input_bits: int | None = None
+    keep_zeros: bool = False
+    spec: QuantSpec | None = None
+    allowed: Array | None = None
 
 
 def round_layer(
@@ -173,27 +196,45 @@ def round_layer(
     grid: Grid,
     settings: AdaRound,
     seed: int = 0,
-    input_bits: int | None = None,
-    keep_zeros: bool = False,
+    task: Task = Task(),  # noqa: B008 (frozen)
 ) -> tuple[Node, LayerRounding]:
     """One layer of `adaround`, from passes over its inputs (x, x^)."""
-    if grid.table is not None and settings.solver != "descent":
+    if (grid.table is not None or grid.scale.ndim == 2) and settings.solver != "descent":
         raise ConfigError(
             f"{node.origin or node.name!r}: the solver {settings.solver!r} relaxes between two neighbouring integers, "
-            'and the weights have a table of allowed ones; use solver="descent".'
+            'and the weights have a table of allowed ones, or scales of blocks; use solver="descent".'
         )
-    key = weight_of(node).name
-    kernel, view = node.weights[key], weight_view(node)
-    w = to_matrices(node, kernel)
+    w = to_matrices(node, node.weights[weight_of(node).name])
     m = moments(node, batches(), positions=_positions(node, settings), seed=seed)
     target, metric = m.target(w, settings.damping)
-    grid = grid if input_bits is None else _with_room(node, grid, m, input_bits)
-    best = _rescaled(node, grid, target, metric, settings.scales)
-    problem, scale = _problem(node, best, target, metric)
-    problem = replace(problem, free=(w != 0).astype(np.float32)) if keep_zeros else problem
+    free = (w != 0).astype(np.float32) if task.keep_zeros else None
+
+    def problem_of(grid: Grid) -> tuple[Quadratic, Array]:
+        problem, scale = _problem(node, grid, target, metric)
+        return replace(problem, free=free), scale
+
+    best = _chosen(node, grid, m, target if free is None else target * free, metric, task)
+    best = best if task.input_bits is None else _with_room(node, best, m, task.input_bits)
+    best = best if task.allowed is not None else _rescaled(node, best, target, metric, settings.scales)
+    problem, scale = problem_of(best)
     u = SOLVERS[settings.solver](_Layer(node, batches, m, problem, scale), settings, seed)
-    integers = from_matrices(node, u).reshape(view.shape) + best.spread(best.zero_point, view.shape)
-    return _with_integers(node, m, grid, best, integers.astype(np.int8 if best.container == 8 else np.int16))
+    if best.table is not None and task.spec is not None and settings.scales != (1.0,):
+        fit = Fit(problem_of, target, metric, FORMATS[task.spec.format].design)
+        best, u = refitted(fit, best, u, settings.sweeps)
+    integers = _integers(node, u, best, scale)
+    return _with_integers(node, m, grid, best, integers)
+
+
+def _chosen(node: Node, grid: Grid, m: Moments, target: Array, metric: Array, task: Task) -> Grid:
+    """The grid for the weights W* of a layer: by its second moments where they have a say, or else the given one."""
+    view = weight_view(node)
+    if task.allowed is not None:
+        return with_steps(grid, task.allowed, m, np.abs(target).max(axis=1))
+    if task.spec is None or task.spec.format == "uniform" or not target.any():
+        return grid
+    importance = np.broadcast_to(np.diagonal(metric, axis1=1, axis2=2)[:, :, None], target.shape)
+    best, v = (from_matrices(node, x.astype(np.float32)).reshape(view.shape) for x in (target, importance))
+    return weight_grid(best, task.spec, grid.axis, v, node.origin or node.name)
 
 
 def as_rounded(
@@ -208,13 +249,10 @@ def _with_integers(node: Node, m: Moments, grid: Grid, best: Grid, integers: Arr
     """The node with integers on the grid `best` and the bias that belongs to them; and how it compares to `grid`."""
     key = weight_of(node).name
     kernel, view = node.weights[key], weight_view(node)
-    centered = integers - best.spread(best.zero_point, view.shape)
-    u, scale = (
-        to_matrices(node, centered.astype(np.float32).reshape(kernel.shape)),
-        channels_to_groups(node, best.scale),
+    rounded, nearest = (
+        to_matrices(node, values.reshape(kernel.shape))
+        for values in (dequantize(integers, best), fake_quantize(view, grid))
     )
-    rounded = (u * scale).astype(np.float32)
-    nearest = to_matrices(node, fake_quantize(view, grid).reshape(kernel.shape))
     row = LayerRounding(
         node=node.name,
         grid=best,
@@ -223,7 +261,7 @@ def _with_integers(node: Node, m: Moments, grid: Grid, best: Grid, integers: Arr
         power=float(m.power.sum()),
         nearest_loss=float(m.loss(nearest).sum()),
         loss=float(m.loss(rounded).sum()),
-        changed=float(np.mean(u != np.rint(nearest / channels_to_groups(node, grid.scale)))),
+        changed=float(np.mean(integers != quantize(view, grid))),
     )
     found = {key: from_matrices(node, rounded), bias_of(node): m.bias(rounded).astype(np.float32)}
     return node.with_weights(**found), row
@@ -245,15 +283,43 @@ def _positions(node: Node, settings: AdaRound) -> int:
 
 
 def _problem(node: Node, grid: Grid, target: Array, metric: Array) -> tuple[Quadratic, Array]:
-    scale = channels_to_groups(node, grid.scale)
     zero = channels_to_groups(node, grid.zero_point)
-    levels = None if grid.table is None else _levels(node, grid)
+    scale = channels_to_groups(node, grid.scale if grid.scale.ndim < 2 else grid.scale.max(axis=1))
+    levels = _levels(node, grid) if grid.table is not None else _block_levels(node, grid, scale)
     steps = target / scale.astype(np.float64)
     return Quadratic(metric, steps, grid.qmin - zero, grid.qmax - zero, levels), scale
 
 
+def _block_levels(node: Node, grid: Grid, scale: Array) -> Array | None:
+    """Where blocks have scales of their own: the allowed values in units of a channel's `scale`, which are no integers.
+
+    So all weights of a column are in one unit, as the quadratic form has them.
+    """
+    if grid.scale.ndim < 2:
+        return None
+    ratio = _block_scales(node, grid) / scale
+    return np.arange(grid.qmin, grid.qmax + 1, dtype=np.float32)[:, None, None, None] * ratio
+
+
+def _block_scales(node: Node, grid: Grid) -> Array:
+    """The scale of every weight, as `to_matrices` has the weights."""
+    shape = weight_view(node).shape
+    each = np.broadcast_to(grid.spread(grid.scale, shape), shape)
+    return to_matrices(node, each.reshape(node.weights[weight_of(node).name].shape))
+
+
+def _integers(node: Node, u: Array, grid: Grid, scale: Array) -> Array:
+    """What the solvers found, as integers of the grid in the shape of the `weight_view`."""
+    shape = weight_view(node).shape
+    steps = u if grid.scale.ndim < 2 else np.rint(u * (scale / _block_scales(node, grid)))
+    integers = from_matrices(node, steps).reshape(shape) + grid.spread(grid.zero_point, shape)
+    return np.asarray(integers.astype(np.int8 if grid.container == 8 else np.int16))
+
+
 def _levels(node: Node, grid: Grid) -> Array:
-    """The allowed integers less the zero point as `to_matrices` has the weights [levels, groups, k, m]."""
+    """The allowed integers less the zero point: (levels,) for all alike, or shaped as `to_matrices` has the weights."""
+    if grid.table is not None and grid.table.ndim == 1 and not np.any(grid.zero_point):
+        return grid.table.astype(np.float32)
     shape = weight_view(node).shape
     kernel = node.weights["kernel"].shape
     return np.stack([to_matrices(node, np.broadcast_to(v, shape).reshape(kernel)) for v in grid.levels(shape)])
@@ -274,4 +340,6 @@ def _rescaled(node: Node, grid: Grid, target: Array, metric: Array, factors: tup
         cost = problem.cost(u) * np.square(scale, dtype=np.float64)
         costs.append(cost.reshape(-1) if grid.axis is not None else cost.sum())
     factor = np.asarray(factors, np.float32)[np.argmin(costs, axis=0)]
+    if grid.scale.ndim == 2:
+        return replace(grid, scale=in_float16(grid.scale * factor[:, None]))
     return replace(grid, scale=np.asarray(grid.scale * factor, np.float32))

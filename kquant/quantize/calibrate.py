@@ -161,9 +161,10 @@ def weight_grids(plan: Plan) -> dict[str, Grid]:
         w = weight_view(node)
         if op_of(node).linear and not w.any():  # any scale will do: one that keeps the bias' step fine
             high = np.full(() if axis is None else w.shape[axis], np.abs(node.weights[bias_of(node)]).max(initial=0.0))
-            grids[name] = grid_from_range(np.zeros_like(high), high / 256, spec, axis)
+            plain = replace(spec, bits=max(spec.bits, 2), format="uniform", block=None)
+            grids[name] = grid_from_range(np.zeros_like(high), high / 256, plain, axis)
         else:
-            grids[name] = weight_grid(w, spec, axis, name=node.origin or name)
+            grids[name] = weight_grid(w, spec, axis, name=node.origin or name, block_scales=plan.block_scales(name))
     return grids
 
 

@@ -30,8 +30,8 @@ class Quadratic:
         target: t, in steps of the grid [groups, k, m].
         low: smallest integer, broadcasts against `target`.
         high: largest integer.
-        levels: the integers that are allowed, in rising order [levels, groups, k, m]; None where all from `low` to
-            `high` are.
+        levels: the integers that are allowed, in rising order: (levels,) for all, or [levels, groups, k, m]; None where
+            all from `low` to `high` are.
         free: 1 where the integer is to be found, 0 where it is 0 in any case, of the shape of `target`; None where all
             are.
     """
@@ -65,22 +65,33 @@ def rounded(x: Array, low: Array, high: Array, levels: Array | None) -> Array:
     """The nearest of the integers from `low` to `high`, or of the `levels`."""
     if levels is None:
         return np.minimum(np.maximum(np.rint(x), low), high)
+    if levels.ndim == 1:
+        return levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, x)]
     return nearest(x, levels)
 
 
-def descent(problem: Quadratic, sweeps: int = 50) -> Array:
+def _of_row(levels: Array | None, k: int) -> Array | None:
+    """The levels of the coordinates number k."""
+    return levels if levels is None or levels.ndim == 1 else levels[:, :, k]
+
+
+def descent(problem: Quadratic, sweeps: int = 50, start: Array | None = None) -> Array:
     """Coordinate descent from sequentially rounded integers and from the nearest ones; the better for each column.
 
     Args:
         problem: what to solve.
         sweeps: at most so many passes over the coordinates.
+        start: other integers to begin with, beside these.
 
     Returns:
         Integers as float32 [groups, k, m]; no column costs more than its nearest integers.
     """
     nearest = problem.nearest()
-    first, second = np.split(descend(problem, np.concatenate([nearest, sequential(problem)], 2), sweeps), 2, 2)
-    return problem.better(problem.better(nearest, first), second).astype(np.float32)
+    starts = [nearest, sequential(problem), *([] if start is None else [start.astype(nearest.dtype)])]
+    best = nearest
+    for found in np.split(descend(problem, np.concatenate(starts, 2), sweeps), len(starts), 2):
+        best = problem.better(best, found)
+    return best.astype(np.float32)
 
 
 def sequential(problem: Quadratic) -> Array:
@@ -90,7 +101,9 @@ def sequential(problem: Quadratic) -> Array:
     t = np.take_along_axis(problem.target, order[:, :, None], 1).astype(np.float32)
     factor = tf.linalg.cholesky(metric).numpy()
     factor = (factor / np.diagonal(factor, axis1=1, axis2=2)[:, None, :]).astype(np.float32)
-    levels = None if problem.levels is None else np.take_along_axis(problem.levels, order[None, :, :, None], 2)
+    levels = problem.levels
+    if levels is not None and levels.ndim > 1:
+        levels = np.take_along_axis(levels, order[None, :, :, None], 2)
     free = None if problem.free is None else np.take_along_axis(problem.free, order[:, :, None], 1)
     u, error, low, high = np.empty_like(t), np.zeros_like(t), problem.low[:, 0], problem.high[:, 0]
     for end in range(t.shape[1], 0, -_BLOCK):
@@ -98,7 +111,7 @@ def sequential(problem: Quadratic) -> Array:
         later = tf.matmul(factor[:, end:, block], error[:, end:], transpose_a=True).numpy()
         inner, centre, now = factor[:, block, block], t[:, block] - later, u[:, block]
         for k in reversed(range(now.shape[1])):
-            allowed = None if levels is None else levels[:, :, block.start + k]
+            allowed = _of_row(levels, block.start + k)
             now[:, k] = rounded(centre[:, k], low, high, allowed)
             if free is not None:
                 now[:, k] *= free[:, block.start + k]
@@ -124,7 +137,10 @@ def descend(problem: Quadratic, start: Array, sweeps: int = 50) -> Array:
     starts = out.shape[2] // problem.target.shape[2]
     t = np.tile(problem.target.astype(np.float32), starts)
     low, high = (_per_column(e, problem.target, starts) for e in (problem.low, problem.high))
-    levels = None if problem.levels is None else np.tile(problem.levels.astype(np.float32), starts)
+    levels = None if problem.levels is None else problem.levels.astype(np.float32)
+    own = levels is not None and levels.ndim > 1
+    if own and levels is not None:
+        levels = np.tile(levels, starts)
     free = None if problem.free is None else np.tile(problem.free, starts)
     axis = 2 if len(out) == 1 else 0  # a lone group drops columns, others drop whole groups
     u, active = out.copy(), np.arange(out.shape[axis])
@@ -137,7 +153,7 @@ def descend(problem: Quadratic, start: Array, sweeps: int = 50) -> Array:
             break
         active = active[keep]
         u, t, low, high = (np.take(a, keep, axis) for a in (u, t, low, high))
-        levels = None if levels is None else np.take(levels, keep, axis + 1)
+        levels = np.take(levels, keep, axis + 1) if own and levels is not None else levels
         free = None if free is None else np.take(free, keep, axis)
         metric = metric if axis == 2 else metric[keep]
     return out
@@ -158,7 +174,7 @@ def _sweep(
         inner, now = metric[:, block, block], u[:, block]
         residual = tf.matmul(metric[:, block], error).numpy()
         for k in range(now.shape[1]):
-            allowed = None if levels is None else levels[:, :, begin + k]
+            allowed = _of_row(levels, begin + k)
             new = rounded(now[:, k] - residual[:, k] * inverse[:, begin + k], low[:, 0], high[:, 0], allowed)
             new = new if free is None else new * free[:, begin + k]
             residual[:, k + 1 :] += inner[:, k + 1 :, k, None] * (new - now[:, k])[:, None]

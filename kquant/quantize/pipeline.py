@@ -1,6 +1,6 @@
 """Post-training quantization in the order of figure 8 of the white paper, with data or without.
 
-    with data     equalize -> weight ranges -> AdaRound, or empirical bias correction -> activation ranges
+    with data     equalize -> prune -> weight ranges -> AdaRound, or empirical bias correction -> activation ranges
     without data  equalize -> absorb high biases -> weight ranges -> analytic bias correction -> ranges from batch norm
 
 The config switches each step on or off; where it says None, the step is taken where it helps: see `decide`.
@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from kquant.config.quant_config import QuantConfig
-from kquant.config.specs import AdaRound
+from kquant.config.specs import AdaRound, QuantSpec
 from kquant.errors import CalibrationError, ConfigError
 from kquant.graph.ir import Graph
 from kquant.graph.moments import Moments
@@ -24,7 +24,7 @@ from kquant.graph.quantized import QuantizedGraph
 from kquant.graph.transforms.absorb_bias import absorb_bias
 from kquant.graph.transforms.equalize import equalize
 from kquant.grids.grid import Grid, fake_quantize
-from kquant.quantize.adaround import adaround
+from kquant.quantize.adaround import LayerRounding, adaround
 from kquant.quantize.analytic_correction import correct_biases_analytically
 from kquant.quantize.bias_correction import correct_biases
 from kquant.quantize.calibrate import all_zero, make_grids, observe, smallest_outputs, weight_grids
@@ -37,7 +37,9 @@ from kquant.quantize.moments import propagate
 from kquant.quantize.normalization import prepare_normalization
 from kquant.quantize.plan import Plan, make_plan
 from kquant.quantize.pooling import prepare_pooling
+from kquant.quantize.prune import note_of, prune
 from kquant.quantize.record import Quantization, Step
+from kquant.quantize.sensitivity import allowed_errors
 from kquant.quantize.small_values import prepare_small_values
 
 # steps without a switch, in order
@@ -89,29 +91,21 @@ def quantize_after_training(
         if note:
             log.note(name, note)
     plan = make_plan(_widened(graph, wide), config)
-    reference, weights = plan.graph, weight_grids(plan)
-    if config.keep_zeros:
+    reference = plan.graph
+    if config.prune is not None:
+        graph, pruned = prune(plan.graph, list(plan.weights), data, config.prune, seed=seed, progress=progress)
+        plan = replace(plan, graph=graph)
+        log.note("prune", note_of(pruned, graph))
+    weights, integers = weight_grids(plan), {}
+    if config.keeps_zeros:
         _refuse_lost_zeros(plan.graph, weights)
-    integers: dict[str, np.ndarray] = {}
     linear = {n: q for n, q in weights.items() if op_of(plan.graph[n]).matrix}
     if log.takes("adaround") and data is not None:
-        settings = config.adaround if isinstance(config.adaround, AdaRound) else AdaRound()
-        graph, rows = adaround(
-            plan.graph,
-            linear,
-            data,
-            settings,
-            seed=seed,
-            progress=progress,
-            input_bits=_input_bits(plan, linear),
-            keep_zeros=config.keep_zeros,
-        )
+        graph, rows, said_of = _round(plan, linear, data, config, seed, progress)
         plan, weights = replace(plan, graph=graph), weights | {r.node: r.grid for r in rows}
         integers = {r.node: r.integers for r in rows}
-        ratio = np.mean([r.loss / r.nearest_loss for r in rows if r.nearest_loss > 0] or [1.0])
-        log.note(
-            "adaround", f"{settings.solver}, {len(rows)} layers, {ratio:.2f} of nearest rounding's error on average"
-        )
+        for name, note in said_of.items():
+            log.note(name, note)
     if log.takes("correct_bias"):
         graph, note = _correct(plan, linear, data, progress)
         plan = replace(plan, graph=graph)
@@ -130,6 +124,39 @@ def quantize_after_training(
     return make_grids(plan, weights, statistics, integers), record, reference
 
 
+def _round(
+    plan: Plan, linear: Mapping[str, Grid], data: CalibrationData, config: QuantConfig, seed: int, progress: bool
+) -> tuple[Graph, list[LayerRounding], dict[str, str]]:
+    """AdaRound, on steps that a divergence decides where the config has one; and notes."""
+    settings = config.adaround if isinstance(config.adaround, AdaRound) else AdaRound()
+    allowed, notes = {}, {}
+    if config.divergence is not None:
+        chosen = [n for n in linear if _is_plain(plan.weights[n])]
+        allowed = allowed_errors(plan.graph, chosen, data, config.divergence, seed=seed, progress=progress)
+        notes["divergence"] = f"{config.divergence:g} nats over the steps of {len(chosen)} layers"
+    graph, rows = adaround(
+        plan.graph,
+        linear,
+        data,
+        settings,
+        seed=seed,
+        progress=progress,
+        input_bits=_input_bits(plan, linear),
+        keep_zeros=config.keeps_zeros,
+        specs=plan.weights,
+        allowed=allowed,
+    )
+    ratio = np.mean([r.loss / r.nearest_loss for r in rows if r.nearest_loss > 0] or [1.0])
+    compared = "" if allowed else f", {ratio:.2f} of nearest rounding's error on average"
+    notes["adaround"] = f"{settings.solver}, {len(rows)} layers{compared}"
+    return graph, rows, notes
+
+
+def _is_plain(spec: QuantSpec) -> bool:
+    """Whether its steps may be chosen: 8 bits that are not said to be anything else."""
+    return (spec.bits, spec.format, spec.block) == (8, "uniform", None) and spec.symmetric and spec.signed
+
+
 def _widened(graph: Graph, wide: Set[str]) -> Graph:
     """Nodes that are marked as those of recurrent layers are which add up over many steps."""
     return graph.rebuild([n.with_attrs(wide=True) if n.name in wide else n for n in graph]) if wide else graph
@@ -141,8 +168,8 @@ def _refuse_lost_zeros(graph: Graph, weights: Mapping[str, Grid]) -> None:
         view = weight_view(graph[name])
         if fake_quantize(view, grid)[view == 0].any():
             raise ConfigError(
-                f"keep_zeros: the clustered weights of {graph[name].origin or name!r} have no zero in some channel. "
-                'Use format="uniform" there.'
+                f"The weights of {graph[name].origin or name!r} have zeros that are to stay (keep_zeros, prune), and "
+                'their format has no zero. Use another there, e.g. format="uniform".'
             )
 
 
@@ -192,7 +219,8 @@ def decide(plan: Plan, config: QuantConfig, data: CalibrationData | None) -> dic
         ConfigError: AdaRound is asked for and there is no data.
     """
     specs = [s for n, s in plan.weights.items() if op_of(plan.graph[n]).matrix]
-    per_tensor, coarse = any(not s.per_channel for s in specs), any(s.bits < 8 for s in specs)
+    per_tensor = any(not s.per_channel for s in specs)
+    coarse = any(s.bits < 8 for s in specs) or config.divergence is not None
     has_data, once = data is not None, data is not None and not data.repeatable
     nothing = "" if specs else "no weights are quantized"
     estimated = plan.observed and not has_data
@@ -205,6 +233,11 @@ def decide(plan: Plan, config: QuantConfig, data: CalibrationData | None) -> dic
     }
     asked = {name: getattr(config, name) for name in advice}
     reasons = {n: why if asked[n] is None else "" if asked[n] else "switched off" for n, why in advice.items()}
+    if config.divergence is not None and (reasons["adaround"] or not has_data):
+        raise ConfigError(
+            "divergence chooses the steps of weights by what the layers read, on the way of AdaRound: pass "
+            f"calibration_data, and leave adaround switched on. AdaRound is not taken: {reasons['adaround']}."
+        )
     if not reasons["adaround"]:
         if not has_data:
             raise ConfigError("adaround reconstructs the outputs of the layers: pass calibration_data, or remove it.")

@@ -17,13 +17,14 @@ from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import LayerSpec, QuantSpec
 from kquant.errors import ConfigError
 from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import op_of
+from kquant.graph.ops import linear_of, op_of, weight_view
 from kquant.graph.transforms.bound_masks import unbounded_masks
 from kquant.grids.grid import Grid
 from kquant.quantize.record import Skip
 from kquant.targets.target import Target, get_target
 
 _PASSES = ("reshape", "train_only")  # a final softmax, and its logits, are looked for through them
+_SMALL = 0.1  # a last layer with less than this share of the weights is small
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,12 @@ class Plan:
     def dictated(self) -> tuple[str, ...]:
         """The nodes whose grid the target dictates."""
         return tuple(n for n, first in self.groups.items() if first in self.fixed)
+
+    def block_scales(self, name: str) -> bool:
+        """Whether the kernel of a node reads scales of blocks of its weight: one that runs in float."""
+        spec = self.weights[name]
+        in_float = name not in self.activations
+        return spec.block is not None and in_float and self.target.takes_blocks(self.graph[name].op, spec.bits)
 
     @property
     def observed(self) -> dict[str, tuple[str, ...]]:
@@ -103,7 +110,7 @@ def make_plan(graph: Graph, config: QuantConfig) -> Plan:
         activations[name] = _logits_spec(activations[name], specs[name], config)
     return Plan(
         graph=graph,
-        weights=_weight_specs(graph, specs, integer),
+        weights=_weight_specs(graph, specs, integer, target),
         activations=activations,
         groups=groups,
         fixed=fixed,
@@ -122,11 +129,17 @@ def resolve(graph: Graph, config: QuantConfig) -> dict[str, LayerSpec]:
     linear = [n.origin for n in graph if op_of(n).matrix]
     first, last = (linear[0], linear[-1]) if linear else (None, None)
     cautious = any(op_of(n).products for n in graph)
+    small = _share_of(graph, last) < _SMALL
     specs: dict[str, LayerSpec] = {}
     matched: set[int] = set()
     for node in graph:
         spec = config.resolve(
-            node.origin or node.name, node.origin_type, first=node.origin == first, last=node.origin == last
+            node.origin or node.name,
+            node.origin_type,
+            first=node.origin == first,
+            last=node.origin == last,
+            small_last=small and node.origin == last,
+            depthwise=op_of(node).matrix and linear_of(node).channelwise,
         )
         matched.update(spec.matched)
         if node.op == "input":
@@ -136,6 +149,13 @@ def resolve(graph: Graph, config: QuantConfig) -> dict[str, LayerSpec]:
     origins = {n.origin or n.name: n.origin_type for n in graph}
     config.check_matched(matched, sorted(origins), sorted(set(origins.values())))
     return specs
+
+
+def _share_of(graph: Graph, origin: str | None) -> float:
+    """The share of a layer of the user's in the weights of all matrix products."""
+    sizes = [(n.origin, weight_view(n).size) for n in graph if op_of(n).matrix]
+    own, total = sum(size for name, size in sizes if name == origin), sum(size for _, size in sizes)
+    return own / total if total else 0.0
 
 
 def _widened(spec: LayerSpec, node: Node, target: Target) -> LayerSpec:
@@ -360,7 +380,7 @@ def _centered(graph: Graph, groups: dict[str, str], integer: Iterable[str], targ
     return {n for n in integer if groups[n] in found}
 
 
-def _weight_specs(graph: Graph, specs: dict[str, LayerSpec], integer: set[str]) -> dict[str, QuantSpec]:
+def _weight_specs(graph: Graph, specs: dict[str, LayerSpec], integer: set[str], target: Target) -> dict[str, QuantSpec]:
     """Specs of the weights. Batch-norm scales and PReLU slopes are few, and keep 8 bits.
 
     A table that is read in integers is not among them: it has the grid of the output.
@@ -376,6 +396,7 @@ def _weight_specs(graph: Graph, specs: dict[str, LayerSpec], integer: set[str]) 
         if not record.matrix:
             own = spec.per_channel and record.weight.channels is not None
             bits = spec.bits if record.lookup else 8
-            spec = replace(spec, bits=bits, per_channel=own, format="uniform", block=None)
+            blocks = record.lookup and target.takes_blocks(node.op, bits)
+            spec = replace(spec, bits=bits, per_channel=own, format="uniform", block=spec.block if blocks else None)
         chosen[node.name] = spec
     return chosen

@@ -24,11 +24,13 @@ class Layout:
         axis: the file's axis of the output channels.
         hybrid: bits of the integer weights that the float kernel takes; it quantizes its input itself, if it has one
             that is no id.
+        blocks: those of them that may have a scale for every block of inputs.
     """
 
     to_file: Callable[[np.ndarray], np.ndarray] = lambda w: w
     axis: int = 0
     hybrid: tuple[int, ...] = ()
+    blocks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,6 +104,11 @@ class Target:
                     return container
         return 8
 
+    def takes_blocks(self, op: str, width: int) -> bool:
+        """Whether the float kernel of `op` reads weights of `width` bits with a scale for every block of inputs."""
+        layout = self.kernels[op].layout if op in self.kernels else None
+        return layout is not None and any(width <= bits for bits in layout.blocks)
+
     def fixed_output(self, op: str, container: int) -> tuple[float, int] | None:
         """The (scale, zero point) that the kernel of `op` insists on for its output, if it does."""
         return self.kernels[op].output.get(container) if op in self.kernels else None
@@ -136,7 +141,7 @@ class Target:
         if spec is None:
             return
         low, high = self.weight_bits
-        if not low <= spec.bits <= high:
+        if not low <= max(spec.bits, 2) <= high:  # 1 bit is -1 and 1, which take two
             raise ConfigError(f"{where}: {self.name} takes {low} to {high} bits, found {spec.bits}; set bits={high}.")
         if self.symmetric_weights and not (spec.symmetric and spec.signed):
             raise ConfigError(

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kquant.config.pruning import Prune
 from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import ACTIVATIONS, METHODS, WEIGHTS, Rule
 from kquant.errors import ConfigError
@@ -31,6 +32,8 @@ CONFIGS = st.builds(
     widen=st.booleans(),
     channel_scales=st.booleans(),
     logits=st.sampled_from([None, *METHODS]),
+    divergence=st.none() | st.floats(1e-6, 10),
+    prune=st.sampled_from([None, Prune(sparsity=0.7, by="sensitivity"), Prune(pattern="2:4", keep="^head")]),
     rules=st.lists(RULES, max_size=3),
 )
 
@@ -61,6 +64,20 @@ def test_presets_say_what_their_name_says():
     w8a16 = QuantConfig.preset("w8a16")
     assert (w8a16.activations.bits, w8a16.activations.symmetric, w8a16.target) == (16, True, "litert")
     assert QuantConfig.preset("w4").activations is None and QuantConfig.preset("w4").input_spec is None
+
+
+def test_8_bits_exempt_a_layer_from_a_format_and_from_blocks():
+    for preset in ("w2a8-ternary", "w1a8-binary", "w4a8-b32", "w4a8-kmeans"):
+        config = QuantConfig.load({"preset": preset, "rules": [{"name": "^head$", "weights": {"bits": 8}}]})
+        head, other = (config.resolve(name, "Dense").weights for name in ("head", "body"))
+        assert (head.bits, head.format, head.block) == (8, "uniform", None)
+        assert (other.bits, other.format, other.block) == (
+            config.weights.bits,
+            config.weights.format,
+            config.weights.block,
+        )
+    with pytest.raises(ConfigError, match="must be 2, found 3"):
+        QuantConfig.load({"preset": "w2a8-ternary", "rules": [{"name": "^head$", "weights": {"bits": 3}}]})
 
 
 def test_below_8_bits_inputs_and_ends_stay_at_8():

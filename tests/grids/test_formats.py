@@ -1,5 +1,7 @@
 """Grids with a table: what each way of making one minimizes, against brute force and closed forms."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,9 @@ from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import WEIGHTS, QuantSpec
 from kquant.errors import ConfigError
 from kquant.grids.formats import weight_grid
+from kquant.grids.formats.binary_bases import bases_design
 from kquant.grids.grid import Grid, dequantize, fake_quantize, nearest, quantize
+from kquant.targets.target import get_target
 
 RNG = np.random.default_rng(0)
 
@@ -78,15 +82,72 @@ def test_ternary_has_the_least_squared_error_of_all_scales():
 
 
 def test_clusters_are_a_fixed_point_of_lloyds_algorithm_and_beat_the_uniform_grid():
-    w = RNG.standard_t(3, size=(400, 6)).astype(np.float32)
+    w = RNG.standard_t(3, size=(400, 6)).astype(np.float32) * RNG.uniform(0.1, 3, 6).astype(np.float32)
     grid = weight_grid(w, spec(bits=4, format="kmeans"), 1)
-    assert grid.table.shape == (6, 16) and grid.qmin >= -127 and grid.qmax <= 127
+    assert grid.table.shape == (16,) and grid.qmin >= -127 and grid.qmax <= 127 and grid.scale.shape == (6,)
     uniform = weight_grid(w, spec(bits=4), 1)
-    assert (error(w, grid).sum(0) < 0.8 * error(w, uniform).sum(0)).all()
-    steps, integers = w / grid.scale, quantize(w, grid)
-    for c in range(6):
-        for value in np.unique(integers[:, c]):
-            assert abs(steps[integers[:, c] == value, c].mean() - value) < 1.5  # a rounding, and the last step
+    assert error(w, grid).sum() < 0.8 * error(w, uniform).sum()
+    steps, integers, mass = w / grid.scale, quantize(w, grid), np.square(np.broadcast_to(grid.scale, w.shape))
+    for value in np.unique(integers):
+        inside = integers == value
+        assert abs(np.average(steps[inside], weights=mass[inside]) - value) < 1.5  # a rounding, and the last step
+
+
+def test_levels_are_shared_and_scales_are_those_of_least_squares():
+    w = RNG.normal(size=(500, 4)).astype(np.float32) * np.float32([1, 2, 0.1, 5])
+    for name, bits in (("kmeans", 3), ("binary_bases", 3), ("power_of_two", 4), ("apot", 4), ("binary", 1)):
+        grid = weight_grid(w, spec(bits=bits, format=name), 1)
+        assert grid.table.ndim == 1 and np.abs(grid.table).max() <= 127 and grid.bits == bits, name
+        integers = quantize(w, grid)
+        best = (w * integers).sum(0) / np.square(integers).sum(0)
+        np.testing.assert_allclose(grid.scale, best, rtol=0.01, err_msg=name)
+        for factor in (0.8, 1.25) if name not in ("kmeans", "binary_bases") else ():  # whose levels were fitted, too
+            other = a_grid(grid.table, grid.scale * np.float32(factor), axis=1)
+            assert (error(w, grid).sum(0) <= error(w, other).sum(0)).all(), name
+
+
+def test_logarithmic_levels_are_the_papers():
+    table = {name: weight_grid(RNG.normal(size=(99, 2)), spec(bits=bits, format=name[:-1]), 1).table.tolist()
+             for name, bits in (("power_of_two4", 4), ("power_of_two3", 3), ("apot4", 4), ("apot5", 5))}  # fmt: skip
+    assert table["power_of_two4"][7:] == [0, 1, 2, 4, 8, 16, 32, 64] and table["power_of_two3"] == [
+        -4,
+        -2,
+        -1,
+        0,
+        1,
+        2,
+        4,
+    ]
+    assert table["apot4"][7:] == [0, 1, 2, 3, 4, 6, 8, 10]
+    assert len(table["apot5"]) == 31 and table["apot5"][-1] == 48
+    assert all(rows == [-v for v in reversed(rows)] for rows in table.values())
+
+
+def test_binary_weights_have_the_mean_magnitude():
+    w = RNG.normal(size=(200, 3)).astype(np.float32)
+    grid = weight_grid(w, spec(bits=1, format="binary"), 1)
+    np.testing.assert_allclose(grid.scale, np.abs(w).mean(0), rtol=1e-6)
+    np.testing.assert_array_equal(fake_quantize(w, grid), np.sign(w) * grid.scale)
+
+
+def test_binary_bases_are_all_sums_of_some_numbers():
+    w = RNG.standard_t(4, size=(300, 5)).astype(np.float32)
+    for bits in (2, 3, 4):
+        grid = weight_grid(w, spec(bits=bits, format="binary_bases"), 1)
+        design = bases_design(grid.table)
+        a = np.linalg.lstsq(design, grid.table, rcond=None)[0]
+        np.testing.assert_allclose(a, np.rint(a), atol=1e-9)
+        sums = sorted(int(np.dot(signs, np.rint(a))) for signs in itertools.product((-1, 1), repeat=bits))
+        assert sums == grid.table.tolist() and (np.diff(design @ a) >= 0).all()
+        free = weight_grid(w, spec(bits=bits, format="kmeans"), 1)
+        assert error(w, free).sum() < error(w, grid).sum() < 2 * error(w, free).sum()
+
+
+@pytest.mark.parametrize("bases", [[5], [3, 3], [1, 2, 4], [0, 7, 7, 20], [2, 3, 5, 6]])
+def test_the_terms_of_sums_are_found_again(bases):
+    table = sorted(int(np.dot(s, bases)) for s in itertools.product((-1, 1), repeat=len(bases)))
+    design = bases_design(np.array(table, np.int32))
+    np.testing.assert_allclose(design @ sorted(bases), table)
 
 
 def test_important_weights_get_the_centroids():
@@ -112,16 +173,32 @@ def test_the_scale_of_a_block_is_a_multiple_of_its_channels_scale(block):
 def test_a_channel_of_zeros_stays_zero():
     w = RNG.normal(size=(64, 3)).astype(np.float32)
     w[:, 1] = 0
-    for changes in ({"bits": 2, "format": "ternary"}, {"bits": 4, "format": "kmeans"}, {"bits": 4, "block": 32}):
+    for changes in ({"bits": 2, "format": "ternary"}, {"bits": 4, "format": "kmeans"}, {"bits": 4, "block": 32},
+                    {"bits": 2, "format": "kmeans"}, {"bits": 4, "format": "apot"}):  # fmt: skip
         grid = weight_grid(w, spec(**changes), 1)
         assert not fake_quantize(w, grid)[:, 1].any() and np.isfinite(grid.scale).all() and (grid.scale > 0).all()
+    for changes in ({"bits": 1, "format": "binary"}, {"bits": 3, "format": "binary_bases"}):  # which have no zero
+        grid = weight_grid(w, spec(**changes), 1)
+        assert np.abs(fake_quantize(w, grid)[:, 1]).max() < 1e-4 and (grid.scale > 0).all()
+
+
+def test_pruned_weights_have_a_centroid_at_zero():
+    w = RNG.normal(size=(64, 3)).astype(np.float32)
+    w[np.abs(w) < 0.3] = 0
+    for bits in (2, 3, 4):
+        assert not fake_quantize(w, weight_grid(w, spec(bits=bits, format="kmeans"), 1))[w == 0].any()
 
 
 @pytest.mark.parametrize(
     "changes, message",
-    [({"format": "cubic"}, "Unknown format 'cubic'"), ({"format": "ternary"}, "2 bits"),
+    [({"format": "cubic"}, "Unknown format 'cubic'"), ({"format": "ternary"}, "must be 2, found 8"),
+     ({"format": "ternary", "bits": 3}, "must be 2, found 3"), ({"format": "binary", "bits": 2}, "must be 1, found 2"),
+     ({"format": "apot", "bits": 3}, "from 4 to 5"), ({"format": "power_of_two", "bits": 5}, "from 2 to 4"),
+     ({"bits": 1}, 'format="binary"'), ({"format": "kmeans"}, "from 2 to 6"),
+     ({"format": "binary_bases", "bits": 1}, "from 2 to 4"), ({"format": None}, "Unknown format None"),
      ({"block": 0}, "block must be"), ({"block": 32, "per_channel": False}, "per_channel"),
-     ({"format": "kmeans", "power_of_two": True}, "power_of_two")],
+     ({"format": "kmeans", "bits": 4, "block": 32}, "Blocks scale given levels"),
+     ({"format": "kmeans", "bits": 4, "power_of_two": True}, "power_of_two")],
 )  # fmt: skip
 def test_impossible_formats_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
@@ -130,7 +207,7 @@ def test_impossible_formats_are_refused(changes, message):
 
 def test_activations_have_no_format_and_8_bits_no_blocks():
     with pytest.raises(ConfigError, match="Activations are uniform"):
-        QuantConfig.load({"preset": "w4a8", "activations": {"symmetric": True, "format": "kmeans"}})
+        QuantConfig.load({"preset": "w4a8", "activations": {"symmetric": True, "bits": 4, "format": "kmeans"}})
     with pytest.raises(ConfigError, match="fewer than 8 bits"):
         weight_grid(RNG.normal(size=(64, 3)), spec(bits=8, block=32), 1)
 
@@ -138,4 +215,8 @@ def test_activations_have_no_format_and_8_bits_no_blocks():
 def test_presets_name_formats_and_blocks():
     ternary, blocks = QuantConfig.preset("w2a8-ternary").weights, QuantConfig.preset("w4a8-b32").weights
     assert (ternary.bits, ternary.format, blocks.block, blocks.format) == (2, "ternary", 32, "uniform")
-    assert QuantConfig.from_dict(QuantConfig.preset("w4a8-kmeans-b64").to_dict()).weights.block == 64
+    assert QuantConfig.from_dict(QuantConfig.preset("w4a8-apot-b64").to_dict()).weights.block == 64
+    for name in ("w1a8-binary", "w4a8-power_of_two", "w3a8-per_tensor-kmeans", "w3a4-binary_bases", "w4-apot"):
+        config = QuantConfig.preset(name)
+        assert config.weights.format in name and QuantConfig.from_dict(config.to_dict()) == config
+        get_target(config.target).check(config)

@@ -36,6 +36,13 @@ def test_rows_say_bits_granularity_and_range(name, weights, grid):
     assert json.loads(json.dumps(rows)) == rows
 
 
+def test_rows_say_what_a_coder_of_weights_would_make_of_them():
+    _, qgraph, rows = rows_of("w4a8")
+    counts = np.unique(qgraph.integers["fc"], return_counts=True)[1] / qgraph.integers["fc"].size
+    assert rows["fc"]["entropy"] == pytest.approx(-(counts * np.log2(counts)).sum())
+    assert rows["fc"]["zeros"] == np.mean(qgraph.integers["fc"] == 0) and rows["add"]["entropy"] is None
+
+
 def test_rows_say_what_dictated_a_grid():
     plan, _, rows = rows_of()
     assert rows["sm"]["shared"] == "fixed by the target"

@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras import layers
 
 import kquant
+from kquant.keras.model import extract
 from kquant.qat.callbacks import FreezeQuantizers, LogQuantizers, quantizers_of
 from kquant.qat.distill import Distiller
 from kquant.qat.prepare import prepare_qat
@@ -116,6 +117,10 @@ def test_the_log_holds_grids_and_losses(tmp_path):
     for name, quantizer in quantizers_of(model).items():
         grid = quantizer.to_grid()
         assert events[f"scale/{name}", 1] == pytest.approx(np.exp(np.mean(np.log(grid.scale))), rel=1e-6)
+    qgraph = extract(model)
+    integers = qgraph.integers["hidden"]
+    assert events["entropy/hidden/weights", 1] == pytest.approx(qgraph.weights["hidden"].entropy(integers), rel=1e-6)
+    assert events["zeros/hidden/weights", 1] == pytest.approx(np.mean(integers == 0), rel=1e-6)
     assert events["scale/hidden/weights", 0] != events["scale/hidden/weights", 1]
     zero_point = int(quantizers_of(model)["hidden"].to_grid().zero_point)
     assert events["zero_point/hidden", 1] == zero_point

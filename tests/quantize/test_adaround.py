@@ -13,6 +13,7 @@ from kquant.config.specs import QuantSpec
 from kquant.errors import ConfigError
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import evaluate, weight_of, weight_view
+from kquant.grids.formats import weight_grid
 from kquant.grids.grid import Grid, dequantize, fake_quantize, grid_from_range, quantize
 from kquant.grids.ranges import weight_range
 from kquant.quantize.adaround import SOLVERS, AdaRound, adaround
@@ -159,3 +160,22 @@ def test_scales_that_are_powers_of_two_stay() -> None:
     _, report = adaround(graph, weights, batches(toy_data()), AdaRound(scales=(0.7, 1.0)), progress=False)
     for row in report:
         np.testing.assert_array_equal(row.grid.scale, weights[row.node].scale)
+
+
+@pytest.mark.parametrize("name, bits", [("kmeans", 2), ("ternary", 2), ("binary", 1), ("binary_bases", 2), ("apot", 4)])
+def test_scales_and_levels_are_fitted_to_what_the_layers_read(name: str, bits: int) -> None:
+    graph, held_out = toy_graph(), toy_data(256, seed=5)
+    spec = QuantSpec(bits=bits, symmetric=True, narrow_range=True, per_channel=True, method="mse", format=name)
+    specs = dict.fromkeys(("c1", "fc"), spec)
+    weights = {n: weight_grid(weight_view(graph[n]), spec, weight_of(graph[n]).channels) for n in specs}
+    data = batches(toy_data(256))
+    _, given = adaround(graph, weights, data, progress=False)
+    fitted, report = adaround(graph, weights, data, progress=False, specs=specs)
+    assert report[0].loss < given[0].loss <= given[0].nearest_loss
+    assert error(graph, fitted, held_out) < error(graph, nearest(graph, weights), held_out)
+    for row in report:
+        table = weights[row.node].table
+        assert row.grid.table.shape == table.shape and np.abs(row.grid.table).max() <= 127
+        assert np.isin(row.integers, row.grid.table).all()
+        if name not in ("kmeans", "binary_bases"):
+            np.testing.assert_array_equal(row.grid.table, table)

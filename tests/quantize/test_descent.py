@@ -107,3 +107,15 @@ def test_arguments_stay() -> None:
     descent(p)
     for now, then in zip((p.metric, p.target, start), before, strict=True):
         np.testing.assert_array_equal(now, then)
+
+
+def test_levels_that_all_share_are_those_of_every_weight() -> None:
+    """(levels,) gives what the same levels give for every weight, of which ties go to the lower one."""
+    p, levels = problem(groups=2, k=70, m=4), np.array([-7, -2, -1, 0, 3, 7], np.float32)
+    each = np.broadcast_to(levels[:, None, None, None], (6, *p.target.shape))
+    shared, own = (Quadratic(p.metric, p.target, p.low, p.high, v) for v in (levels, each))
+    found = descent(shared)
+    np.testing.assert_array_equal(found, descent(own))
+    assert np.isin(found, levels).all()
+    better = descent(shared, start=found)
+    assert (shared.cost(better) <= shared.cost(found) * (1 + 1e-6)).all()

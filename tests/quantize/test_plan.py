@@ -1,9 +1,13 @@
 """The plan: what runs in integers, on which grid, and why not."""
 
+import keras
 import pytest
+from keras import layers
 
+from kquant.config.quant_config import QuantConfig
 from kquant.errors import ConfigError
 from kquant.graph.ir import Node
+from kquant.graph.transforms import prepare_graph
 from kquant.quantize.plan import make_plan
 from tests.support.toy import config, toy_graph
 
@@ -77,3 +81,22 @@ def test_first_and_last_layers_by_position():
 def test_a_rule_that_matches_nothing_is_an_error_with_a_suggestion():
     with pytest.raises(ConfigError, match="c1"):
         make_plan(toy_graph(), config(rules=[{"name": "^c1x$", "float": True}]))
+
+
+def test_a_last_layer_is_small_with_less_than_a_tenth_of_the_weights() -> None:
+    """Presets with a format leave it, the first layer and depthwise ones at 8 bits."""
+
+    def specs(width: int):
+        keras.utils.set_random_seed(0)
+        x = inputs = keras.Input((8, 8, 3))
+        x = layers.Conv2D(16, 3, name="first")(x)
+        x = layers.SeparableConv2D(32, 3, name="separable")(x)
+        x = layers.Dense(width, name="last")(layers.Dense(64, name="middle")(layers.Flatten()(x)))
+        return make_plan(prepare_graph(keras.Model(inputs, x)), QuantConfig.preset("w2a8-ternary")).weights
+
+    for width, small in ((10, True), (900, False)):
+        found = specs(width)
+        assert {found[n].bits for n in found if "first" in n} == {8}
+        assert (found["middle"].format, found["middle"].bits) == ("ternary", 2)
+        assert found["last"].bits == (8 if small else 2)
+        assert sorted(s.bits for n, s in found.items() if "separable" in n) == [2, 8]

@@ -1,7 +1,8 @@
-"""A scale for every block of weights, on kernels that have one scale per channel.
+"""A scale for every block of weights, on kernels that read such scales, and on those that have one scale per channel.
 
-The scale of a block becomes an integer multiple m of its channel's scale s, and the values s m q lie in the int8 tensor
-as m q: the block has a table of allowed integers of its own, and no kernel needs to know.
+The former read them in float16 (`as_scales`). For the latter (`as_tables`) the scale of a block becomes an integer
+multiple m of its channel's scale s, and the values s m q lie in the int8 tensor as m q: the block has a table of
+allowed integers of its own, and no kernel needs to know.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from kquant.errors import ConfigError
 from kquant.grids.grid import Array, Grid
 
 _LARGEST = 127
+_SMALLEST = np.float32(np.finfo(np.float16).tiny)  # kernels refuse scales that are zero, or no normal numbers
+_COUNTS_BY = 32  # the block sizes that kernels take are multiples of it
 
 
 def block_axis_of(ndim: int, axis: int) -> int:
@@ -53,6 +56,31 @@ def as_tables(parts: Sequence[Grid], block: int, block_axis: int) -> Grid:
         qmax=int(table.max()),
         axis=first.axis,
         table=table,
+        block=block,
+        block_axis=block_axis,
+    )
+
+
+def fits_kernels(size: int, block: int) -> bool:
+    """Whether kernels take blocks of an axis: they want a multiple of 32, and whole blocks."""
+    return block % _COUNTS_BY == 0 and size % block == 0
+
+
+def in_float16(scale: Array) -> Array:
+    """Scales as kernels have them: normal float16 numbers, here in float32."""
+    largest = np.float32(np.finfo(np.float16).max)
+    return np.clip(scale.astype(np.float32), _SMALLEST, largest).astype(np.float16).astype(np.float32)
+
+
+def as_scales(parts: Sequence[Grid], block: int, block_axis: int) -> Grid:
+    """One grid of those of the blocks, which are uniform, with their own scales, rounded to float16."""
+    first = parts[0]
+    return Grid(
+        scale=in_float16(np.stack([p.scale for p in parts], axis=1)),
+        zero_point=first.zero_point,
+        qmin=first.qmin,
+        qmax=first.qmax,
+        axis=first.axis,
         block=block,
         block_axis=block_axis,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kquant.config.specs import QuantSpec
-from kquant.grids.formats.rows import from_rows, to_rows
+from kquant.grids.formats.rows import from_rows, importance_rows, to_rows
 from kquant.grids.grid import Array, Grid
 
 
@@ -15,7 +15,7 @@ def ternary(w: Array, spec: QuantSpec, axis: int | None, importance: Array | Non
     min sum v (w - a t)^2 over a and t in {-1, 0, 1}. The weights that are not zero are the k largest in magnitude, for
     some k; then a = sum v |w| / sum v over these, and the error is sum v w^2 - (sum v |w|)^2 / sum v. All k are tried.
     """
-    rows, v = to_rows(np.abs(w), axis), to_rows(np.ones_like(w) if importance is None else importance, axis)
+    rows, v = to_rows(np.abs(w), axis), importance_rows(w, axis, importance)
     order = np.argsort(-rows, axis=1)
     rows, v = (np.take_along_axis(a, order, 1) for a in (rows, v))
     sums, mass = np.cumsum(v * rows, axis=1), np.maximum(np.cumsum(v, axis=1), np.finfo(np.float64).tiny)

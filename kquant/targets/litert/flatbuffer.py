@@ -37,11 +37,13 @@ class FileGrid:
         scale: float32, () or (channels,).
         zero_point: integer, () or the shape of `scale`.
         axis: the axis of the stored tensor that several scales run along.
+        block: how many entries of its last axis share a scale, where that is (channels, blocks); None without blocks.
     """
 
     scale: np.ndarray | np.floating
     zero_point: np.ndarray | int = 0
     axis: int = 0
+    block: int | None = None
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:
@@ -135,7 +137,9 @@ class FlatbufferBuilder:
         t.shape = [batch if d is None else int(d) for d in shape]
         if None in shape:
             t.shapeSignature = [-1 if d is None else int(d) for d in shape]
-        if grid is not None:
+        if grid is not None and grid.block is not None:
+            t.quantization = self._blockwise(t.name, grid, grid.block)
+        elif grid is not None:
             q = schema.QuantizationParametersT()
             q.scale = np.atleast_1d(np.asarray(grid.scale, np.float32))
             q.zeroPoint = np.broadcast_to(np.asarray(grid.zero_point, np.int64), q.scale.shape).copy()
@@ -144,6 +148,15 @@ class FlatbufferBuilder:
         if data is not None:
             t.buffer = self.buffer(data)
         return self.add_tensor(t)
+
+    def _blockwise(self, name: str, grid: FileGrid, block: int) -> Any:
+        """Quantization parameters whose scales are a tensor of their own, in float16, without zero points."""
+        details, q = schema.BlockwiseQuantizationT(), schema.QuantizationParametersT()
+        details.scales = self.constant(f"{name}/scales", np.asarray(grid.scale), "FLOAT16")
+        details.zeroPoints, details.blockSize = -1, block
+        q.detailsType, q.details = schema.QuantizationDetails.BlockwiseQuantization, details
+        q.quantizedDimension = grid.axis
+        return q
 
     def constant(self, name: str, values: np.ndarray, dtype: str, grid: FileGrid | None = None) -> int:
         """Add a constant tensor, its values converted to (or packed into) `dtype`."""

@@ -261,7 +261,7 @@ KERNELS = (
         op="embedding",
         arithmetic={8: _rows, 16: _rows},
         write=_write_embedding,
-        layout=Layout(hybrid=(2, 4, 8)),
+        layout=Layout(hybrid=(2, 4, 8), blocks=(2, 4)),
         operators={"EMBEDDING_LOOKUP": Builtin(versions=(1, 3, 1), typed_by=1, least=_rows_least)},
     ),
     Kernel(

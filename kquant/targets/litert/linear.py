@@ -300,7 +300,7 @@ KERNELS = (
                 optimized=Reference(compute=optimized.fully_connected),
             )
         },
-        layout=Layout(lambda w: w.T, hybrid=(2, 4, 8)),
+        layout=Layout(lambda w: w.T, hybrid=(2, 4, 8), blocks=(4,)),
         weights={8: (2, 4), 16: (4,)},
         fuses=ALL,
     ),

@@ -48,7 +48,7 @@ def weights(e: Emitter, node: Node, x: int, out: Sink) -> Weights:
         per_channel = hybrid or q.axis is not None
         e.weight_types[node.name] = e.builder.dtype(kernel)
         if out.q is None and not hybrid:
-            kernel = _dequantized(e, name, kernel, view, layout, per_channel)
+            kernel = _dequantized(e, node, name, kernel, view, layout, per_channel)
             per_channel = False
     return Weights(kernel, _bias(e, node, q, out), per_channel)
 
@@ -86,8 +86,9 @@ def _integer_kernel(e: Emitter, node: Node, name: str, q: Grid, out: Grid | None
     values = layout.to_file(e.integers(node.name))
     activation = 8 if out is None else out.container
     container = e.target.weight_container(node.op, q.width, activation)
-    if expand:
-        container = next(bits for bits in sorted(layout.hybrid) if q.width <= bits)
+    blocks = q.scale.ndim == 2
+    if expand or blocks:
+        container = next(bits for bits in sorted(layout.blocks if blocks else layout.hybrid) if q.width <= bits)
     elif out is None and container == 2:
         container = 8  # DEQUANTIZE
     limit = 2 ** (container - 1)
@@ -96,15 +97,29 @@ def _integer_kernel(e: Emitter, node: Node, name: str, q: Grid, out: Grid | None
             f"{node.name!r}: weights on [{q.qmin}, {q.qmax}] do not fit int{container}; use at most 8 bits, symmetric."
         )
     scale, zero_point = q.scale, q.zero_point
+    if q.block is not None and blocks:
+        grid = FileGrid(scale, axis=layout.axis, block=q.block)
+        if not expand:  # DEQUANTIZE takes no blocks, and does not say so: each is a row
+            values, grid = values.reshape(-1, q.block), FileGrid(scale.reshape(-1))
+        else:
+            e.constant_bytes += 2 * scale.size
+        return e.constant(name if expand else f"{name}/int{container}", values, f"INT{container}", grid)
     if expand and q.axis is None:  # these kernels read one scale per channel
         scale = np.full(values.shape[layout.axis], q.scale, np.float32)
     suffix = "" if out is not None or expand else f"/int{container}"
     return e.constant(name + suffix, values, f"INT{container}", FileGrid(scale, zero_point, layout.axis))
 
 
-def _dequantized(e: Emitter, name: str, kernel: int, view: np.ndarray, layout: Layout, per_channel: bool) -> int:
-    result = e.builder.tensor(name, layout.to_file(view).shape, "FLOAT32")
-    e.op("DEQUANTIZE", [kernel], [result], per_channel=per_channel)
+def _dequantized(
+    e: Emitter, node: Node, name: str, kernel: int, view: np.ndarray, layout: Layout, per_channel: bool
+) -> int:
+    shape, stored = layout.to_file(view).shape, e.builder.shape(kernel)
+    made = result = e.builder.tensor(name, shape, "FLOAT32")
+    if stored != shape:  # rows of blocks
+        made = e.builder.tensor(f"{name}/rows", stored, "FLOAT32")
+    e.op("DEQUANTIZE", [kernel], [made], per_channel=per_channel)
+    if made != result:
+        e.op("RESHAPE", [made, e.indices(node, "kernel_shape", shape)], [result])
     return result
 
 
