@@ -10,10 +10,15 @@ from kquant.config.text import table
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid
 from kquant.quantize.record import Quantization
+from kquant.targets.storage import huffman
 
 
 def layer_rows(quantization: Quantization, qgraph: QuantizedGraph) -> list[dict[str, Any]]:
-    """One JSON-able row per integer node: its weights, its output grid and what dictated it."""
+    """One JSON-able row per integer node: its weights, its output grid and what dictated it.
+
+    "entropy" is the zero-order entropy of the integers of its weights in bits per weight, "huffman" the length of a
+    Huffman code for them, its table apart.
+    """
     rows = []
     for node in qgraph.graph:
         q = qgraph.activations.get(node.name)
@@ -26,6 +31,8 @@ def layer_rows(quantization: Quantization, qgraph: QuantizedGraph) -> list[dict[
                 "node": node.name,
                 "op": node.op,
                 "weights": _weights(w),
+                "entropy": None if w is None else w.entropy(qgraph.integers[node.name]),
+                "huffman": None if w is None else huffman.mean_bits(qgraph.integers[node.name]),
                 "range": _range(q),
                 "grid": "float" if q is None else f"{q.bits}-bit",
                 "shared": "fixed by the target" if dictated else quantization.shared.get(node.name, ""),
@@ -47,12 +54,13 @@ def format_report(quantization: Quantization, qgraph: QuantizedGraph) -> str:
     rows = []
     for row in layer_rows(quantization, qgraph):
         bounds = "" if row["range"] is None else "[{:.4g}, {:.4g}]".format(*row["range"])
-        rows.append((row["node"], row["op"], row["weights"], row["grid"], bounds, row["shared"]))
+        coded = "" if row["entropy"] is None else f"{row['entropy']:.2f} ({row['huffman']:.2f})"
+        rows.append((row["node"], row["op"], row["weights"], coded, row["grid"], bounds, row["shared"]))
     steps = [(s.name, "yes" if s.taken else "no", s.note) for s in quantization.steps]
     text = [f"target: {quantization.target}"]
     if steps:
         text += [table(("step", "taken", "what, or why not"), steps), ""]
-    text.append(table(("tensor", "op", "weights", "output", "range", "grid of"), rows))
+    text.append(table(("tensor", "op", "weights", "entropy (Huffman)", "output", "range", "grid of"), rows))
     if quantization.skipped:
         text.append("\nstays float:")
         text.append(table(("node", "layer", "reason"), [(s.node, s.layer, s.reason) for s in quantization.skipped]))

@@ -13,6 +13,7 @@ import os
 import struct
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,54 @@ def unpack_tflite(packed: bytes | str | os.PathLike[str]) -> bytes:
     return content
 
 
+@dataclass(frozen=True)
+class PackedPart:
+    """A part of a file, and about what it takes in its container.
+
+    Attributes:
+        name: of the tensor; "" for what is between the arrays of numbers.
+        kind: "integers" (weights), "numbers" (biases), "scales", "floats" or "structure".
+        bytes: in the file.
+        packed: in the container.
+    """
+
+    name: str
+    kind: str
+    bytes: int
+    packed: int
+
+
+def inspect_packed(source: bytes | str | os.PathLike[str]) -> tuple[PackedPart, ...]:
+    """What the parts of a file take in its container; the last part is all that is no array of numbers.
+
+    Args:
+        source: the file or its container, as bytes or a path.
+
+    Raises:
+        PackError: there is no such file, or the container is damaged.
+    """
+    content = _read(source, "file")
+    if content[:3] == MAGIC[:3]:
+        content = unpack_tflite(content)
+    try:
+        parts = sections(content)
+    except NOT_A_FILE:
+        parts = ()
+    values, encoder = np.frombuffer(content, np.uint8), Encoder()
+    coded = [p for p in parts if p.kind != "floats"]
+    for part in coded:
+        encoder.section(values, part)
+    costs = dict(zip(coded, encoder.costs() if coded else (), strict=True))
+    rows = []
+    for part in parts:
+        if part.kind == "floats":
+            costs[part] = len(_stored(_planes(values, part), _PLAIN))
+        rows.append(PackedPart(part.name, part.kind, part.size, round(costs[part])))
+    left = len(content) - sum(row.bytes for row in rows)
+    rest = len(pack_tflite(content)) - sum(row.packed for row in rows)
+    return (*rows, PackedPart("", "structure", left, rest))
+
+
 def _read(source: bytes | str | os.PathLike[str], what: str) -> bytes:
     if isinstance(source, bytes | bytearray | memoryview):
         return bytes(source)
@@ -118,8 +167,7 @@ def _structured(content: bytes) -> bytes | None:
     values, encoder, planes = np.frombuffer(content, np.uint8), Encoder(), []
     for part in parts:
         if part.kind == "floats":
-            raw = values[part.start : part.start + part.size]
-            planes.append(raw.reshape(-1, part.bits // 8).T.tobytes())
+            planes.append(_planes(values, part))
         else:
             encoder.section(values, part)
     header, coded = encoder.finish()
@@ -183,6 +231,11 @@ def _from_structured(body: bytes, size: int) -> bytes:
     decoder.run(rest[sum(sizes) :])
     _put_planes(content, floats, rest[sizes[0] : sum(sizes)])
     return content.tobytes()
+
+
+def _planes(values: np.ndarray, part: Section) -> bytes:
+    """First the lowest bytes of all numbers, last the highest."""
+    return values[part.start : part.start + part.size].reshape(-1, part.bits // 8).T.tobytes()
 
 
 def _put_planes(content: np.ndarray, parts: Sequence[Section], stream: bytes) -> None:

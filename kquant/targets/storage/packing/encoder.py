@@ -14,6 +14,8 @@ from kquant.targets.storage.packing.sections import Section
 
 Array = np.ndarray
 
+_ARRAY_HEAD = 5  # bytes, about
+
 
 @dataclass(eq=False)
 class _Plan:
@@ -42,9 +44,11 @@ class Encoder:
         self._symbols: list[Array] = []
         self._bits: list[Array] = []
         self._values: list[Array] = []
+        self._owners: list[tuple[int, int]] = []  # how many arrays and models there were before each section
 
     def section(self, content: Array, section: Section) -> None:
         """Take one section of a file (uint8); not of kind "floats"."""
+        self._owners.append((len(self._plan.arrays), len(self._plan.models)))
         if section.kind == "scales":
             self._scales(content, section)
         elif section.kind == "numbers":
@@ -138,3 +142,23 @@ class Encoder:
         return head.content() + self._head.content(), states.astype("<u4").tobytes() + words.astype(
             "<u2"
         ).tobytes() + rest
+
+    def costs(self) -> list[float]:
+        """About the bytes that each section takes, its part of the header included."""
+        plan, tables = self._plan, Tables(self._plan.profiles, slots=False)
+
+        def coded(contexts: Array, symbols: Array) -> float:
+            rows = tables.rows(contexts)
+            return float(rans.BITS * len(symbols) - np.sum(np.log2(tables.freq[rows, symbols])))
+
+        arrays = [
+            8 * _ARRAY_HEAD + a.coded * a.shift + (coded(a.contexts, s) if a.coded else 0.0)
+            for a, s in zip(plan.arrays, self._symbols, strict=True)
+        ]
+        models = []
+        for model, values in zip(plan.models, self._values, strict=True):
+            profile = plan.profile(model.profile) * fmt.CONTEXTS
+            stages = [(model.contexts(s, values) + profile, values[model.at(s)]) for s in range(model.stages)]
+            models.append(sum(coded(c, v.reshape(-1) - model.profile.low) for c, v in stages))
+        ends = [*self._owners[1:], (len(arrays), len(models))]
+        return [(sum(arrays[a:c]) + sum(models[b:d])) / 8 for (a, b), (c, d) in zip(self._owners, ends, strict=True)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 NOT_A_FILE = (struct.error, IndexError, ValueError, OverflowError)
 _LEAST = 8  # numbers; shorter arrays are left where they are
@@ -33,6 +33,7 @@ class Section:
         kind: "integers" (weights, of 8, 4 or 2 bits), "numbers" (int32), "scales" (float32 > 0), "floats".
         bits: of a value.
         shape: of integers: outputs, taps, inputs, and whether the outputs are the last axis in the file.
+        name: of the tensor.
         product: of scales: where the scale of an input and those of its weights start, whose product these may be.
     """
 
@@ -41,6 +42,7 @@ class Section:
     kind: str
     bits: int
     shape: tuple[int, int, int, bool] = (1, 1, 1, False)
+    name: str = ""
     product: tuple[int, int] | None = None
 
     @property
@@ -106,6 +108,7 @@ def sections(content: bytes) -> tuple[Section, ...]:
     model = _Table(content, struct.unpack_from("<I", content, 0)[0])
     data = [buffer.vector(0, 1) for buffer in model.tables(4)]
     found: dict[int, Section] = {}
+    products: set[int] = set()  # none is that of another
     for graph in model.tables(2):
         tensors = graph.tables(0)
         grids = [_grid(t) for t in tensors]
@@ -113,8 +116,9 @@ def sections(content: bytes) -> tuple[Section, ...]:
             for section in _of_tensor(tensor, data, grid, axis):
                 found.setdefault(section.start, section)
         for section in _products(graph, [grid for grid, _ in grids]):
-            if section.start in found:
-                found[section.start] = section
+            if section.start in found and section.product is not None and section.product[1] not in products:
+                products.add(section.start)
+                found[section.start] = replace(section, name=found[section.start].name)
     kept, end = [], 8
     for start in sorted(found):
         if start >= end:
@@ -131,15 +135,17 @@ def _grid(tensor: _Table) -> tuple[tuple[int, int], int]:
 
 def _of_tensor(tensor: _Table, data: list[tuple[int, int]], scales: tuple[int, int], axis: int) -> Iterator[Section]:
     """The sections that a tensor has."""
+    place, length = tensor.vector(3, 1)
+    name = tensor.content[place : place + length].decode(errors="replace")
     if scales[1] >= _LEAST:
-        yield Section(scales[0], 4 * scales[1], "scales", 32)
+        yield Section(scales[0], 4 * scales[1], "scales", 32, name=name)
     kind, bits = _KINDS.get(tensor.number(1, "b"), ("", 0))
     start, size = data[tensor.number(2, "I")]
     if not kind or size * 8 < _LEAST * bits:
         return
     if kind != "integers":
         if size % (bits // 8) == 0:
-            yield Section(start, size, kind, bits)
+            yield Section(start, size, kind, bits, name=name)
         return
     place, rank = tensor.vector(0, 4)
     shape = struct.unpack_from(f"<{rank}i", tensor.content, place)
@@ -147,7 +153,7 @@ def _of_tensor(tensor: _Table, data: list[tuple[int, int]], scales: tuple[int, i
     for d in shape:
         count *= d
     if rank and min(shape) > 0 and (count * bits + 7) // 8 == size and count * bits % 8 == 0:
-        yield Section(start, size, kind, bits, _matrix(shape, axis if scales[1] > 1 else 0))
+        yield Section(start, size, kind, bits, _matrix(shape, axis if scales[1] > 1 else 0), name)
 
 
 def _matrix(shape: tuple[int, ...], axis: int) -> tuple[int, int, int, bool]:

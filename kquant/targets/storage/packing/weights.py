@@ -103,14 +103,16 @@ def fit(values: Array, low: int, high: int) -> Model:
         low, high: at most 255 apart.
     """
     v = values.astype(np.float32)
-    factors, cost = _factors(v)
+    factors, cost = _factors(v, sweeps=1)
     residual, coefficients = v, None
     if 1 < v.shape[1] <= _MOST_TAPS:
         made = _predictor(v / (factors[0] * factors[2]))
         predicted = v - _predicted(v, made)
-        better, less = _factors(predicted)
+        better, less = _factors(predicted, sweeps=2)
         if less + _COEFFICIENT_BITS * np.count_nonzero(made) + v.shape[1] < cost:
             factors, residual, coefficients = better, predicted, made
+    if coefficients is None:
+        factors, _ = _factors(v, sweeps=2)
     z = (residual / (factors[0] * factors[1] * factors[2])).reshape(-1)
     quarters = [np.rint(np.log2(f.reshape(-1)) * OCTAVE).astype(np.int64) for f in factors]
     quarters[0] = width_of(factors[0].reshape(-1))
@@ -119,7 +121,7 @@ def fit(values: Array, low: int, high: int) -> Model:
     return _tilted(model, values) if high - low < _FEW else model
 
 
-def _factors(v: Array) -> tuple[list[Array], float]:
+def _factors(v: Array, sweeps: int) -> tuple[list[Array], float]:
     """Widths of outputs, taps and inputs whose product fits the values, and the bits that they cost.
 
     A Gaussian of width s takes log2(s) bits and a constant; a factor is taken if that falls by more than it costs.
@@ -132,7 +134,7 @@ def _factors(v: Array) -> tuple[list[Array], float]:
         np.ones(v.shape[2], np.float32),
     ]
     cost, taken = v.size * float(np.log2(overall)), [False] * 3
-    for axis in (0, 1, 2, 0, 1, 2):
+    for axis in (0, 1, 2) * sweeps:
         size = v.shape[axis]
         if size == 1:
             continue
