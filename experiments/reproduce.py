@@ -7,14 +7,15 @@ r"""Measures and prints a table on the evaluation data (KQUANT_DATA); --write ke
     python -m experiments.reproduce --table=targets --configs=w8a8,w4a8,w8a16
     python -m experiments.reproduce --table=formats --models=resnet20 --configs=w4a8-kmeans,w2a8-ternary,w8a8-d0.2
     python -m experiments.reproduce --table=sentences --configs=w8a8,w4a8,w8,w4
+    python -m experiments.reproduce --table=packing --configs=w8a8,w4a8,w4a8-kmeans,w2a8-ternary
 
 accuracy: top-1 of the exported file on all evaluation samples, against the float model and the
 TensorFlow converter. parity: the contract of `verify_tflite`, and the share of equal elements. 1 to 6: the tables of
 the white paper, see `experiments.paper_tables`. diagnosis, sensitivity: see `experiments.debug_tables`. 7 to 10,
 training and few_bits: see `experiments.training_tables`. targets: what files take on TensorFlow Lite Micro and Arm
 Ethos-U, see `experiments.targets`. formats: weights of few bits, see `experiments.formats`. blocks: dense layers in 4
-bits beside ai-edge-quantizer, see `experiments.blocks`. sentences: MiniLM on STS-B, see `experiments.sentences`.
-Calibration uses the calibration sets only.
+bits beside ai-edge-quantizer, see `experiments.blocks`. packing: smaller files, see `experiments.packing`. sentences:
+MiniLM on STS-B, see `experiments.sentences`. Calibration uses the calibration sets only.
 """
 
 from __future__ import annotations
@@ -24,7 +25,19 @@ from pathlib import Path
 
 from absl import app, flags
 
-from . import blocks, debug_tables, defaults, formats, paper_tables, sentences, tables, targets, training_tables, zoo
+from . import (
+    blocks,
+    debug_tables,
+    defaults,
+    formats,
+    packing,
+    paper_tables,
+    sentences,
+    tables,
+    targets,
+    training_tables,
+    zoo,
+)
 
 TABLES = {
     **tables.TABLES,
@@ -32,6 +45,7 @@ TABLES = {
     **debug_tables.TABLES,
     **training_tables.TABLES,
     **targets.TABLES,
+    **packing.TABLES,
     **sentences.TABLES,
     **defaults.TABLES,
     **formats.TABLES,

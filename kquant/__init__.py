@@ -25,6 +25,7 @@ from kquant.errors import (  # noqa: E402
     KQuantError,
     MissingPackageError,
     ModelError,
+    PackError,
     QuantizationWarning,
 )
 from kquant.graph.tracing.registry import register_layer  # noqa: E402
@@ -37,6 +38,7 @@ from kquant.qat.callbacks import FreezeQuantizers, LogQuantizers  # noqa: E402
 from kquant.qat.distill import Distiller  # noqa: E402
 from kquant.qat.prepare import prepare_qat  # noqa: E402
 from kquant.targets.litert.runtime import TFLiteModel  # noqa: E402
+from kquant.targets.storage.packing.container import pack_tflite, unpack_tflite  # noqa: E402
 from kquant.targets.target import Target, get_target, register_target  # noqa: E402
 from kquant.verify.parity import ParityReport, verify_tflite  # noqa: E402
 
@@ -57,6 +59,7 @@ __all__ = [
     "LogQuantizers",
     "MissingPackageError",
     "ModelError",
+    "PackError",
     "ParityReport",
     "Prune",
     "QuantConfig",
@@ -71,10 +74,12 @@ __all__ = [
     "export_tflite",
     "from_tfmot",
     "get_target",
+    "pack_tflite",
     "prepare_qat",
     "quantize_model",
     "reestimate_batch_norm",
     "register_layer",
     "register_target",
+    "unpack_tflite",
     "verify_tflite",
 ]

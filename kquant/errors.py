@@ -25,6 +25,10 @@ class ExportError(KQuantError, ValueError):
     """The model cannot be written as, or read from, a TFLite file."""
 
 
+class PackError(KQuantError, ValueError):
+    """What should be unpacked is no packed file, of another version, or damaged."""
+
+
 class QuantizationWarning(UserWarning):
     """Quantization destroys what a tensor holds: which, why, and what to do."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from kquant.errors import ExportError
 from kquant.graph.quantized import QuantizedGraph
 from kquant.keras.model import extract
 from kquant.targets.litert.writer import Row, write_tflite
+from kquant.targets.storage.constants import Stored
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class ExportReport:
         float_ops: (node, reason) of everything that computes in float.
         notes: what a user of the file should know.
         path: where the file was written, None if nowhere.
+        stored: how the weights are stored, where `compress` says so.
     """
 
     content: bytes = field(repr=False)
@@ -35,6 +38,7 @@ class ExportReport:
     float_ops: tuple[tuple[str, str], ...]
     path: str | None = None
     notes: tuple[str, ...] = ()
+    stored: tuple[Stored, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -48,6 +52,10 @@ class ExportReport:
             lines += ["computes in float:", table(("node", "reason"), self.float_ops)]
         else:
             lines.append("every operation is an integer operation")
+        if self.stored:
+            ways = ", ".join(f"{n} {how}" for how, n in Counter(s.how for s in self.stored).items())
+            before, after = sum(s.plain for s in self.stored), sum(s.bytes for s in self.stored)
+            lines.append(f"weights: {before:,} bytes stored in {after:,}: {ways}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
@@ -59,6 +67,7 @@ def export_tflite(
     input_type: str | None = None,
     output_type: str | None = None,
     allow_float: bool = True,
+    compress: str | None = None,
 ) -> ExportReport:
     """Write a quantized model as a TFLite file, its integers and scales verbatim.
 
@@ -73,6 +82,12 @@ def export_tflite(
         input_type, output_type: "int8", "uint8", "int16" or "float32"; by default what the model's
             own input and output grids are.
         allow_float: False refuses a file in which anything computes in float (mode "integer").
+        compress: store the weights in fewer bytes, where that shortens the file; the same is computed. "tflm", of
+            models for target "tflm": as tables, Huffman codes or masks, which the operator DECODE writes into the arena
+            (it needs a build of TensorFlow Lite Micro with that operator, the largest such tensor's bytes of arena
+            more, and time for each inference). "densify", of models for target "litert" whose weights are
+            zeros by more than half: as sparse tensors, which XNNPACK writes out once; the kernels without that
+            delegate do so at each inference, and are slow.
 
     Raises:
         ModelError: `model` is not a quantized model.
@@ -88,6 +103,7 @@ def export_tflite(
         input_type=input_type,
         output_type=output_type,
         float_reasons=reasons,
+        compress=compress,
     )
     float_ops = tuple(report.float_nodes.items())
     if float_ops and mode == "integer" and not allow_float:
@@ -98,7 +114,7 @@ def export_tflite(
         Path(path).write_bytes(content)
     written = None if path is None else os.fspath(path)
     notes = tuple(_notes(qgraph)) if mode == "integer" else ()
-    return ExportReport(content, report.rows, report.op_counts, float_ops, written, notes)
+    return ExportReport(content, report.rows, report.op_counts, float_ops, written, notes, report.stored)
 
 
 def _notes(qgraph: QuantizedGraph) -> Iterator[str]:

@@ -10,10 +10,15 @@ from kquant.config.text import table
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid
 from kquant.quantize.record import Quantization
+from kquant.targets.storage import huffman
 
 
 def layer_rows(quantization: Quantization, qgraph: QuantizedGraph) -> list[dict[str, Any]]:
-    """One JSON-able row per integer node: its weights, its output grid and what dictated it."""
+    """One JSON-able row per integer node: its weights, its output grid and what dictated it.
+
+    "entropy" is the zero-order entropy of the integers of its weights in bits per weight, "huffman" the length of a
+    Huffman code for them, its table apart.
+    """
     rows = []
     for node in qgraph.graph:
         q = qgraph.activations.get(node.name)
@@ -40,11 +45,12 @@ def _weights(q: Grid | None) -> str:
 
 
 def _statistics(qgraph: QuantizedGraph, name: str) -> dict[str, float | None]:
-    """Zero-order entropy of the integers of a node's weight, in bits each, and the share of zeros among them."""
+    """The integers of a node's weight: zero-order entropy and length in a Huffman code, in bits each; share of zeros."""
     q, integers = qgraph.weights.get(name), qgraph.integers.get(name)
     if q is None or integers is None:
-        return {"entropy": None, "zeros": None}
-    return {"entropy": q.entropy(integers), "zeros": float(np.mean(integers == 0))}
+        return {"entropy": None, "huffman": None, "zeros": None}
+    coded, zeros = huffman.mean_bits(integers), float(np.mean(integers == 0))
+    return {"entropy": q.entropy(integers), "huffman": coded, "zeros": zeros}
 
 
 def _range(q: Grid | None) -> list[float] | None:
@@ -56,13 +62,15 @@ def format_report(quantization: Quantization, qgraph: QuantizedGraph) -> str:
     rows = []
     for row in layer_rows(quantization, qgraph):
         bounds = "" if row["range"] is None else "[{:.4g}, {:.4g}]".format(*row["range"])
-        coded = "" if row["entropy"] is None else f"{row['entropy']:.2f} bits, {100 * row['zeros']:.0f} % zeros"
+        coded = ""
+        if row["entropy"] is not None:
+            coded = f"{row['entropy']:.2f} ({row['huffman']:.2f}), {100 * row['zeros']:.0f} % zeros"
         rows.append((row["node"], row["op"], row["weights"], coded, row["grid"], bounds, row["shared"]))
     steps = [(s.name, "yes" if s.taken else "no", s.note) for s in quantization.steps]
     text = [f"target: {quantization.target}"]
     if steps:
         text += [table(("step", "taken", "what, or why not"), steps), ""]
-    text.append(table(("tensor", "op", "weights", "entropy", "output", "range", "grid of"), rows))
+    text.append(table(("tensor", "op", "weights", "entropy (Huffman)", "output", "range", "grid of"), rows))
     if quantization.skipped:
         text.append("\nstays float:")
         text.append(table(("node", "layer", "reason"), [(s.node, s.layer, s.reason) for s in quantization.skipped]))

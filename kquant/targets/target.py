@@ -11,21 +11,24 @@ Operations go by their names in `graph.ops`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kquant.errors import ConfigError
 from kquant.graph.ops import OPS, Tie
 from kquant.targets.builtin import Builtin
 from kquant.targets.kernel import Kernel
 from kquant.targets.runtime import Runtime
+from kquant.targets.storage.constants import Stored
 
 if TYPE_CHECKING:
     from kquant.config.quant_config import QuantConfig
     from kquant.config.specs import QuantSpec
 
+# a schema.ModelT, changed in place -> how each of its weights is stored
+Storage = Callable[[Any], tuple[Stored, ...]]
 _NOT_COMPUTED = ("input", "const", "train_only")  # operations that no file has
 
 
@@ -48,6 +51,7 @@ class Target:
         float_weights: integer activations may meet float weights. No hardware does that: such a target is for
             experiments, and cannot be exported to.
         runtime: what runs and checks its files; None where nothing does.
+        storage: name -> a way of storing weights in fewer bytes, which its runtime reads.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Target:
     symmetric_activations: bool = False
     float_weights: bool = False
     runtime: Runtime | None = None
+    storage: Mapping[str, Storage] = field(default_factory=dict)
 
     @property
     def same_scale(self) -> frozenset[str]:

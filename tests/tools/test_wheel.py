@@ -19,7 +19,7 @@ from tests.support.apps import ROOT
 
 pytestmark = pytest.mark.slow
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-COMMANDS = ("quantize", "export", "evaluate", "verify", "diagnose", "train_qat")
+COMMANDS = ("quantize", "export", "pack", "evaluate", "verify", "diagnose", "train_qat")
 
 
 def checked(command: list[str], **options: object) -> str:

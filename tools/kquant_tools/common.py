@@ -12,7 +12,7 @@ from absl import app, flags
 
 from kquant_tools.quiet import load_delegate
 
-MODEL = flags.DEFINE_string("model", None, "The Keras model to read (.keras).", required=True)
+MODEL = flags.DEFINE_string("model", None, "The Keras model to read (.keras).")
 DATA = flags.DEFINE_string(
     "data",
     None,
@@ -97,6 +97,8 @@ def launch(main: Callable[[list[str]], None], doc: str | None, holders: Iterable
     sys.path.insert(0, os.getcwd())  # for module:function flags, also from an installed script
     sys.modules["__main__"].__doc__ = doc  # where absl looks for it, also from an installed script
     for holder in holders:
+        if holder is MODEL:  # of the apps that have it
+            flags.mark_flag_as_required(holder.name)
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[holder.name])
     app.run(partial(guarded, main))
 

@@ -21,6 +21,13 @@ MODE = flags.DEFINE_enum(
 INPUT_TYPE = flags.DEFINE_enum("input_type", None, TYPES, "Type of the inputs; by default that of the model's grids.")
 OUTPUT_TYPE = flags.DEFINE_enum("output_type", None, TYPES, "Type of the outputs, likewise.")
 ALLOW_FLOAT = flags.DEFINE_boolean("allow_float", True, "False: fail where an operation would compute in float.")
+COMPRESS = flags.DEFINE_enum(
+    "compress",
+    None,
+    ["tflm", "densify"],
+    "Store the weights in fewer bytes. tflm: for TensorFlow Lite Micro's operator DECODE (models for target tflm). "
+    "densify: pruned weights as sparse tensors (models for target litert).",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -37,13 +44,14 @@ def main(argv: list[str]) -> None:
         input_type=INPUT_TYPE.value,
         output_type=OUTPUT_TYPE.value,
         allow_float=ALLOW_FLOAT.value,
+        compress=COMPRESS.value,
     )
     print(report)
 
 
 def run() -> None:
     """Console script."""
-    common.launch(main, __doc__, [common.MODEL, common.OUTPUT, MODE, INPUT_TYPE, OUTPUT_TYPE, ALLOW_FLOAT])
+    common.launch(main, __doc__, [common.MODEL, common.OUTPUT, MODE, INPUT_TYPE, OUTPUT_TYPE, ALLOW_FLOAT, COMPRESS])
 
 
 if __name__ == "__main__":

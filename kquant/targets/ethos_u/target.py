@@ -45,5 +45,11 @@ COMPILED = replace(
     measure=_measure,
 )
 ETHOS_U = replace(
-    LITERT, name="ethos_u", kernels=REFERENCE_KERNELS, packed_weights=False, fixed_batch=True, runtime=COMPILED
+    LITERT,
+    name="ethos_u",
+    kernels=REFERENCE_KERNELS,
+    packed_weights=False,
+    fixed_batch=True,
+    runtime=COMPILED,
+    storage={},
 )

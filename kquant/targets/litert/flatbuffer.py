@@ -1,8 +1,7 @@
 """TFLite flatbuffers: a builder over the schema's object API, and what a file says about itself.
 
 The builder knows tensors, buffers and operators and nothing of quantization rules. Constants of
-equal content share one buffer, buffer 0 is empty, and the data of every buffer starts on a multiple
-of 16 bytes, as the schema demands.
+equal content share one buffer, and buffer 0 is empty.
 """
 
 from __future__ import annotations
@@ -14,19 +13,18 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from kquant.targets.litert import reader
 from kquant.targets.litert.reader import Program, Tensor
+from kquant.targets.litert.serialize import serialize
 
 DTYPES: Mapping[str, Any] = {
     "FLOAT32": np.float32, "FLOAT16": np.float16, "INT8": np.int8, "UINT8": np.uint8, "INT16": np.int16,
     "INT32": np.int32, "INT64": np.int64, "BOOL": np.bool_,
 }  # fmt: skip
 _PACKED = {"INT4": 4, "INT2": 2}
-_ALIGNMENT = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,36 +58,6 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
     return np.bitwise_or.reduce(flat << shifts, axis=1)
 
 
-class _Buffer(schema.BufferT):
-    """A buffer whose data is aligned; the generated code ignores the schema's force_align."""
-
-    def Pack(self, builder: Any) -> Any:
-        if self.data is None:
-            return super().Pack(builder)
-        size = len(self.data)
-        builder.StartVector(1, size, _ALIGNMENT)
-        builder.head -= size
-        builder.Bytes[builder.head : builder.head + size] = bytes(self.data)
-        vector = builder.EndVector()
-        schema.BufferStart(builder)
-        schema.BufferAddData(builder, vector)
-        return schema.BufferEnd(builder)
-
-
-class _Builder(flatbuffers.Builder):  # type: ignore[misc]
-    """Writes equal vectors once: zero points of all channels of all layers are the same zeros."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self._vectors: dict[tuple[str, bytes], int] = {}
-
-    def CreateNumpyVector(self, x: np.ndarray) -> int:  # noqa: N802  its name there
-        key = (x.dtype.str, x.tobytes())
-        if key not in self._vectors:
-            self._vectors[key] = super().CreateNumpyVector(x)
-        return self._vectors[key]
-
-
 def _numbers(enum: type) -> dict[str, int]:
     return {name: value for name, value in vars(enum).items() if isinstance(value, int)}
 
@@ -100,7 +68,7 @@ BUILTIN_NAMES: Mapping[int, str] = {v: k for k, v in _BUILTINS.items()}
 
 
 class FlatbufferBuilder:
-    """Collects one subgraph and serializes it."""
+    """Collects one subgraph."""
 
     def __init__(self) -> None:
         self._tensors: list[Any] = []
@@ -169,7 +137,7 @@ class FlatbufferBuilder:
         if not data:
             return 0
         if data not in self._by_content:
-            buffer = _Buffer()
+            buffer = schema.BufferT()
             buffer.data = data
             self._by_content[data] = len(self._buffers)
             self._buffers.append(buffer)
@@ -235,15 +203,19 @@ class FlatbufferBuilder:
         by_index = {index: BUILTIN_NAMES[code] for (code, _), index in self._codes.items()}
         return [by_index[op.opcodeIndex] for op in self._operators]
 
-    def finish(
+    def finish(self, inputs: Mapping[str, int], outputs: Mapping[str, int], description: str = "") -> bytes:
+        """The file; see `model`."""
+        return serialize(self.model(inputs, outputs, description))
+
+    def model(
         self,
         inputs: Mapping[str, int],
         outputs: Mapping[str, int],
         description: str = "",
         signature: str = "serving_default",
         metadata: Mapping[str, bytes] = MappingProxyType({}),
-    ) -> bytes:
-        """The file.
+    ) -> Any:
+        """What was collected, as a schema.ModelT: `serialize` makes bytes of it.
 
         Args:
             inputs: signature name -> tensor, in the order of the subgraph's inputs.
@@ -265,9 +237,7 @@ class FlatbufferBuilder:
         definition.inputs, definition.outputs = _tensor_maps(inputs), _tensor_maps(outputs)
         model.signatureDefs = [definition]
         model.metadata = model_metadata or None
-        builder = _Builder(1024 + sum(len(b.data) + 64 for b in self._buffers if b.data is not None))
-        builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
-        return bytes(builder.Output())
+        return model
 
     def _fresh(self, name: str) -> str:
         unique, k = name, 1
@@ -333,10 +303,10 @@ def summary(source: bytes | str | os.PathLike[str]) -> Summary:
     program = reader.read(content)
     constant_bytes: Counter[str] = Counter()
     for t in program.tensors:
-        if t.data is not None:
+        if t.data is not None and not t.unpacked:
             constant_bytes[t.type] += (t.data.size * _PACKED.get(t.type, 8 * t.dtype.itemsize) + 7) // 8
     return Summary(
-        op_counts=dict(Counter(op.code for op in program.operators)),
+        op_counts=dict(Counter(op.code for op in (*program.operators, *program.unpacking))),
         activation_types=dict(Counter(t.type for t in program.tensors if t.data is None)),
         constant_bytes=dict(constant_bytes),
         inputs={t.name: (t.type, t.shape) for t in program.inputs},

@@ -14,6 +14,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from kquant.errors import ExportError
 from kquant.targets.litert.arithmetic import unpack
+from kquant.targets.storage.expand import written_out
 
 _DTYPES: dict[str, Any] = {
     "FLOAT32": np.float32, "FLOAT16": np.float16, "FLOAT64": np.float64, "BOOL": np.bool_,
@@ -45,6 +46,7 @@ class Tensor:
         zero_point: int64, shape of `scale`.
         axis: what `scale` runs along when it has more than one entry.
         data: the constant's values, unpacked; None for an activation.
+        unpacked: an operator writes the constant out, from one that is stored in another way.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Tensor:
     zero_point: np.ndarray
     axis: int
     data: np.ndarray | None
+    unpacked: bool = False
 
     @property
     def s(self) -> np.float32:
@@ -105,12 +108,20 @@ class Operator:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """The first subgraph of a file."""
+    """The first subgraph of a file.
+
+    Attributes:
+        tensors: all of them, in order.
+        operators: those that compute, in order.
+        inputs, outputs: of the file.
+        unpacking: operators that only write out constants, which their outputs hold already.
+    """
 
     tensors: tuple[Tensor, ...]
     operators: tuple[Operator, ...]
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    unpacking: tuple[Operator, ...] = ()
 
 
 def file_content(source: bytes | str | os.PathLike[str]) -> bytes:
@@ -151,13 +162,14 @@ def read(model: bytes | str | os.PathLike[str]) -> Program:
 
 def _program(model: Any) -> Program:
     graph = model.subgraphs[0]
+    constants, unpacking = written_out(model)
     seen: set[str] = set()
     tensors = []
     for index, tensor in enumerate(graph.tensors):
         name = (tensor.name or b"").decode() if isinstance(tensor.name, bytes | None) else tensor.name
         name = name if name and name not in seen else f"{name}#{index}"
         seen.add(name)
-        tensors.append(_tensor(name, tensor, model.buffers[tensor.buffer]))
+        tensors.append(_tensor(name, tensor, model.buffers[tensor.buffer], constants.get(index)))
 
     def pick(indices: Sequence[int] | None) -> list[Tensor | None]:
         chosen = [] if indices is None else [int(i) for i in indices]
@@ -175,17 +187,23 @@ def _program(model: Any) -> Program:
         operators.append(
             Operator(
                 index=index,
-                code=_OP_NAMES.get(number, f"builtin {number}"),
+                code=unpacking.get(index) or _OP_NAMES.get(number, f"builtin {number}"),
                 version=code.version,
                 inputs=tuple(pick(op.inputs)),
                 outputs=present(op.outputs),
                 options=op.builtinOptions,
             )
         )
-    return Program(tuple(tensors), tuple(operators), present(graph.inputs), present(graph.outputs))
+    return Program(
+        tensors=tuple(tensors),
+        operators=tuple(op for op in operators if op.index not in unpacking),
+        inputs=present(graph.inputs),
+        outputs=present(graph.outputs),
+        unpacking=tuple(op for op in operators if op.index in unpacking),
+    )
 
 
-def _tensor(name: str, tensor: Any, buffer: Any) -> Tensor:
+def _tensor(name: str, tensor: Any, buffer: Any, written_out: np.ndarray | None) -> Tensor:
     kind = _TYPE_NAMES.get(tensor.type, str(tensor.type))
     dtype = np.dtype(_DTYPES.get(kind, np.void))
     shape = tuple(int(d) for d in ([] if tensor.shape is None else tensor.shape))
@@ -194,10 +212,20 @@ def _tensor(name: str, tensor: Any, buffer: Any) -> Tensor:
     zero_point = np.asarray([] if q is None or q.zeroPoint is None else q.zeroPoint, np.int64)
     if zero_point.size != scale.size:
         zero_point = np.resize(zero_point if zero_point.size else np.zeros(1, np.int64), scale.size)
-    data = None
-    if buffer.data is not None and len(buffer.data):
+    data = written_out
+    if buffer.data is not None and len(buffer.data) and tensor.sparsity is None:
         data = _constant(name, kind, dtype, shape, np.asarray(buffer.data, np.uint8))
-    return Tensor(name, shape, kind, dtype, scale, zero_point, 0 if q is None else q.quantizedDimension, data)
+    return Tensor(
+        name,
+        shape,
+        kind,
+        dtype,
+        scale,
+        zero_point,
+        0 if q is None else q.quantizedDimension,
+        data,
+        written_out is not None,
+    )
 
 
 def _constant(name: str, kind: str, dtype: np.dtype, shape: tuple[int, ...], raw: np.ndarray) -> np.ndarray | None:

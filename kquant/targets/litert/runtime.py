@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from kquant.errors import ExportError
 from kquant.targets.litert.interface import read_interface
 from kquant.targets.litert.reader import file_content
+from kquant.targets.litert.serialize import serialize
+from kquant.targets.storage.decode_operator import CUSTOM_CODE
+from kquant.targets.storage.expand import without_decode
 
 # name -> the interpreter's kernels: XNNPACK where it can, the optimized kernels, the reference kernels
 KERNELS = {
@@ -23,6 +28,9 @@ KERNELS = {
 
 class TFLiteModel:
     """A TFLite file, ready to run on batches.
+
+    Weights that a file stores for TensorFlow Lite Micro's operator DECODE are written out first: LiteRT does not have
+    that operator.
 
     Args:
         source: the file's path or its bytes.
@@ -49,7 +57,7 @@ class TFLiteModel:
             "num_threads": threads,
         }
         try:
-            self._interpreter = Interpreter(model_content=self.content, **self._options)
+            self._interpreter = Interpreter(model_content=_without_decode(self.content), **self._options)
             self._interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
             raise ExportError(f"LiteRT does not accept the file ({kernels} kernels): {error}") from error
@@ -127,6 +135,16 @@ class TFLiteModel:
             except ValueError:  # released, or inside a delegate
                 continue
         return {**found, **{d["name"]: x for d, x in zip(self.inputs, self._fed, strict=False)}}
+
+
+def _without_decode(content: bytes) -> bytes:
+    if CUSTOM_CODE.encode() not in content:
+        return content
+    try:
+        model = schema.ModelT.InitFromPackedBuf(content, 0)
+        return serialize(model) if without_decode(model) else content
+    except (struct.error, IndexError, ValueError, TypeError, AttributeError) as error:
+        raise ExportError(f"the .tflite file is corrupt or truncated ({error!r}); export the model again") from error
 
 
 def as_stored(x: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:

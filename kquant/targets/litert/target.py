@@ -13,6 +13,7 @@ from functools import partial
 from kquant.targets.litert.flatbuffer import for_reference_kernels
 from kquant.targets.litert.kernels import KERNELS, OPTIMIZED, REFERENCE
 from kquant.targets.litert.runtime import TFLiteModel
+from kquant.targets.litert.storage import densify
 from kquant.targets.runtime import KernelSet, Runtime
 from kquant.targets.target import Target
 
@@ -32,6 +33,8 @@ INTERPRETER = Runtime(
         KernelSet(name="builtin", open=partial(TFLiteModel, kernels="builtin", keep_tensors=True), reference=OPTIMIZED),
     ),
 )
-LITERT = Target(name="litert", kernels=KERNELS, activation_bits=(8, 16), runtime=INTERPRETER)
+LITERT = Target(
+    name="litert", kernels=KERNELS, activation_bits=(8, 16), runtime=INTERPRETER, storage={"densify": densify}
+)
 LITERT_PER_TENSOR = replace(LITERT, name="litert_per_tensor", activation_bits=(8,), per_channel_weights=False)
-SIMULATION = replace(LITERT, name="simulation", float_weights=True, runtime=None)
+SIMULATION = replace(LITERT, name="simulation", float_weights=True, runtime=None, storage={})

@@ -30,8 +30,10 @@ from kquant.targets.litert.flatbuffer import FileGrid
 from kquant.targets.litert.interface import structure_metadata
 from kquant.targets.litert.islands import splice_island
 from kquant.targets.litert.legality import check, same_grid
+from kquant.targets.litert.serialize import serialize
 from kquant.targets.litert.target import LITERT
-from kquant.targets.target import Target
+from kquant.targets.storage.constants import Stored
+from kquant.targets.target import Storage, Target
 
 IO_TYPES = ("int8", "uint8", "int16", "float32")
 
@@ -63,15 +65,17 @@ class WriteReport:
 
     Attributes:
         rows: one per node.
-        op_counts: TFLite operator -> count.
+        op_counts: TFLite operator -> count, without those that write out constants.
         float_nodes: node that computes in float -> the reason, as far as the caller gave one.
         total_bytes: size of the file.
+        stored: how the weights are stored, where `compress` says so.
     """
 
     rows: tuple[Row, ...]
     op_counts: Mapping[str, int]
     float_nodes: Mapping[str, str]
     total_bytes: int
+    stored: tuple[Stored, ...] = ()
 
 
 def write_tflite(
@@ -84,6 +88,7 @@ def write_tflite(
     batch: int | None = None,
     description: str = "kquant",
     float_reasons: Mapping[str, str] | None = None,
+    compress: str | None = None,
 ) -> tuple[bytes, WriteReport]:
     """Write a quantized graph as a TFLite file.
 
@@ -97,6 +102,7 @@ def write_tflite(
         batch: a fixed batch size; by default 1, which a user may resize unless the target fixes it.
         description: free text in the file.
         float_reasons: node -> why it stays float, for the report.
+        compress: how to store the weights, a key of `target.storage`; None for as they are.
 
     Returns:
         The file's bytes and a report.
@@ -105,6 +111,7 @@ def write_tflite(
         ExportError: something would not run, or would silently compute something else.
     """
     _check_options(mode, input_type, output_type)
+    store = None if compress is None else _storage(target, compress, mode)
     if batch is None and target.fixed_batch:
         batch = 1
     writer = _Writer(Emitter(qgraph, target, mode, batch))
@@ -118,18 +125,20 @@ def write_tflite(
         else:
             rows.append(writer.write(node))
     outputs = [writer.write_output(graph[name], output_type) for name in graph.outputs]
-    content = writer.emitter.builder.finish(
+    model = writer.emitter.builder.model(
         _named(graph.input_names, graph.inputs, [fed[name] for name in graph.inputs]),
         _named(graph.output_names, graph.outputs, outputs),
         description,
         metadata=structure_metadata(graph.input_structure, graph.output_structure),
     )
+    stored = () if store is None else store(model)
+    content = serialize(model)
     operators = Counter(writer.emitter.builder.operator_names)
     reasons = float_reasons or {}
     floats = {
         r.node: reasons.get(r.node, "") for r in rows if r.dtype.startswith("FLOAT") and r.op not in ("const", "input")
     }
-    return content, WriteReport(tuple(rows), dict(operators), floats, len(content))
+    return content, WriteReport(tuple(rows), dict(operators), floats, len(content), stored)
 
 
 def _check_options(mode: str, input_type: str | None, output_type: str | None) -> None:
@@ -138,6 +147,19 @@ def _check_options(mode: str, input_type: str | None, output_type: str | None) -
     for what, value in (("input_type", input_type), ("output_type", output_type)):
         if value not in (None, *IO_TYPES):
             raise ExportError(f"Unknown {what} {value!r}; known are {', '.join(IO_TYPES)}.")
+
+
+def _storage(target: Target, compress: str, mode: str) -> Storage:
+    """The way of storing weights that a name says."""
+    if compress not in target.storage:
+        ways = " or ".join(f"compress={name!r}" for name in target.storage)
+        raise ExportError(
+            f"{target.name} has no weights of compress={compress!r}: it takes {ways or 'weights as they are only'}; "
+            "'tflm' is for models of target 'tflm', 'densify' for those of target 'litert'."
+        )
+    if mode != "integer":
+        raise ExportError(f"compress={compress!r} stores integer weights of integer files; found mode={mode!r}.")
+    return target.storage[compress]
 
 
 def _named(names: tuple[str, ...], nodes: tuple[str, ...], tensors: list[int]) -> dict[str, int]:

@@ -62,6 +62,7 @@ class MicroModel:
         self.outputs: list[Mapping[str, Any]] = [t.detail for t in self._program.outputs]
         self._kept: list[dict[str, np.ndarray]] | None = [] if keep_tensors else None
         self._sampled = _sampled(self.content, self._program) if keep_tensors else {}
+        self._unpacked = _unpacked(self._program) if keep_tensors else {}
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """One run on a batch, sample by sample (by as many samples as the file's own batch).
@@ -102,6 +103,7 @@ class MicroModel:
         if self._kept is None:
             raise ExportError("The tensors are not kept: open the file with keep_tensors=True.")
         constants = {t.name: t.data for t in self._program.tensors if t.data is not None}
+        constants |= self._read(self._unpacked)
         samples = {name: np.concatenate([k[name] for k in self._kept]) for name in (self._kept or [{}])[0]}
         return {**constants, **samples}
 
@@ -113,13 +115,17 @@ class MicroModel:
 
         _listen(invoke, "cannot run", self._program)
         if self._kept is not None:
-            read_back = {
-                name: np.array(self._interpreter.GetTensor(k, 0)["tensor_data"]).reshape(shape)
-                for k, (name, shape) in self._sampled.items()
-            }
+            read_back = self._read(self._sampled)
             fed = zip((t.name for t in self._program.inputs), values, strict=True)
             self._kept.append({**read_back, **dict(fed)})
         return [np.array(self._interpreter.get_output(k)) for k in range(len(self.outputs))]
+
+    def _read(self, tensors: Mapping[int, tuple[str, tuple[int, ...]]]) -> dict[str, np.ndarray]:
+        """What the interpreter has in tensors: index -> (name, shape)."""
+        return {
+            name: np.array(self._interpreter.GetTensor(k, 0)["tensor_data"]).reshape(shape)
+            for k, (name, shape) in tensors.items()
+        }
 
 
 def arena(source: bytes | str | os.PathLike[str]) -> Arena:
@@ -167,6 +173,11 @@ def _sampled(content: bytes, program: Program) -> dict[int, tuple[str, tuple[int
     }
 
 
+def _unpacked(program: Program) -> dict[int, tuple[str, tuple[int, ...]]]:
+    """Index -> (name, shape) of the constants that an operator writes out."""
+    return {k: (t.name, t.shape) for k, t in enumerate(program.tensors) if t.unpacked}
+
+
 def _listen(call: Callable[[], T], problem: str, program: Program) -> tuple[T, str]:
     """Call the library.
 
@@ -202,8 +213,9 @@ def _listen(call: Callable[[], T], problem: str, program: Program) -> tuple[T, s
 
 def _culprits(said: str, program: Program) -> list[str]:
     """The operators that messages speak of: by their number where it fits, else all of their type."""
+    operators = (*program.operators, *program.unpacking)
     numbered = [(code, int(k)) for code, k in re.findall(r"Node (\w+) \(number (\d+)\) failed to prepare", said)]
-    exact = [str(op) for code, k in numbered for op in program.operators[k : k + 1] if op.code == code]
+    exact = [str(op) for code, k in numbered for op in operators if (op.index, op.code) == (k, code)]
     codes = set(re.findall(r"Node (\w+) \(number \d+\) failed to invoke|opcode '(\w+)'", said))
     named = {code for pair in codes for code in pair if code}
-    return exact or [str(op) for op in program.operators if op.code in named]
+    return exact or [str(op) for op in operators if op.code in named]

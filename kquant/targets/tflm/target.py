@@ -9,6 +9,7 @@ from kquant.targets.litert.target import LITERT
 from kquant.targets.runtime import Footprint, KernelSet, Runtime
 from kquant.targets.tflm.kernels import KERNELS, REFERENCE
 from kquant.targets.tflm.runtime import MicroModel, arena
+from kquant.targets.tflm.storage import decode_operators
 
 
 def _measure(content: bytes) -> tuple[Footprint, ...]:
@@ -25,4 +26,4 @@ MICRO = Runtime(
     samples=20,
     measure=_measure,
 )
-TFLM = replace(LITERT, name="tflm", kernels=KERNELS, runtime=MICRO)
+TFLM = replace(LITERT, name="tflm", kernels=KERNELS, runtime=MICRO, storage={"tflm": decode_operators})

@@ -1,0 +1,1 @@
+"""A lossless container for .tflite files."""
