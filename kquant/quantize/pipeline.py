@@ -32,6 +32,7 @@ from kquant.quantize.channel_scales import prepare_channels
 from kquant.quantize.data import CalibrationData
 from kquant.quantize.input_moments import estimate_inputs
 from kquant.quantize.inputs import declare_ranges
+from kquant.quantize.kernels import choose_kernels
 from kquant.quantize.masks import prepare_masks
 from kquant.quantize.moments import propagate
 from kquant.quantize.normalization import prepare_normalization
@@ -89,7 +90,11 @@ def quantize_after_training(
         if note:
             log.note(name, note)
     plan = make_plan(_widened(graph, wide), config)
-    reference, weights = plan.graph, weight_grids(plan)
+    weights = weight_grids(plan)
+    plan, note = choose_kernels(plan, weights, config.prefer)
+    if note:
+        log.note("kernels", note)
+    reference = plan.graph
     if config.keep_zeros:
         _refuse_lost_zeros(plan.graph, weights)
     integers: dict[str, np.ndarray] = {}
