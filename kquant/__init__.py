@@ -11,6 +11,9 @@ from kquant.graph.backend import check_backend
 
 check_backend()
 
+from kquant.budget.latency import LatencyTable  # noqa: E402
+from kquant.budget.profile import profile  # noqa: E402
+from kquant.budget.records import Profile  # noqa: E402
 from kquant.config.quant_config import QuantConfig  # noqa: E402
 from kquant.config.specs import AdaRound, QuantSpec, Rule, Training  # noqa: E402
 from kquant.diagnosis.diagnose import diagnose  # noqa: E402
@@ -55,8 +58,10 @@ __all__ = [
     "KQuantError",
     "LogQuantizers",
     "MissingPackageError",
+    "LatencyTable",
     "ModelError",
     "ParityReport",
+    "Profile",
     "QuantConfig",
     "QuantSpec",
     "QuantizationWarning",
@@ -70,6 +75,7 @@ __all__ = [
     "from_tfmot",
     "get_target",
     "prepare_qat",
+    "profile",
     "quantize_model",
     "reestimate_batch_norm",
     "register_layer",

@@ -89,11 +89,7 @@ def quantize_after_training(
         graph, note = prepare(graph, config, data, progress)
         if note:
             log.note(name, note)
-    plan = make_plan(_widened(graph, wide), config)
-    weights = weight_grids(plan)
-    plan, note = choose_kernels(plan, weights, config.prefer)
-    if note:
-        log.note("kernels", note)
+    plan, weights = _planned(graph, config, wide, log)
     reference = plan.graph
     if config.keep_zeros:
         _refuse_lost_zeros(plan.graph, weights)
@@ -133,6 +129,16 @@ def quantize_after_training(
         log.note("activation ranges", note)
     record = replace(record_of(plan, config, seed, log.steps), zero=all_zero(plan, statistics))
     return make_grids(plan, weights, statistics, integers), record, reference
+
+
+def _planned(graph: Graph, config: QuantConfig, wide: Set[str], log: _Log) -> tuple[Plan, dict[str, Grid]]:
+    """The plan with the kernels that were chosen, and the grids of the weights."""
+    plan = make_plan(_widened(graph, wide), config)
+    weights = weight_grids(plan)
+    plan, note = choose_kernels(plan, weights, config.prefer)
+    if note:
+        log.note("kernels", note)
+    return plan, weights
 
 
 def _widened(graph: Graph, wide: Set[str]) -> Graph:

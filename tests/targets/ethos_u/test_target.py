@@ -9,7 +9,6 @@ import pytest
 import kquant
 from experiments import zoo
 from kquant.graph.ir import Node
-from kquant.graph.ir import Node
 from kquant.targets.ethos_u.target import ACCELERATORS, ETHOS_U
 from kquant.targets.ethos_u.vela import compile_file
 from kquant.targets.litert.flatbuffer import read_tensors, summary
