@@ -14,6 +14,8 @@ check_backend()
 from kquant.budget.latency import LatencyTable  # noqa: E402
 from kquant.budget.profile import profile  # noqa: E402
 from kquant.budget.records import Profile  # noqa: E402
+from kquant.budget.result import SearchResult  # noqa: E402
+from kquant.budget.search import search  # noqa: E402
 from kquant.config.quant_config import QuantConfig  # noqa: E402
 from kquant.config.specs import AdaRound, QuantSpec, Rule, Training  # noqa: E402
 from kquant.diagnosis.diagnose import diagnose  # noqa: E402
@@ -67,6 +69,7 @@ __all__ = [
     "QuantizationWarning",
     "QuantizedModel",
     "Rule",
+    "SearchResult",
     "TFLiteModel",
     "Target",
     "Training",
@@ -80,5 +83,6 @@ __all__ = [
     "reestimate_batch_norm",
     "register_layer",
     "register_target",
+    "search",
     "verify_tflite",
 ]

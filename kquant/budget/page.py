@@ -11,6 +11,7 @@ from kquant.diagnosis.markup import escape
 
 if TYPE_CHECKING:
     from kquant.budget.records import LayerCost, Profile
+    from kquant.budget.result import SearchResult
 
 _STYLE = """
 table { width: 100%; border-collapse: collapse; font-size: 0.85rem; }
@@ -109,3 +110,40 @@ def _op(x: LayerCost) -> str:
 
 def _bits(x: LayerCost) -> str:
     return str(x.weight_bits or "")
+
+
+def search_page(result: SearchResult) -> str:
+    """The page of a search."""
+    budgets = ", ".join(f"{k}={v:,.6g}" for k, v in result.budgets.items())
+    tried = bar_table(
+        [("config", lambda e: e.name)],
+        [
+            Bars("bytes", lambda e: e.bytes, lambda v: f"{v:,.0f}"),
+            Bars("distance to float", lambda e: e.distance, lambda v: f"{v:.4g}"),
+            Bars(result.metric, lambda e: e.score, lambda v: f"{v:.4g}"),
+        ],
+        result.evaluations,
+    )
+    layers = bar_table(
+        [("layer", lambda x: x.layer)],
+        [
+            Bars("bits", lambda x: x.bits, lambda v: f"{v:.0f}"),
+            Bars("weights", lambda x: x.weights, lambda v: f"{v:,.0f}"),
+            Bars("MACs", lambda x: x.macs, lambda v: f"{v:,.0f}"),
+            Bars("distance alone", lambda x: x.alone.get(x.bits, 0.0), lambda v: f"{v:.3g}"),
+        ],
+        result.layers,
+    )
+    said = [f"Float: {result.float_score:.4g}. Found: {result.best.score:.4g} in {result.best.bytes:,} bytes."]
+    text = "".join(f"<p>{escape(line)}</p>" for line in (*said, *result.notes))
+    return page(
+        "Search",
+        f"{result.solver} within {budgets}",
+        f"{result.passes} forward passes, {len(result.evaluations)} files, {result.seconds:.0f} s",
+        [
+            ("In all", text),
+            ("What was quantized and scored", tried),
+            ("Layers", layers),
+            ("Config", f"<pre>{escape(result.config.to_yaml())}</pre>"),
+        ],
+    )

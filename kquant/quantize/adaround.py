@@ -87,11 +87,11 @@ class _Layer:
 def _stochastic(layer: _Layer, settings: AdaRound, seed: int) -> Array:
     node, m = layer.node, layer.moments
     fits = _ROW_BYTES / (4 * m.gram.shape[0] * m.gram.shape[1] * m.rows)
-    positions = max(1, int(min(_positions(node, settings), positions_of(node)) * min(1.0, fits)))
+    drawn = max(1, int(min(positions(node, settings), positions_of(node)) * min(1.0, fits)))
     w = to_matrices(node, node.weights[weight_of(node).name])
     offset = channels_to_groups(node, node.weights[bias_of(node)]) - m.y_mean
     found, wanted = [], []
-    for x, x_hat in sampled_rows(node, layer.batches(), positions, seed):
+    for x, x_hat in sampled_rows(node, layer.batches(), drawn, seed):
         found.append(x_hat.numpy() - m.x_mean)
         wanted.append(x.numpy() @ w + offset)
     rows = np.concatenate(found, axis=1), np.concatenate(wanted, axis=1)
@@ -182,10 +182,23 @@ def round_layer(
             f"{node.origin or node.name!r}: the solver {settings.solver!r} relaxes between two neighbouring integers, "
             'and the weights have a table of allowed ones; use solver="descent".'
         )
-    key = weight_of(node).name
-    kernel, view = node.weights[key], weight_view(node)
-    w = to_matrices(node, kernel)
-    m = moments(node, batches(), positions=_positions(node, settings), seed=seed)
+    m = moments(node, batches(), positions=positions(node, settings), seed=seed)
+    return round_on(node, batches, m, grid, settings, seed, input_bits, keep_zeros)
+
+
+def round_on(
+    node: Node,
+    batches: Batches,
+    m: Moments,
+    grid: Grid,
+    settings: AdaRound,
+    seed: int = 0,
+    input_bits: int | None = None,
+    keep_zeros: bool = False,
+) -> tuple[Node, LayerRounding]:
+    """`round_layer` with the moments of the layer's inputs; `batches` is for the solver "stochastic" alone."""
+    view = weight_view(node)
+    w = to_matrices(node, node.weights[weight_of(node).name])
     target, metric = m.target(w, settings.damping)
     grid = grid if input_bits is None else _with_room(node, grid, m, input_bits)
     best = _rescaled(node, grid, target, metric, settings.scales)
@@ -200,7 +213,7 @@ def as_rounded(
     node: Node, batches: Batches, shared: LayerRounding, grid: Grid, settings: AdaRound, seed: int
 ) -> tuple[Node, LayerRounding]:
     """A layer whose integers were decided together with those of others: what is its own is the bias."""
-    m = moments(node, batches(), positions=_positions(node, settings), seed=seed)
+    m = moments(node, batches(), positions=positions(node, settings), seed=seed)
     return _with_integers(node, m, grid, shared.grid, shared.integers)
 
 
@@ -239,7 +252,7 @@ def _with_room(node: Node, grid: Grid, m: Moments, input_bits: int) -> Grid:
     return fit_bias(grid, node.weights[bias_of(node)], least) if least > 0 else grid
 
 
-def _positions(node: Node, settings: AdaRound) -> int:
+def positions(node: Node, settings: AdaRound) -> int:
     """Positions of a sample: a quarter is enough where the outputs read one channel each."""
     return -(-settings.positions // 4) if linear_of(node).channelwise else settings.positions
 

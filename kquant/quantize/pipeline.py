@@ -78,17 +78,8 @@ def quantize_after_training(
         ConfigError: the config is impossible for its target, or asks without data for what needs data.
         CalibrationError: the data is unusable, or ranges need data and there is none.
     """
-    log = _Log(decide(make_plan(graph, config), config, data is not None))
-    if log.takes("equalize"):
-        graph, note = _equalize(graph)
-        log.note("equalize", note)
-    if log.takes("absorb_bias"):
-        graph, note = _absorb(graph, data, progress)
-        log.note("absorb_bias", note)
-    for name, prepare in _PREPARATIONS:
-        graph, note = prepare(graph, config, data, progress)
-        if note:
-            log.note(name, note)
+    log = Log(decide(make_plan(graph, config), config, data is not None))
+    graph = prepared(graph, config, data, log, progress)
     plan, weights = _planned(graph, config, wide, log)
     reference = plan.graph
     if config.keep_zeros:
@@ -131,7 +122,22 @@ def quantize_after_training(
     return make_grids(plan, weights, statistics, integers), record, reference
 
 
-def _planned(graph: Graph, config: QuantConfig, wide: Set[str], log: _Log) -> tuple[Plan, dict[str, Grid]]:
+def prepared(graph: Graph, config: QuantConfig, data: CalibrationData | None, log: Log, progress: bool) -> Graph:
+    """The float graph after all steps that come before the plan; they are noted."""
+    if log.takes("equalize"):
+        graph, note = _equalize(graph)
+        log.note("equalize", note)
+    if log.takes("absorb_bias"):
+        graph, note = _absorb(graph, data, progress)
+        log.note("absorb_bias", note)
+    for name, prepare in _PREPARATIONS:
+        graph, note = prepare(graph, config, data, progress)
+        if note:
+            log.note(name, note)
+    return graph
+
+
+def _planned(graph: Graph, config: QuantConfig, wide: Set[str], log: Log) -> tuple[Plan, dict[str, Grid]]:
     """The plan with the kernels that were chosen, and the grids of the weights."""
     plan = make_plan(_widened(graph, wide), config)
     weights = weight_grids(plan)
@@ -170,7 +176,7 @@ def record_of(plan: Plan, config: QuantConfig, seed: int, steps: Sequence[Step])
     )
 
 
-class _Log:
+class Log:
     """The steps so far.
 
     Args:
