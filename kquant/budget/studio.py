@@ -32,8 +32,8 @@ from kquant.targets.target import get_target
 
 LIMIT = 3072  # samples that are read, at most
 HELD = 3  # one of so many is held out
-_WORK = 1e10  # multiplications of a forward pass, about
-_FEWEST, _MOST = 32, 256  # samples of a forward pass
+_WORK = 5e9  # multiplications of a forward pass, about
+_FEWEST, _MOST = 32, 128  # samples of a forward pass
 _TRIES = 8  # at keeping a budget that drafts, or files, exceed
 
 
