@@ -5,14 +5,17 @@ r"""Measures and prints a table on the evaluation data (KQUANT_DATA); --write ke
     python -m experiments.reproduce --table=5 --models=mobilenet_v2 --variants=descent --seeds=1
     python -m experiments.reproduce --table=training --models=resnet20 --epochs=2
     python -m experiments.reproduce --table=targets --configs=w8a8,w4a8,w8a16
+    python -m experiments.reproduce --table=latency --configs=w8a8,w4a8,w2a8
+    python -m experiments.reproduce --table=search --variants=milp
     python -m experiments.reproduce --table=sentences --configs=w8a8,w4a8,w8,w4
 
 accuracy: top-1 of the exported file on all evaluation samples, against the float model and the
 TensorFlow converter. parity: the contract of `verify_tflite`, and the share of equal elements. 1 to 6: the tables of
 the white paper, see `experiments.paper_tables`. diagnosis, sensitivity: see `experiments.debug_tables`. 7 to 10 and
 training: see `experiments.training_tables`. targets: what files take on TensorFlow Lite Micro and Arm Ethos-U, see
-`experiments.targets`. sentences: MiniLM on STS-B, see `experiments.sentences`. Calibration uses the calibration sets
-only.
+`experiments.targets`. latency, search: what files take on LiteRT, and what the search of bits finds, see
+`experiments.search_tables`. sentences: MiniLM on STS-B, see `experiments.sentences`. Calibration uses the calibration
+sets only.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from . import debug_tables, defaults, paper_tables, sentences, tables, targets, training_tables, zoo
+from . import debug_tables, defaults, paper_tables, search_tables, sentences, tables, targets, training_tables, zoo
 
 TABLES = {
     **tables.TABLES,
@@ -32,6 +35,7 @@ TABLES = {
     **targets.TABLES,
     **sentences.TABLES,
     **defaults.TABLES,
+    **search_tables.TABLES,
 }
 
 FLAGS = flags.FLAGS

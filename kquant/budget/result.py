@@ -42,7 +42,7 @@ class Evaluation:
         costs: "max_bytes" -> bytes of the file, and likewise what else was asked for.
         score: the metric of the file.
         distance: of the file's outputs from the float network's (`passes.distance`).
-        predicted: the same of weights alone, before.
+        weights_alone: the distance of the float network with these weights, by a forward pass on other samples.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Evaluation:
     costs: Mapping[str, float]
     score: float
     distance: float
-    predicted: float
+    weights_alone: float
 
     @property
     def bytes(self) -> int:

@@ -182,8 +182,8 @@ class Studio:
         keys = {b: json.dumps(b) for b in candidates if b not in done}
         self._measure([b for b in keys if keys[b] not in self._journal.values])
         for bits, key in keys.items():
-            predicted, known = self.problem.picked(self.problem.loss, bits), self._journal.values[key]
-            self.evaluations.append(Evaluation(name=candidates[bits], bits=bits, predicted=predicted, **known))
+            rounded, known = self.passes.distance(bits), self._journal.values[key]
+            self.evaluations.append(Evaluation(name=candidates[bits], bits=bits, weights_alone=rounded, **known))
         found = {e.bits: e for e in self.evaluations}
         return [found[b] for b in candidates]
 

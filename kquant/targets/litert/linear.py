@@ -302,7 +302,7 @@ _CONV2D = Kernel(
     layout=Layout(lambda w: w.transpose(3, 0, 1, 2), hybrid=(4, 8)),  # HWIO -> OHWI
     weights={8: (4,), 16: (4,)},
     fuses=ALL,
-    slowdown={4: 3.2},
+    slowdown={4: 3.0},
 )
 _DEPTHWISE = Kernel(
     op="depthwise_conv2d",
@@ -321,7 +321,7 @@ _DEPTHWISE = Kernel(
     layout=Layout(lambda w: w[None], axis=3, hybrid=(8,)),  # HW(CM) -> 1HW(CM)
     weights={8: (4,)},  # with int16 activations the kernel accepts int4 and is silently wrong
     fuses=ALL,
-    slowdown={4: 4.0},
+    slowdown={4: 6.0},
 )
 _DENSE = Kernel(
     op="dense",

@@ -18,8 +18,8 @@ from kquant.errors import ExportError
 from kquant.targets.litert.flatbuffer import FileGrid, FlatbufferBuilder
 from kquant.targets.litert.reader import Operator, Tensor
 
-CHUNK = 0.004  # seconds of a chunk of runs,
-CHUNKS = 7  # of which the fastest counts: what else the machine does only adds time
+CHUNK = 0.001  # seconds of a chunk of runs, short enough to fall between what else the machine does
+CHUNKS = 9  # of which the fastest counts: anything else only adds time
 _VALUES = 32  # a constant of at most so many integers is part of the signature: shapes, axes
 
 
