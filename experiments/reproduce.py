@@ -6,6 +6,8 @@ r"""Measures and prints a table on the evaluation data (KQUANT_DATA); --write ke
     python -m experiments.reproduce --table=training --models=resnet20 --epochs=2
     python -m experiments.reproduce --table=targets --configs=w8a8,w4a8,w8a16
     python -m experiments.reproduce --table=formats --models=resnet20 --configs=w4a8-kmeans,w2a8-ternary,w8a8-d0.2
+    python -m experiments.reproduce --table=latency --configs=w8a8,w4a8,w2a8
+    python -m experiments.reproduce --table=search --variants=milp
     python -m experiments.reproduce --table=sentences --configs=w8a8,w4a8,w8,w4
     python -m experiments.reproduce --table=packing --configs=w8a8,w4a8,w4a8-kmeans,w2a8-ternary
 
@@ -13,9 +15,10 @@ accuracy: top-1 of the exported file on all evaluation samples, against the floa
 TensorFlow converter. parity: the contract of `verify_tflite`, and the share of equal elements. 1 to 6: the tables of
 the white paper, see `experiments.paper_tables`. diagnosis, sensitivity: see `experiments.debug_tables`. 7 to 10,
 training and few_bits: see `experiments.training_tables`. targets: what files take on TensorFlow Lite Micro and Arm
-Ethos-U, see `experiments.targets`. formats: weights of few bits, see `experiments.formats`. blocks: dense layers in 4
-bits beside ai-edge-quantizer, see `experiments.blocks`. packing: smaller files, see `experiments.packing`. sentences:
-MiniLM on STS-B, see `experiments.sentences`. Calibration uses the calibration sets only.
+Ethos-U, see `experiments.targets`. latency, search: what files take on LiteRT, and what the search of bits finds, see
+`experiments.search_tables`. formats: weights of few bits, see `experiments.formats`. blocks: dense layers in 4 bits
+beside ai-edge-quantizer, see `experiments.blocks`. packing: smaller files, see `experiments.packing`. sentences: MiniLM
+on STS-B, see `experiments.sentences`. Calibration uses the calibration sets only.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from . import (
     formats,
     packing,
     paper_tables,
+    search_tables,
     sentences,
     tables,
     targets,
@@ -50,6 +54,7 @@ TABLES = {
     **defaults.TABLES,
     **formats.TABLES,
     **blocks.TABLES,
+    **search_tables.TABLES,
 }
 
 FLAGS = flags.FLAGS

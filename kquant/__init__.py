@@ -11,6 +11,11 @@ from kquant.graph.backend import check_backend
 
 check_backend()
 
+from kquant.budget.latency import LatencyTable  # noqa: E402
+from kquant.budget.profile import profile  # noqa: E402
+from kquant.budget.records import Profile  # noqa: E402
+from kquant.budget.result import SearchResult  # noqa: E402
+from kquant.budget.search import search  # noqa: E402
 from kquant.config.pruning import Prune  # noqa: E402
 from kquant.config.quant_config import QuantConfig  # noqa: E402
 from kquant.config.specs import AdaRound, QuantSpec, Rule, Training  # noqa: E402
@@ -58,15 +63,18 @@ __all__ = [
     "KQuantError",
     "LogQuantizers",
     "MissingPackageError",
+    "LatencyTable",
     "ModelError",
     "PackError",
     "ParityReport",
     "Prune",
+    "Profile",
     "QuantConfig",
     "QuantSpec",
     "QuantizationWarning",
     "QuantizedModel",
     "Rule",
+    "SearchResult",
     "TFLiteModel",
     "Target",
     "Training",
@@ -76,10 +84,12 @@ __all__ = [
     "get_target",
     "pack_tflite",
     "prepare_qat",
+    "profile",
     "quantize_model",
     "reestimate_batch_norm",
     "register_layer",
     "register_target",
+    "search",
     "unpack_tflite",
     "verify_tflite",
 ]

@@ -42,6 +42,8 @@ _PRESET = rf"w(\d+)(?:a(\d+))?(-per_tensor)?(?:-({'|'.join(FORMATS)}))?(?:-b(\d+
 _FORMAT_PRESETS = ("w4a8-kmeans", "w4a8-apot", "w4a8-power_of_two", "w3a8-binary_bases", "w2a8-ternary", "w1a8-binary")
 PRESETS = ("w8a8", "w8a8-per_tensor", "w4a8", "w4a8-per_tensor", "w8a16", "w4a16", "w4a4", "w8", "w4")
 
+PREFERENCES = ("bytes", "latency")
+
 
 def _activations(bits: int) -> QuantSpec:
     """The spec of a preset's activations: what few levels cannot resolve, they had better clip (table 2)."""
@@ -71,6 +73,9 @@ class QuantConfig:
             time is spent there (`keras.widen`); what the model returns is reported instead.
         channel_scales: residual streams are stored with a scale per channel, which their neighbours absorb exactly,
             where the data says that it gains bits (`quantize.channel_scales`).
+        prefer: where kernels of few-bit weights are slow: "bytes" packs all weights as tightly as kernels take them,
+            "latency" stores them in int8 tensors there; None packs them but where little is saved for much time
+            (`quantize.kernels`).
         logits: range method of the tensor in front of a final softmax, where no rule sets its `method` or
             `range`; None treats it as all others. "cross_entropy" is section 3.1 of the white paper.
         divergence: how far rounding the weights to nearest may take the outputs from those of the float network, as a
@@ -95,6 +100,7 @@ class QuantConfig:
     keep_zeros: bool = False
     widen: bool = True
     channel_scales: bool = True
+    prefer: str | None = None
     logits: str | None = "cross_entropy"
     divergence: float | None = None
     prune: Prune | None = None
@@ -110,6 +116,8 @@ class QuantConfig:
         for name in ("keep_zeros", "widen", "channel_scales"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, found {getattr(self, name)!r}.")
+        if self.prefer not in (None, *PREFERENCES):
+            raise ConfigError(f"prefer must be one of {PREFERENCES}, or None, found {self.prefer!r}.")
         if isinstance(self.adaround, Mapping):
             known_keys(self.adaround, AdaRound, "adaround")
             object.__setattr__(self, "adaround", AdaRound(**self.adaround))

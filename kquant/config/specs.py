@@ -103,7 +103,7 @@ class QuantSpec:
         power_of_two: round the scale up to a power of two; symmetric only.
         method: how the range is chosen, one of `METHODS`; weights take one of `WEIGHT_METHODS`. "auto" is "mse" where
             there are at most 8 bits, and "min_max" above them and in networks that multiply tensors with one another
-            (`quantize.plan`).
+            (`quantize.layer_specs`).
         percentile: for that method: which percentile, above 50 and at most 100, is the upper edge.
         format: weights only, one of `FORMATS` (`grids.formats` has them): all integers of a range ("uniform"); 0 and
             powers of two ("power_of_two"); sums of two powers of two ("apot"); 2^bits integers of the int8 grid

@@ -14,8 +14,10 @@ from kquant.config.text import table
 from kquant.errors import ExportError
 from kquant.graph.quantized import QuantizedGraph
 from kquant.keras.model import extract
+from kquant.targets.choice import slow_layers
 from kquant.targets.litert.writer import Row, write_tflite
 from kquant.targets.storage.constants import Stored
+from kquant.targets.target import Target
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def export_tflite(
     if path is not None:
         Path(path).write_bytes(content)
     written = None if path is None else os.fspath(path)
-    notes = tuple(_notes(qgraph)) if mode == "integer" else ()
+    notes = (*_notes(qgraph), *_slow(qgraph, model.target)) if mode == "integer" else ()
     return ExportReport(content, report.rows, report.op_counts, float_ops, written, notes, report.stored)
 
 
@@ -126,3 +128,14 @@ def _notes(qgraph: QuantizedGraph) -> Iterator[str]:
                 f"output {name!r} is an 8-bit softmax over {node.shape[-1]} classes, whose step is 1/256: the top "
                 "classes often tie. Export a model that ends in the logits where their order matters."
             )
+
+
+def _slow(qgraph: QuantizedGraph, target: Target) -> Iterator[str]:
+    """Kernels of packed weights that take longer than those of int8."""
+    slow = list(slow_layers(qgraph, target))
+    if slow:
+        times = max(choice.slowdown for _, choice, _ in slow)
+        yield (
+            f"{len(slow)} layers with weights below 8 bits take up to {times:.1f} times as long as with int8 weights; "
+            f'QuantConfig(prefer="latency") stores them in {sum(added for *_, added in slow):,} bytes more.'
+        )

@@ -193,7 +193,7 @@ class QuantizedLayer(keras.layers.Layer):
         centered = self._integers(values, grids, out)
         lo, hi = clip_of(node)
         if lo is not None:
-            centered = tf.maximum(centered, self.target.kernels[node.op].lower_bound(lo, tf.round(lo / out.scale)))
+            centered = tf.maximum(centered, self.target.kernel(node).lower_bound(lo, tf.round(lo / out.scale)))
         if hi is not None:
             centered = tf.minimum(centered, tf.round(tf.constant(hi, tf.float32) / out.scale))
         return self.output_quantizer.clamp(centered) * out.scale, grid
@@ -271,7 +271,7 @@ class QuantizedLayer(keras.layers.Layer):
         """What the target's kernel computes on the grid `out`, before the clamp."""
         weight = None
         if self.weight_quantizer is not None:
-            bits = self.target.weight_container(self.node.op, self.weight_quantizer.width, out.bits)
+            bits = self.target.weight_container(self.node, self.weight_quantizer.width, out.bits)
             weight = Operand(self._quantized_weight()[0], self.weight_scale(), 0.0, bits)
         call = Call(
             node=without_clip(with_insertion(self.node, (out.scale, out.zero_point), self.limits)),
@@ -280,7 +280,7 @@ class QuantizedLayer(keras.layers.Layer):
             weight=weight,
             weights=self.float_weights(),
         )
-        return self.target.kernels[self.node.op].arithmetic[self.activation_bits](call)
+        return self.target.kernel(self.node).arithmetic[self.activation_bits](call)
 
     @property
     def grid_of_weight(self) -> FakeQuant | None:

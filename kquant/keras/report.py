@@ -45,7 +45,7 @@ def _weights(q: Grid | None) -> str:
 
 
 def _statistics(qgraph: QuantizedGraph, name: str) -> dict[str, float | None]:
-    """The integers of a node's weight: zero-order entropy and length in a Huffman code, in bits each; share of zeros."""
+    """The integers of a node's weight: entropy and mean length in a Huffman code, in bits each; the share of zeros."""
     q, integers = qgraph.weights.get(name), qgraph.integers.get(name)
     if q is None or integers is None:
         return {"entropy": None, "huffman": None, "zeros": None}

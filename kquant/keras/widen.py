@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence, Set
 
-import numpy as np
-
-from kquant.graph.ir import Graph, Node
-from kquant.graph.ops import Tie, op_of, weight_of
+from kquant.graph.ir import Graph
+from kquant.graph.ops import Tie, multiplications, op_of
 from kquant.quantize.record import Damage, Step
 from kquant.targets.target import Target
 
@@ -37,7 +35,7 @@ def to_widen(graph: Graph, damage: Sequence[Damage], target: Target) -> frozense
 
 def share(graph: Graph, names: Iterable[str]) -> float:
     """The part of all multiplications with weights that some operations have."""
-    return sum(_multiplications(graph[n]) for n in names) / max(1, sum(map(_multiplications, graph)))
+    return sum(multiplications(graph[n]) for n in names) / max(1, sum(map(multiplications, graph)))
 
 
 def step(graph: Graph, mended: Sequence[Damage], wide: Set[str]) -> Step:
@@ -61,12 +59,3 @@ def _moved(graph: Graph, name: str) -> Iterator[str]:
 def _returned(graph: Graph, name: str) -> bool:
     """Whether the model returns a tensor, as it is or moved."""
     return any(moved in graph.outputs for moved in _moved(graph, name))
-
-
-def _multiplications(node: Node) -> int:
-    if not op_of(node).matrix:
-        return 0
-    weight = weight_of(node)
-    shape = node.weights[weight.name].shape
-    per_output = int(np.prod([shape[k] for k in weight.fan_in]))
-    return per_output * int(np.prod([d for d in node.shape if d is not None])) * node.batch

@@ -15,7 +15,8 @@ from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid
 from kquant.keras.model import Learning
 from kquant.qat.batch_norm import batch_norm_layers
-from kquant.quantize.plan import resolve, share_grids
+from kquant.quantize.layer_specs import resolve
+from kquant.quantize.plan import share_grids
 from kquant.targets.target import Target, get_target
 
 

@@ -91,11 +91,11 @@ class _Layer:
 def _stochastic(layer: _Layer, settings: AdaRound, seed: int) -> Array:
     node, m = layer.node, layer.moments
     fits = _ROW_BYTES / (4 * m.gram.shape[0] * m.gram.shape[1] * m.rows)
-    positions = max(1, int(min(_positions(node, settings), positions_of(node)) * min(1.0, fits)))
+    drawn = max(1, int(min(positions(node, settings), positions_of(node)) * min(1.0, fits)))
     w = to_matrices(node, node.weights[weight_of(node).name])
     offset = channels_to_groups(node, node.weights[bias_of(node)]) - m.y_mean
     found, wanted = [], []
-    for x, x_hat in sampled_rows(node, layer.batches(), positions, seed):
+    for x, x_hat in sampled_rows(node, layer.batches(), drawn, seed):
         found.append(x_hat.numpy() - m.x_mean)
         wanted.append(x.numpy() @ w + offset)
     rows = np.concatenate(found, axis=1), np.concatenate(wanted, axis=1)
@@ -204,8 +204,21 @@ def round_layer(
             f"{node.origin or node.name!r}: the solver {settings.solver!r} relaxes between two neighbouring integers, "
             'and the weights have a table of allowed ones, or scales of blocks; use solver="descent".'
         )
+    m = moments(node, batches(), positions=positions(node, settings), seed=seed)
+    return round_on(node, batches, m, grid, settings, seed, task)
+
+
+def round_on(
+    node: Node,
+    batches: Batches,
+    m: Moments,
+    grid: Grid,
+    settings: AdaRound,
+    seed: int = 0,
+    task: Task = Task(),  # noqa: B008 (frozen)
+) -> tuple[Node, LayerRounding]:
+    """`round_layer` with the moments of the layer's inputs; `batches` is for the solver "stochastic" alone."""
     w = to_matrices(node, node.weights[weight_of(node).name])
-    m = moments(node, batches(), positions=_positions(node, settings), seed=seed)
     target, metric = m.target(w, settings.damping)
     free = (w != 0).astype(np.float32) if task.keep_zeros else None
 
@@ -241,7 +254,7 @@ def as_rounded(
     node: Node, batches: Batches, shared: LayerRounding, grid: Grid, settings: AdaRound, seed: int
 ) -> tuple[Node, LayerRounding]:
     """A layer whose integers were decided together with those of others: what is its own is the bias."""
-    m = moments(node, batches(), positions=_positions(node, settings), seed=seed)
+    m = moments(node, batches(), positions=positions(node, settings), seed=seed)
     return _with_integers(node, m, grid, shared.grid, shared.integers)
 
 
@@ -277,7 +290,7 @@ def _with_room(node: Node, grid: Grid, m: Moments, input_bits: int) -> Grid:
     return fit_bias(grid, node.weights[bias_of(node)], least) if least > 0 else grid
 
 
-def _positions(node: Node, settings: AdaRound) -> int:
+def positions(node: Node, settings: AdaRound) -> int:
     """Positions of a sample: a quarter is enough where the outputs read one channel each."""
     return -(-settings.positions // 4) if linear_of(node).channelwise else settings.positions
 

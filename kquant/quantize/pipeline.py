@@ -32,6 +32,7 @@ from kquant.quantize.channel_scales import prepare_channels
 from kquant.quantize.data import CalibrationData
 from kquant.quantize.input_moments import estimate_inputs
 from kquant.quantize.inputs import declare_ranges
+from kquant.quantize.kernels import choose_kernels
 from kquant.quantize.masks import prepare_masks
 from kquant.quantize.moments import propagate
 from kquant.quantize.normalization import prepare_normalization
@@ -79,17 +80,8 @@ def quantize_after_training(
         ConfigError: the config is impossible for its target, or asks without data for what needs data.
         CalibrationError: the data is unusable, or ranges need data and there is none.
     """
-    log = _Log(decide(make_plan(graph, config), config, data))
-    if log.takes("equalize"):
-        graph, note = _equalize(graph)
-        log.note("equalize", note)
-    if log.takes("absorb_bias"):
-        graph, note = _absorb(graph, data, progress)
-        log.note("absorb_bias", note)
-    for name, prepare in _PREPARATIONS:
-        graph, note = prepare(graph, config, data, progress)
-        if note:
-            log.note(name, note)
+    log = Log(decide(make_plan(graph, config), config, data))
+    graph = prepared(graph, config, data, log, progress)
     plan = make_plan(_widened(graph, wide), config)
     reference = plan.graph
     if config.prune is not None:
@@ -97,6 +89,9 @@ def quantize_after_training(
         plan = replace(plan, graph=graph)
         log.note("prune", note_of(pruned, graph))
     weights, integers = weight_grids(plan), {}
+    plan, note = choose_kernels(plan, weights, config.prefer)
+    if note:
+        log.note("kernels", note)
     if config.keeps_zeros:
         _refuse_lost_zeros(plan.graph, weights)
     linear = {n: q for n, q in weights.items() if op_of(plan.graph[n]).matrix}
@@ -157,6 +152,21 @@ def _is_plain(spec: QuantSpec) -> bool:
     return (spec.bits, spec.format, spec.block) == (8, "uniform", None) and spec.symmetric and spec.signed
 
 
+def prepared(graph: Graph, config: QuantConfig, data: CalibrationData | None, log: Log, progress: bool) -> Graph:
+    """The float graph after all steps that come before the plan; they are noted."""
+    if log.takes("equalize"):
+        graph, note = _equalize(graph)
+        log.note("equalize", note)
+    if log.takes("absorb_bias"):
+        graph, note = _absorb(graph, data, progress)
+        log.note("absorb_bias", note)
+    for name, prepare in _PREPARATIONS:
+        graph, note = prepare(graph, config, data, progress)
+        if note:
+            log.note(name, note)
+    return graph
+
+
 def _widened(graph: Graph, wide: Set[str]) -> Graph:
     """Nodes that are marked as those of recurrent layers are which add up over many steps."""
     return graph.rebuild([n.with_attrs(wide=True) if n.name in wide else n for n in graph]) if wide else graph
@@ -186,7 +196,7 @@ def record_of(plan: Plan, config: QuantConfig, seed: int, steps: Sequence[Step])
     )
 
 
-class _Log:
+class Log:
     """The steps so far.
 
     Args:

@@ -11,7 +11,7 @@ from kquant.config.quant_config import QuantConfig
 from kquant.graph.ir import Graph
 from kquant.quantize.calibrate import over_data
 from kquant.quantize.data import CalibrationData
-from kquant.quantize.plan import resolve
+from kquant.quantize.layer_specs import resolve
 from kquant.targets.target import get_target
 
 SMALL = 1 / 8  # of the reach of a grid that the target dictates: three bits of it are used for nothing

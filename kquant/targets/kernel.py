@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from kquant.graph.ir import Node
 from kquant.targets.builtin import Builtin
 from kquant.targets.operand import Call
 
@@ -52,6 +53,10 @@ class Kernel:
         fuses: activations that it applies itself.
         saturates: what it makes lies within the output's grid.
         max_rank: most axes that it takes, None for any number.
+        slowdown: bits of the integers of its weights -> how many times as long it takes as with 8 bits.
+        takes: whether it computes a node, as far as attributes and shapes of weights say so.
+        variants: name -> another kernel for the same operation. A node is computed by it that names it in its attribute
+            `kernel` (see `choice`).
     """
 
     op: str
@@ -66,6 +71,13 @@ class Kernel:
     fuses: tuple[str, ...] = ("NONE",)
     saturates: bool = False
     max_rank: int | None = None
+    slowdown: Mapping[int, float] = field(default_factory=dict)
+    takes: Callable[[Node], bool] = lambda node: True
+    variants: Mapping[str, Kernel] = field(default_factory=dict)
+
+    def container(self, bits: int, activations: int) -> int:
+        """Bits (2, 4 or 8) of the integers that store `bits`-bit weights beside activations in that container."""
+        return next((c for c in sorted(self.weights.get(activations, ())) if bits <= c), 8)
 
     def lower_bound(self, lo: float, steps: Any) -> Any:
         """The integer at which a bound is enforced, for the simulation.

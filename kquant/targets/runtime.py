@@ -51,6 +51,7 @@ class Footprint:
         flash: bytes that are only read.
         cycles: of one inference, where the compiler estimates them.
         left_out: operators that do not run on the device's accelerator, with the reason.
+        layers: (name, cycles) of each operation, where the compiler estimates them.
     """
 
     device: str
@@ -58,6 +59,7 @@ class Footprint:
     flash: int
     cycles: int | None = None
     left_out: tuple[str, ...] = ()
+    layers: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         cycles = "" if self.cycles is None else f", {self.cycles:,} cycles (estimated)"
@@ -79,6 +81,7 @@ class Runtime:
             there are none.
         exact: the outputs of `open` equal those of the numpy reference, bit for bit.
         samples: how many are run by default.
+        timed: its files take as long on a device as LiteRT's default kernels need there, which can be measured here.
         measure: a file -> what it takes on each device; None where nothing tells.
     """
 
@@ -90,6 +93,7 @@ class Runtime:
     other: Callable[[bytes], Runner] | None = None
     exact: bool = False
     samples: int = 1000
+    timed: bool = False
     measure: Callable[[bytes], tuple[Footprint, ...]] | None = None
 
     @property

@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from kquant.errors import ConfigError
+from kquant.graph.ir import Node
 from kquant.graph.ops import OPS, Tie
 from kquant.targets.builtin import Builtin
 from kquant.targets.kernel import Kernel
@@ -89,7 +90,8 @@ class Target:
     @property
     def operators(self) -> dict[str, Builtin]:
         """The operators that its files consist of."""
-        return {name: builtin for kernel in self.kernels.values() for name, builtin in kernel.operators.items()}
+        kernels = [k for kernel in self.kernels.values() for k in (*kernel.variants.values(), kernel)]
+        return {name: builtin for kernel in kernels for name, builtin in kernel.operators.items()}
 
     def container_bits(self, bits: int) -> int:
         """Bits of the integer type that stores a `bits`-bit activation."""
@@ -100,14 +102,16 @@ class Target:
             f"{self.name} has no container for {bits}-bit activations; use at most {max(self.mixed_activation_bits)}."
         )
 
-    def weight_container(self, op: str, bits: int, activation_container: int) -> int:
-        """Bits (2, 4 or 8) of the integer type that stores the `bits`-bit weights of `op`."""
-        kernel = self.kernels.get(op)
-        if kernel is not None and self.packed_weights:
-            for container in sorted(kernel.weights.get(activation_container, ())):
-                if bits <= container:
-                    return container
-        return 8
+    def kernel(self, node: Node) -> Kernel:
+        """The kernel that computes a node: its operation's, or the variant of it that the node names."""
+        kernel = self.kernels[node.op]
+        return kernel.variants.get(node.attrs.get("kernel", ""), kernel)
+
+    def weight_container(self, node: Node, bits: int, activation_container: int) -> int:
+        """Bits (2, 4 or 8) of the integer type that stores the `bits`-bit weights of a node."""
+        if not self.packed_weights or node.op not in self.kernels:
+            return 8
+        return self.kernel(node).container(bits, activation_container)
 
     def takes_blocks(self, op: str, width: int) -> bool:
         """Whether the float kernel of `op` reads weights of `width` bits with a scale for every block of inputs."""

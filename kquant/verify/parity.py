@@ -251,7 +251,7 @@ def _wrong_constants(
     qgraph: QuantizedGraph, target: Target, node: Node, tensors: Mapping[str, Tensor]
 ) -> Iterator[str]:
     """Names of the weights and the bias of an integer operation that are not the plan's integers in the file."""
-    w, layout = qgraph.weights.get(node.name), target.kernels[node.op].layout if node.op in target.kernels else None
+    w, layout = qgraph.weights.get(node.name), target.kernel(node).layout if node.op in target.kernels else None
     if w is None or layout is None:
         return
     key, bias_key = weight_of(node).name, op_of(node).bias

@@ -10,6 +10,7 @@ import kquant
 from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import QuantSpec, Rule
 from kquant.errors import ConfigError
+from kquant.graph.ir import Node
 from kquant.targets.litert.flatbuffer import read_tensors
 from kquant.targets.litert.target import LITERT, LITERT_PER_TENSOR, SIMULATION
 from kquant.targets.target import get_target, register_target
@@ -58,7 +59,8 @@ def test_activation_containers(bits, container):
     ],
 )
 def test_weight_containers(op, bits, activations, container):
-    assert LITERT.weight_container(op, bits, activations) == container
+    node = Node(name="n", op=op)
+    assert LITERT.weight_container(node, bits, activations) == container
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)

@@ -7,13 +7,14 @@ activation fused behind them; hi may be a list with a cap for every entry of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import tensorflow as tf
 
-from kquant.graph.ir import Graph, Node
+from kquant.graph.ir import Graph, Node, sample_size
 from kquant.graph.ops import activations, boundary, elementwise, layout, linear, normalization, reductions
 from kquant.graph.ops.activations import clip_array, clip_of, clip_tensor, with_clip, without_clip
 from kquant.graph.ops.blocks import Linear
@@ -33,6 +34,7 @@ __all__ = [
     "compute",
     "evaluate",
     "linear_of",
+    "multiplications",
     "op_of",
     "pads_zeros",
     "weight_of",
@@ -93,6 +95,19 @@ def linear_of(node: Node) -> Linear:
     if layout is None:
         raise AssertionError(f"{node.name!r} ({node.op}) is not linear")
     return layout
+
+
+def multiplications(node: Node) -> int:
+    """How often a node multiplies by a trained weight, for one sample; 0 where it is no matrix product.
+
+    The weights may be arrays, or their shapes.
+    """
+    if not OPS[node.op].matrix:
+        return 0
+    weight = weight_of(node)
+    array = node.weights[weight.name]
+    shape = getattr(array, "shape", array)
+    return math.prod(shape[k] for k in weight.fan_in) * sample_size(node)
 
 
 def compute(node: Node, inputs: Sequence[Tensor], weights: Mapping[str, Tensor] | None = None) -> Tensor:

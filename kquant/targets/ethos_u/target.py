@@ -28,6 +28,7 @@ def _measure(content: bytes) -> tuple[Footprint, ...]:
             flash=c.flash,
             cycles=c.cycles,
             left_out=tuple(map(str, c.cpu_operators)),
+            layers=tuple((layer.name, layer.cycles) for layer in c.layers),
         )
         for c in made
     )
@@ -41,6 +42,7 @@ COMPILED = replace(
     open=partial(TFLiteModel, kernels="reference"),
     other=TFLiteModel,
     exact=True,
+    timed=False,
     samples=20,
     measure=_measure,
 )

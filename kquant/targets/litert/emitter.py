@@ -13,6 +13,7 @@ from kquant.graph.ir import Node, Shape
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid, quantize
 from kquant.targets.builtin import Use
+from kquant.targets.kernel import Kernel
 from kquant.targets.litert.arithmetic import Activation
 from kquant.targets.litert.clamps import Clamp
 from kquant.targets.litert.flatbuffer import FileGrid, FlatbufferBuilder
@@ -70,6 +71,10 @@ class Emitter:
     def weight_grid(self, name: str) -> Grid | None:
         """Grid of a node's weights as they are written; None where they are not integers."""
         return None if self.mode in ("float32", "float16") else self._qgraph.weights.get(name)
+
+    def kernel(self, node: Node) -> Kernel:
+        """What writes a node; variants are for integers."""
+        return self.target.kernels[node.op] if self.grid(node.name) is None else self.target.kernel(node)
 
     def integers(self, name: str) -> np.ndarray:
         """The integers of a node's weights, in the shape of their `weight_view`."""

@@ -21,7 +21,10 @@ _FAMILIES = (linear, elementwise, activations, functions, normalization, reducti
 KERNELS: Mapping[str, Kernel] = MappingProxyType({k.op: k for family in _FAMILIES for k in family.KERNELS})
 _ROUNDING = {op: arithmetic for family in _FAMILIES for op, arithmetic in family.REFERENCE.items()}
 REFERENCE_KERNELS: Mapping[str, Kernel] = MappingProxyType(
-    {op: replace(k, arithmetic={**k.arithmetic, 8: _ROUNDING.get(op, k.arithmetic[8])}) for op, k in KERNELS.items()}
+    {
+        op: replace(k, arithmetic={**k.arithmetic, 8: _ROUNDING.get(op, k.arithmetic[8])}, slowdown={}, variants={})
+        for op, k in KERNELS.items()
+    }
 )
 _BUILTINS = {name: b for kernel in KERNELS.values() for name, b in kernel.operators.items()}
 REFERENCE: Mapping[str, Reference] = MappingProxyType({k: b.reference for k, b in _BUILTINS.items() if b.reference})

@@ -31,7 +31,7 @@ def check(e: Emitter, node: Node) -> None:
             f"{node.name!r}: {e.target.name} has no operator for {node.op!r}, in float neither; "
             "take it out of the model, or use another target."
         )
-    kernel = e.target.kernels[node.op]
+    kernel = e.kernel(node)
     rank = max((len(n.shape) for n in (node, *(e.graph[i] for i in node.inputs))), default=0)
     if kernel.max_rank is not None and rank > kernel.max_rank:
         raise ExportError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import tensorflow as tf
@@ -116,7 +117,7 @@ def _depthwise_rounding(call: Call) -> Requantize:
 def _dense_rounding(call: Call) -> Requantize:
     if call.weight is None or not _is_packed(call):
         return in_float32
-    whole_bytes = call.node.weights["kernel"][0] % (8 // call.weight.bits) == 0
+    whole_bytes = call.node.weights["kernel"][-2] % (8 // call.weight.bits) == 0
     return in_float32 if whole_bytes else double_rounding(False)
 
 
@@ -150,6 +151,29 @@ def _write_dense(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
         "FULLY_CONNECTED", [x[0], w.kernel, w.bias], [out.tensor], w.kernel, w.per_channel,
         keepNumDims=len(node.shape) > 2, asymmetricQuantizeInputs=hybrid,
         fusedActivationFunction=out.activation,
+    )  # fmt: skip
+
+
+def _is_pointwise(node: Node) -> bool:
+    """Whether a convolution is a dense layer at every position, whose packed weights XNNPACK takes."""
+    kernel = node.weights["kernel"]
+    h, w, depth, _ = getattr(kernel, "shape", kernel)
+    return (h, w, node.attrs["groups"]) == (1, 1, 1) and depth % 4 == 0
+
+
+def _write_pointwise(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
+    """FULLY_CONNECTED at every position; strides are taken in front of it."""
+    (sh, sw), source = node.attrs["strides"], x[0]
+    if (sh, sw) != (1, 1):
+        given = e.shape(e.graph[node.inputs[0]])
+        shape, q = (*e.shape(node)[:3], given[3]), e.grid(node.inputs[0]) if out.q is not None else None
+        source = e.helper(node, "strided", shape, q)
+        slices = [e.indices(node, s, v) for s, v in (("begin", [0] * 4), ("end", [0] * 4), ("strides", [1, sh, sw, 1]))]
+        e.op("STRIDED_SLICE", [x[0], *slices], [source], beginMask=15, endMask=15)
+    w = weights(e, node, source, out)
+    e.op(
+        "FULLY_CONNECTED", [source, w.kernel, w.bias], [out.tensor], w.kernel, w.per_channel,
+        keepNumDims=True, fusedActivationFunction=out.activation,
     )  # fmt: skip
 
 
@@ -230,42 +254,97 @@ REFERENCE: Mapping[str, Arithmetic] = {
     "batch_matmul": _OWN_MATRIX_PRODUCT,
 }
 
+
+def _stored_as_int8(kernel: Kernel) -> Kernel:
+    """The kernel of int8 weights, for weights of any number of bits."""
+    return replace(kernel, weights={}, slowdown={}, variants={})
+
+
+_FULLY_CONNECTED = Builtin(
+    options="FullyConnectedOptions",
+    versions=(1, 4, 7),
+    weight_versions={
+        ("INT8", "INT4"): 10,
+        ("INT16", "INT4"): 10,
+        ("INT8", "INT2"): 13,
+        ("FLOAT32", "INT8"): 9,
+    },
+    least=_fully_connected_least,
+    reference=Reference(compute=linear.fully_connected),
+    optimized=Reference(compute=optimized.fully_connected),
+)
+_DENSE_SLOWDOWN = {4: 1.1, 2: 2.6}
+# a convolution of one tap as a dense layer at every position: XNNPACK takes packed weights there
+_POINTWISE = Kernel(
+    op="conv2d",
+    arithmetic={8: accumulate(_dense_rounding)},
+    write=_write_pointwise,
+    operators={"FULLY_CONNECTED": _FULLY_CONNECTED},
+    layout=Layout(lambda w: w[0, 0].T),
+    weights={8: (2, 4)},
+    fuses=ALL,
+    slowdown=_DENSE_SLOWDOWN,
+    takes=_is_pointwise,
+)
+_CONV2D = Kernel(
+    op="conv2d",
+    arithmetic={8: accumulate(_conv2d_rounding), 16: _CONVOLUTION_16},
+    write=_write_conv2d,
+    operators={
+        "CONV_2D": Builtin(
+            options="Conv2DOptions",
+            versions=(1, 3, 4),
+            weight_versions={("INT8", "INT4"): 7, ("INT16", "INT4"): 7, ("FLOAT32", "INT8"): 5},
+            reference=Reference(compute=linear.conv_2d),
+            optimized=Reference(compute=optimized.conv_2d),
+        )
+    },
+    layout=Layout(lambda w: w.transpose(3, 0, 1, 2), hybrid=(4, 8)),  # HWIO -> OHWI
+    weights={8: (4,), 16: (4,)},
+    fuses=ALL,
+    slowdown={4: 3.0},
+)
+_DEPTHWISE = Kernel(
+    op="depthwise_conv2d",
+    arithmetic={8: accumulate(_depthwise_rounding), 16: _CONVOLUTION_16},
+    write=_write_depthwise_conv2d,
+    operators={
+        "DEPTHWISE_CONV_2D": Builtin(
+            options="DepthwiseConv2DOptions",
+            versions=(1, 3, 5),
+            weight_versions={("INT8", "INT4"): 7, ("FLOAT32", "INT8"): 6},
+            least=_depthwise_least,
+            reference=Reference(compute=linear.depthwise_conv_2d),
+            optimized=Reference(compute=optimized.depthwise_conv_2d),
+        )
+    },
+    layout=Layout(lambda w: w[None], axis=3, hybrid=(8,)),  # HW(CM) -> 1HW(CM)
+    weights={8: (4,)},  # with int16 activations the kernel accepts int4 and is silently wrong
+    fuses=ALL,
+    slowdown={4: 6.0},
+)
+_DENSE = Kernel(
+    op="dense",
+    arithmetic={8: accumulate(_dense_rounding), 16: accumulate(lambda call: single_rounding)},
+    write=_write_dense,
+    operators={"FULLY_CONNECTED": _FULLY_CONNECTED},
+    layout=Layout(lambda w: w.T, hybrid=(2, 4, 8), blocks=(4,)),
+    weights={8: (2, 4), 16: (4,)},
+    fuses=ALL,
+    slowdown=_DENSE_SLOWDOWN,
+)
+
 KERNELS = (
-    Kernel(
-        op="conv2d",
-        arithmetic={8: accumulate(_conv2d_rounding), 16: _CONVOLUTION_16},
-        write=_write_conv2d,
-        operators={
-            "CONV_2D": Builtin(
-                options="Conv2DOptions",
-                versions=(1, 3, 4),
-                weight_versions={("INT8", "INT4"): 7, ("INT16", "INT4"): 7, ("FLOAT32", "INT8"): 5},
-                reference=Reference(compute=linear.conv_2d),
-                optimized=Reference(compute=optimized.conv_2d),
-            )
+    replace(
+        _CONV2D,
+        variants={
+            "fully_connected": _POINTWISE,
+            "fully_connected_int4": replace(_POINTWISE, weights={8: (4,)}),
+            "int8": _stored_as_int8(_CONV2D),
         },
-        layout=Layout(lambda w: w.transpose(3, 0, 1, 2), hybrid=(4, 8)),  # HWIO -> OHWI
-        weights={8: (4,), 16: (4,)},
-        fuses=ALL,
     ),
-    Kernel(
-        op="depthwise_conv2d",
-        arithmetic={8: accumulate(_depthwise_rounding), 16: _CONVOLUTION_16},
-        write=_write_depthwise_conv2d,
-        operators={
-            "DEPTHWISE_CONV_2D": Builtin(
-                options="DepthwiseConv2DOptions",
-                versions=(1, 3, 5),
-                weight_versions={("INT8", "INT4"): 7, ("FLOAT32", "INT8"): 6},
-                least=_depthwise_least,
-                reference=Reference(compute=linear.depthwise_conv_2d),
-                optimized=Reference(compute=optimized.depthwise_conv_2d),
-            )
-        },
-        layout=Layout(lambda w: w[None], axis=3, hybrid=(8,)),  # HW(CM) -> 1HW(CM)
-        weights={8: (4,)},  # with int16 activations the kernel accepts int4 and is silently wrong
-        fuses=ALL,
-    ),
+    replace(_DEPTHWISE, variants={"int8": _stored_as_int8(_DEPTHWISE)}),
+    replace(_DENSE, variants={"int4": replace(_DENSE, weights={8: (4,), 16: (4,)}), "int8": _stored_as_int8(_DENSE)}),
     Kernel(
         op="conv2d_transpose",
         arithmetic={8: accumulate(_in_blocks_of_8), 16: _CONVOLUTION_16},
@@ -280,29 +359,6 @@ KERNELS = (
             "SHAPE": Builtin(options="ShapeOptions", reference=Reference(compute=layout.shape, any_type=True)),
         },
         layout=Layout(lambda w: w.transpose(2, 0, 1, 3)),  # HWOI -> OHWI
-    ),
-    Kernel(
-        op="dense",
-        arithmetic={8: accumulate(_dense_rounding), 16: accumulate(lambda call: single_rounding)},
-        write=_write_dense,
-        operators={
-            "FULLY_CONNECTED": Builtin(
-                options="FullyConnectedOptions",
-                versions=(1, 4, 7),
-                weight_versions={
-                    ("INT8", "INT4"): 10,
-                    ("INT16", "INT4"): 10,
-                    ("INT8", "INT2"): 13,
-                    ("FLOAT32", "INT8"): 9,
-                },
-                least=_fully_connected_least,
-                reference=Reference(compute=linear.fully_connected),
-                optimized=Reference(compute=optimized.fully_connected),
-            )
-        },
-        layout=Layout(lambda w: w.T, hybrid=(2, 4, 8), blocks=(4,)),
-        weights={8: (2, 4), 16: (4,)},
-        fuses=ALL,
     ),
     Kernel(
         op="batch_matmul",

@@ -28,13 +28,19 @@ class _Buffer(schema.BufferT):
 
 
 class _Builder(flatbuffers.Builder):  # type: ignore[misc]
-    """Writes equal vectors once: zero points of all channels of all layers are the same zeros."""
+    """Writes equal vectors once: zero points of all channels of all layers are the same zeros.
+
+    Other zero points than those of symmetric grids and of ReLUs are equal by chance, and written each: the size of a
+    file is known before its ranges are.
+    """
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
         self._vectors: dict[tuple[str, bytes], int] = {}
 
     def CreateNumpyVector(self, x: np.ndarray) -> int:  # noqa: N802  its name there
+        if x.dtype == np.int64 and not np.isin(x, (0, -128)).all():
+            return int(super().CreateNumpyVector(x))
         key = (x.dtype.str, x.tobytes())
         if key not in self._vectors:
             self._vectors[key] = super().CreateNumpyVector(x)

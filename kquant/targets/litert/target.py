@@ -27,6 +27,7 @@ INTERPRETER = Runtime(
     package="ai-edge-litert",
     module="ai_edge_litert",
     open=TFLiteModel,
+    timed=True,
     other=partial(TFLiteModel, kernels="builtin"),
     checks=(
         KernelSet(name="reference", open=_reference, reference=REFERENCE),

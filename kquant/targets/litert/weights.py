@@ -63,7 +63,7 @@ def is_hybrid(e: Emitter, node: Node, out: Sink) -> bool:
 
 def layout_of(e: Emitter, node: Node) -> Layout:
     """How the target stores the weight of an operation."""
-    layout = e.target.kernels[node.op].layout
+    layout = e.kernel(node).layout
     if layout is None:
         raise AssertionError(f"the kernel of {node.op} of {e.target.name} has no layout for its weight")
     return layout
@@ -85,7 +85,8 @@ def _integer_kernel(e: Emitter, node: Node, name: str, q: Grid, out: Grid | None
     layout = layout_of(e, node)
     values = layout.to_file(e.integers(node.name))
     activation = 8 if out is None else out.container
-    container = e.target.weight_container(node.op, q.width, activation)
+    own = node if out is not None else node.with_attrs(kernel="")  # variants are for integers
+    container = e.target.weight_container(own, q.width, activation)
     blocks = q.scale.ndim == 2
     if expand or blocks:
         container = next(bits for bits in sorted(layout.blocks if blocks else layout.hybrid) if q.width <= bits)

@@ -260,18 +260,18 @@ class _Writer:
             e.clamp(node, clamp if bounded else _bound_anyway(clamp, q), inputs[0], Sink(out, q))
             return
         result = e.helper(node, "unclamped", q=q) if bounded else out
-        e.target.kernels[node.op].write(e, node, inputs, Sink(result, q, clamp.fused))
+        e.kernel(node).write(e, node, inputs, Sink(result, q, clamp.fused))
         if bounded:
             e.clamp(node, clamp, result, Sink(out, q))
 
     def _orders_integers(self, node: Node, source: str) -> bool:
         """Whether an operation that makes places of extremes reads its input as the integers that it is."""
         e, q = self.emitter, self.emitter.grid(source)
-        return op_of(node).ordinal and q is not None and q.container in e.target.kernels[node.op].arithmetic
+        return op_of(node).ordinal and q is not None and q.container in e.kernel(node).arithmetic
 
     def _clamp(self, node: Node, q: Grid | None) -> Clamp:
         """What bounds the output of a node."""
-        attrs, fuses = node.attrs, self.emitter.target.kernels[node.op].fuses
+        attrs, fuses = node.attrs, self.emitter.kernel(node).fuses
         clip = (attrs["lo"], attrs["hi"]) if node.op == "clip" else tuple(attrs.get("clip", (None, None)))
         if q is None:
             return float_clamp(clip, fuses) if node.dtype == "float32" else Clamp()
@@ -281,7 +281,7 @@ class _Writer:
             # Integers only move: what comes out lies where the inputs lie.
             bounds = [integer_bounds(g) for g in (e.grid(i) for i in node.inputs) if g is not None]
             given = min(b[0] for b in bounds), max(b[1] for b in bounds)
-        elif op_of(node).lookup or e.target.kernels[node.op].saturates:
+        elif op_of(node).lookup or e.kernel(node).saturates:
             given = integer_bounds(q)
         return integer_clamp(q, clip, fuses, given)
 

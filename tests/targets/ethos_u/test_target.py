@@ -8,6 +8,7 @@ import pytest
 
 import kquant
 from experiments import zoo
+from kquant.graph.ir import Node
 from kquant.targets.ethos_u.target import ACCELERATORS, ETHOS_U
 from kquant.targets.ethos_u.vela import compile_file
 from kquant.targets.litert.flatbuffer import read_tensors, summary
@@ -29,7 +30,7 @@ def quantized(preset: str, target: str = "ethos_u") -> tuple[kquant.QuantizedMod
 
 
 def test_the_target_goes_by_its_name() -> None:
-    assert get_target("ethos_u") is ETHOS_U and ETHOS_U.weight_container("conv2d", 4, 8) == 8
+    assert get_target("ethos_u") is ETHOS_U and ETHOS_U.weight_container(Node(name="n", op="conv2d"), 4, 8) == 8
 
 
 @pytest.mark.parametrize("preset", ["w8a8", "w4a8", "w8a16"])

@@ -1,0 +1,1 @@
+"""What files cost, layer by layer, and the search for what fits a budget."""
