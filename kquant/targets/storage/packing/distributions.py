@@ -21,7 +21,7 @@ OCTAVE = 4  # widths in an octave
 CENTRES = 15  # two fifths of a width apart, around 0
 _HALF = CENTRES // 2
 _NARROWEST = 0.15
-_PER_UNIT, _REACH = 256, 12  # entries of a table for each standard deviation, standard deviations to each side
+_PER_UNIT, _REACH = 1024, 12  # entries of a table for each standard deviation, standard deviations to each side
 _ONE = 1 << 30
 ENDS = (0, 5, 20)  # of 1024: share of the mass that the ends of the range get beside their own
 
@@ -111,11 +111,10 @@ class Profile:
             quarter = np.array([1024, 1218, 1448, 1722], np.int64)
             steps = np.asarray(self.tilt, np.int64) + 64
             mass = (mass >> 14) * quarter[steps % 4] * (1 << (steps // 4)) >> 16
-        total = np.maximum(mass.sum(axis=1, keepdims=True), 1)
+        up_to = np.cumsum(mass, axis=1)
+        up_to[:, -1] = np.maximum(up_to[:, -1], 1)
         freq = np.zeros((len(widths), 256), np.int64)
-        freq[:, :size] = mass * (TOTAL - size) // total + 1
-        rows = np.arange(len(freq))
-        freq[rows, freq.argmax(axis=1)] += TOTAL - freq.sum(axis=1)
+        freq[:, :size] = np.diff(up_to * (TOTAL - size) // up_to[:, -1:], axis=1, prepend=0) + 1
         return freq
 
 

@@ -108,11 +108,10 @@ def fit(values: Array, low: int, high: int) -> Model:
     if 1 < v.shape[1] <= _MOST_TAPS:
         made = _predictor(v / (factors[0] * factors[2]))
         predicted = v - _predicted(v, made)
-        better, less = _factors(predicted, sweeps=2)
-        if less + _COEFFICIENT_BITS * np.count_nonzero(made) + v.shape[1] < cost:
-            factors, residual, coefficients = better, predicted, made
-    if coefficients is None:
-        factors, _ = _factors(v, sweeps=2)
+        less = _factors(predicted, sweeps=1)[1] + _COEFFICIENT_BITS * np.count_nonzero(made) + v.shape[1]
+        if less < cost:
+            residual, coefficients = predicted, made
+    factors, _ = _factors(residual, sweeps=2)
     z = (residual / (factors[0] * factors[1] * factors[2])).reshape(-1)
     quarters = [np.rint(np.log2(f.reshape(-1)) * OCTAVE).astype(np.int64) for f in factors]
     quarters[0] = width_of(factors[0].reshape(-1))
