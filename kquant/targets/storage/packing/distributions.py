@@ -147,10 +147,9 @@ class Tables:
         first, end = self._made, self._made + len(new)
         self._row[new] = np.arange(first, end)
         self._made = end
-        if end > len(self.freq):  # doubled, so that what is there is copied a few times only
+        if end > len(self.freq):  # with room for more, so that what is there is copied a few times only
             self.freq, self.start, self.slots = (
-                np.concatenate([t[:first], np.zeros((2 * end - first, t.shape[1]), t.dtype)])
-                for t in (self.freq, self.start, self.slots)
+                _longer(t, first, 4 * end) for t in (self.freq, self.start, self.slots)
             )
         profile, rest = np.divmod(new, WIDTHS * CENTRES)
         for p in np.unique(profile).tolist():
@@ -161,3 +160,9 @@ class Tables:
         if self.slots.shape[1]:
             symbols = np.tile(np.arange(256, dtype=np.uint8), len(freq))
             self.slots[first:end] = np.repeat(symbols, freq.reshape(-1)).reshape(len(freq), TOTAL)
+
+
+def _longer(table: Array, used: int, rows: int) -> Array:
+    made = np.empty((rows, table.shape[1]), table.dtype)
+    made[:used] = table[:used]
+    return made

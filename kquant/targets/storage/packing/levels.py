@@ -44,8 +44,8 @@ def find(values: Array) -> Levels | None:
     """The levels of int64 values (outputs, taps, inputs) within int8, where there are few."""
     rows = len(values)
     flat = values.reshape(rows, -1)
-    present = np.zeros((rows, 256), bool)
-    present[np.arange(rows)[:, None], flat + 128] = True
+    places = flat + (np.arange(rows) * 256 + 128)[:, None]
+    present = np.bincount(places.reshape(-1), minlength=256 * rows).reshape(rows, 256) > 0
     together = np.flatnonzero(present.any(axis=0))
     counts = present.sum(axis=1)
     most, span = int(counts.max()), int(together[-1] - together[0]) + 1
