@@ -298,20 +298,10 @@ def positions(node: Node, settings: AdaRound) -> int:
 def _problem(node: Node, grid: Grid, target: Array, metric: Array) -> tuple[Quadratic, Array]:
     zero = channels_to_groups(node, grid.zero_point)
     scale = channels_to_groups(node, grid.scale if grid.scale.ndim < 2 else grid.scale.max(axis=1))
-    levels = _levels(node, grid) if grid.table is not None else _block_levels(node, grid, scale)
+    levels = None if grid.table is None else _levels(node, grid)
+    unit = None if grid.scale.ndim < 2 else _block_scales(node, grid) / scale
     steps = target / scale.astype(np.float64)
-    return Quadratic(metric, steps, grid.qmin - zero, grid.qmax - zero, levels), scale
-
-
-def _block_levels(node: Node, grid: Grid, scale: Array) -> Array | None:
-    """Where blocks have scales of their own: the allowed values in units of a channel's `scale`, which are no integers.
-
-    So all weights of a column are in one unit, as the quadratic form has them.
-    """
-    if grid.scale.ndim < 2:
-        return None
-    ratio = _block_scales(node, grid) / scale
-    return np.arange(grid.qmin, grid.qmax + 1, dtype=np.float32)[:, None, None, None] * ratio
+    return Quadratic(metric, steps, grid.qmin - zero, grid.qmax - zero, levels, unit=unit), scale
 
 
 def _block_scales(node: Node, grid: Grid) -> Array:

@@ -34,6 +34,8 @@ class Quadratic:
             all from `low` to `high` are.
         free: 1 where the integer is to be found, 0 where it is 0 in any case, of the shape of `target`; None where all
             are.
+        unit: what is found are multiples of it, from `low` to `high` times, of the shape of `target`: weights of a
+            column that have scales of their own are in one unit so. None for 1; there are no `levels` beside it.
     """
 
     metric: Array
@@ -42,10 +44,11 @@ class Quadratic:
     high: Array
     levels: Array | None = None
     free: Array | None = None
+    unit: Array | None = None
 
     def nearest(self) -> Array:
         """Every coordinate rounded on its own."""
-        return self.held(rounded(self.target, self.low, self.high, self.levels))
+        return self.held(rounded(self.target, self.low, self.high, self.levels, self.unit))
 
     def held(self, u: Array) -> Array:
         """The integers with 0 where they are not free."""
@@ -61,8 +64,10 @@ class Quadratic:
         return np.where(self.cost(v) < self.cost(u), v, u)
 
 
-def rounded(x: Array, low: Array, high: Array, levels: Array | None) -> Array:
-    """The nearest of the integers from `low` to `high`, or of the `levels`."""
+def rounded(x: Array, low: Array, high: Array, levels: Array | None, unit: Array | None = None) -> Array:
+    """The nearest of the integers from `low` to `high`, of these times a `unit`, or of the `levels`."""
+    if unit is not None:
+        return np.minimum(np.maximum(np.rint(x / unit), low), high) * unit
     if levels is None:
         return np.minimum(np.maximum(np.rint(x), low), high)
     if levels.ndim == 1:
@@ -104,19 +109,22 @@ def sequential(problem: Quadratic) -> Array:
     levels = problem.levels
     if levels is not None and levels.ndim > 1:
         levels = np.take_along_axis(levels, order[None, :, :, None], 2)
-    free = None if problem.free is None else np.take_along_axis(problem.free, order[:, :, None], 1)
+    free, unit = (
+        None if a is None else np.take_along_axis(a, order[:, :, None], 1) for a in (problem.free, problem.unit)
+    )
     u, error, low, high = np.empty_like(t), np.zeros_like(t), problem.low[:, 0], problem.high[:, 0]
     for end in range(t.shape[1], 0, -_BLOCK):
         block = slice(max(0, end - _BLOCK), end)
         later = tf.matmul(factor[:, end:, block], error[:, end:], transpose_a=True).numpy()
         inner, centre, now = factor[:, block, block], t[:, block] - later, u[:, block]
         for k in reversed(range(now.shape[1])):
-            allowed = _of_row(levels, block.start + k)
-            now[:, k] = rounded(centre[:, k], low, high, allowed)
+            at = block.start + k
+            step = None if unit is None else unit[:, at]
+            now[:, k] = rounded(centre[:, k], low, high, _of_row(levels, at), step)
             if free is not None:
-                now[:, k] *= free[:, block.start + k]
-            step = now[:, k] - t[:, block][:, k]
-            centre[:, :k] -= inner[:, k, :k, None] * step[:, None]
+                now[:, k] *= free[:, at]
+            moved = now[:, k] - t[:, block][:, k]
+            centre[:, :k] -= inner[:, k, :k, None] * moved[:, None]
         error[:, block] = now - t[:, block]
     out = np.empty_like(u)
     np.put_along_axis(out, order[:, :, None], u, 1)
@@ -141,12 +149,12 @@ def descend(problem: Quadratic, start: Array, sweeps: int = 50) -> Array:
     own = levels is not None and levels.ndim > 1
     if own and levels is not None:
         levels = np.tile(levels, starts)
-    free = None if problem.free is None else np.tile(problem.free, starts)
+    free, unit = (None if a is None else np.tile(a, starts) for a in (problem.free, problem.unit))
     axis = 2 if len(out) == 1 else 0  # a lone group drops columns, others drop whole groups
     u, active = out.copy(), np.arange(out.shape[axis])
     for _ in range(sweeps):
         before = u.copy()
-        _sweep(metric, u, t, low, high, levels, free)
+        _sweep(metric, u, t, (low, high), levels, free, unit)
         keep = np.flatnonzero((u != before).any(axis=(0, 1) if axis == 2 else (1, 2)))
         out[(slice(None),) * axis + (active,)] = u
         if not keep.size:
@@ -154,7 +162,7 @@ def descend(problem: Quadratic, start: Array, sweeps: int = 50) -> Array:
         active = active[keep]
         u, t, low, high = (np.take(a, keep, axis) for a in (u, t, low, high))
         levels = np.take(levels, keep, axis + 1) if own and levels is not None else levels
-        free = None if free is None else np.take(free, keep, axis)
+        free, unit = (None if a is None else np.take(a, keep, axis) for a in (free, unit))
         metric = metric if axis == 2 else metric[keep]
     return out
 
@@ -165,18 +173,26 @@ def _per_column(edge: Array, target: Array, starts: int) -> Array:
 
 
 def _sweep(
-    metric: Array, u: Array, t: Array, low: Array, high: Array, levels: Array | None, free: Array | None
+    metric: Array,
+    u: Array,
+    t: Array,
+    limits: tuple[Array, Array],
+    levels: Array | None,
+    free: Array | None,
+    unit: Array | None,
 ) -> None:
     """Visit every coordinate once; u is updated in place."""
+    low, high = (limit[:, 0] for limit in limits)
     inverse, error = 1 / np.diagonal(metric, axis1=1, axis2=2)[:, :, None], u - t
     for begin in range(0, u.shape[1], _BLOCK):
         block = slice(begin, begin + _BLOCK)
         inner, now = metric[:, block, block], u[:, block]
         residual = tf.matmul(metric[:, block], error).numpy()
         for k in range(now.shape[1]):
-            allowed = _of_row(levels, begin + k)
-            new = rounded(now[:, k] - residual[:, k] * inverse[:, begin + k], low[:, 0], high[:, 0], allowed)
-            new = new if free is None else new * free[:, begin + k]
+            at = begin + k
+            step = None if unit is None else unit[:, at]
+            new = rounded(now[:, k] - residual[:, k] * inverse[:, at], low, high, _of_row(levels, at), step)
+            new = new if free is None else new * free[:, at]
             residual[:, k + 1 :] += inner[:, k + 1 :, k, None] * (new - now[:, k])[:, None]
             now[:, k] = new
         error[:, block] = now - t[:, block]

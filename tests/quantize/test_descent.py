@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -119,3 +120,16 @@ def test_levels_that_all_share_are_those_of_every_weight() -> None:
     assert np.isin(found, levels).all()
     better = descent(shared, start=found)
     assert (shared.cost(better) <= shared.cost(found) * (1 + 1e-6)).all()
+
+
+def test_weights_with_scales_of_their_own_are_multiples_of_them() -> None:
+    """A unit for every weight is the same as the levels that it makes."""
+    p = problem(groups=2, k=70, m=4)
+    unit = np.random.default_rng(1).uniform(0.3, 1, p.target.shape).astype(np.float32)
+    levels = np.arange(-7, 8, dtype=np.float32)[:, None, None, None] * unit
+    scaled, listed = Quadratic(p.metric, p.target, p.low, p.high, unit=unit), replace(p, levels=levels)
+    found, other = descent(scaled), descent(listed)
+    assert_feasible(p, np.rint(found / unit))
+    np.testing.assert_allclose(found / unit, np.rint(found / unit), atol=1e-5)
+    assert (scaled.cost(found) <= scaled.cost(scaled.nearest())).all()
+    assert scaled.cost(found).sum() == pytest.approx(listed.cost(other).sum(), rel=0.02)

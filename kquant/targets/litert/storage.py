@@ -30,7 +30,7 @@ def densify(model: Any) -> tuple[Stored, ...]:
     for weight in constants.weights(model):
         tensor = graph.tensors[weight.tensor]
         values, sparsity, size = sparse.encode(weight.values)
-        if tensor.type != schema.TensorType.INT8 or size + _OPERATOR >= weight.plain:
+        if tensor.type != schema.TensorType.INT8 or size + _OPERATOR >= weight.plain / weight.sharers:
             report.append(Stored(weight.name, "plain", weight.plain, weight.plain))
             continue
         stored = copy.copy(tensor)

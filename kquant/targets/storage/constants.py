@@ -6,6 +6,7 @@ known (equal tables are shared), and before anything has a place in the file.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,7 @@ class Weight:
         readers: indices of the operators that read it.
         channels: how many scales it has.
         axis: that these run along; 0 for one scale.
+        sharers: how many tensors share its bytes.
     """
 
     tensor: int
@@ -63,6 +65,7 @@ class Weight:
     readers: tuple[int, ...]
     channels: int
     axis: int
+    sharers: int
 
     @property
     def last(self) -> bool:
@@ -82,6 +85,7 @@ def weights(model: Any) -> list[Weight]:
                 readers.setdefault(index, []).append(position)
             else:
                 others.add(index)
+    sharers = Counter(t.buffer for t in graph.tensors)
     found = []
     for index, at in readers.items():
         tensor = graph.tensors[index]
@@ -89,7 +93,7 @@ def weights(model: Any) -> list[Weight]:
         if values is not None:
             plain, channels = len(model.buffers[tensor.buffer].data), len(tensor.quantization.scale)
             axis = int(tensor.quantization.quantizedDimension) if channels > 1 else 0
-            found.append(Weight(index, tensor.name, values, plain, tuple(at), channels, axis))
+            found.append(Weight(index, tensor.name, values, plain, tuple(at), channels, axis, sharers[tensor.buffer]))
     return found
 
 

@@ -31,6 +31,8 @@ from kquant.targets.storage.decode_operator import (
 # what else a file needs, about: for DECODE and its first tensor, and for the second tensor, which may be shared
 _OPERATOR, _ANCILLARY = 76, 48
 _FEWEST = 64  # values that are worth it
+_HOPELESS = 1.2  # times the other ways' bytes: no shared table makes up for so much
+_TRIED = 3  # pairs of groups
 
 Array = np.ndarray
 
@@ -42,7 +44,7 @@ class _Group:
     members: tuple[int, ...]
     counts: Array
     code: Code
-    bytes: int
+    bytes: float
 
 
 def decode_operators(model: Any) -> tuple[Stored, ...]:
@@ -63,23 +65,27 @@ def decode_operators(model: Any) -> tuple[Stored, ...]:
         if encoded is None:
             report.append(Stored(weight.name, "plain", weight.plain, weight.plain))
             continue
-        own = 0 if encoded.ancillary in seen else len(encoded.ancillary)
-        seen.add(encoded.ancillary)
-        report.append(Stored(weight.name, KINDS[encoded.kind], weight.plain, len(encoded.values) + own))
+        own = sum(len(part) for part in (encoded.values, encoded.ancillary) if part not in seen)
+        seen |= {encoded.values, encoded.ancillary}
+        report.append(Stored(weight.name, KINDS[encoded.kind], weight.plain, own))
     return tuple(report)
 
 
 def _choose(weights: Sequence[Weight]) -> list[Encoded | None]:
     """The shortest way for each; None for as it is."""
+    ways = [[e for e in _ways(weight) if e is not None] for weight in weights]
+    readers = Counter(e.ancillary for of_one in ways for e in of_one)
     best: list[Encoded | None] = []
-    costs: list[int] = []
-    for weight in weights:
-        ways = [e for e in _ways(weight) if e is not None]
-        cost = {id(e): _OPERATOR + _ANCILLARY + len(e.values) + len(e.ancillary) for e in ways}
-        way = min(ways, key=lambda e: cost[id(e)])
-        better = cost[id(way)] < weight.plain
-        best.append(way if better else None)
-        costs.append(cost[id(way)] if better else weight.plain)
+    costs: list[float] = []
+    for weight, of_one in zip(weights, ways, strict=True):
+        sizes = [
+            _OPERATOR + len(e.values) / weight.sharers + (_ANCILLARY + len(e.ancillary)) / readers[e.ancillary]
+            for e in of_one
+        ]
+        shortest = int(np.argmin(sizes))
+        plain = weight.plain / weight.sharers
+        best.append(of_one[shortest] if sizes[shortest] < plain else None)
+        costs.append(min(sizes[shortest], plain))
     for group in _groups(weights, costs):
         for member in group.members:
             best[member] = group.code.encode(weights[member].values)
@@ -92,38 +98,44 @@ def _ways(weight: Weight) -> tuple[Encoded | None, ...]:
     return encode_table(weight.values), own, encode_pruned(weight.values)
 
 
-def _groups(weights: Sequence[Weight], costs: Sequence[int]) -> list[_Group]:
+def _groups(weights: Sequence[Weight], costs: Sequence[float]) -> list[_Group]:
     """Groups of tensors with one Huffman code, which save the most against `costs`: merged two by two."""
-    singles = [_group((k,), _counts(w.values)) for k, w in enumerate(weights)]
-    groups = [g for g in singles if g is not None and g.bytes < 1.2 * costs[g.members[0]]]
-    while True:
-        pairs = [(_saved(a, b), i, j) for i, a in enumerate(groups) for j, b in enumerate(groups[:i])]
-        merged = None
-        for _, i, j in sorted(pairs, reverse=True)[:3]:
-            merged = _group(groups[i].members + groups[j].members, groups[i].counts + groups[j].counts)
-            if merged is not None and merged.bytes < groups[i].bytes + groups[j].bytes:
-                groups = [g for k, g in enumerate(groups) if k not in (i, j)] + [merged]
-                break
-            merged = None
-        if merged is None:
-            break
+    singles = [_group(weights, (k,)) for k in range(len(weights))]
+    groups = [g for g in singles if g is not None and g.bytes < _HOPELESS * costs[g.members[0]]]
+    while (merged := _merged(weights, groups)) is not None:
+        groups = [g for g in groups if not set(g.members) & set(merged.members)] + [merged]
     kept = []
     for group in groups:
-        own = [_OPERATOR + group.code.bits(_present(_counts(weights[k].values))) // 8 for k in group.members]
-        members = tuple(k for k, cost in zip(group.members, own, strict=True) if cost < costs[k])
-        saved = sum(costs[k] - cost for k, cost in zip(group.members, own, strict=True) if cost < costs[k])
-        if saved > _ANCILLARY + len(group.code.ancillary):
+        own = {k: _OPERATOR + _coded(group.code, weights[k]) for k in group.members}
+        members = tuple(k for k in group.members if own[k] < costs[k])
+        if sum(costs[k] - own[k] for k in members) > _ANCILLARY + len(group.code.ancillary):
             kept.append(_Group(members, group.counts, group.code, group.bytes))
     return kept
 
 
-def _group(members: tuple[int, ...], counts: Array) -> _Group | None:
-    present = _present(counts)
-    code = huffman_code(present)
+def _merged(weights: Sequence[Weight], groups: Sequence[_Group]) -> _Group | None:
+    """Two groups as one, where that takes fewer bytes: of the pairs that promise most."""
+    pairs = [(_saved(a, b), i, j) for i, a in enumerate(groups) for j, b in enumerate(groups[:i])]
+    for _, i, j in sorted(pairs, reverse=True)[:_TRIED]:
+        both = _group(weights, groups[i].members + groups[j].members)
+        if both is not None and both.bytes < groups[i].bytes + groups[j].bytes:
+            return both
+    return None
+
+
+def _group(weights: Sequence[Weight], members: tuple[int, ...]) -> _Group | None:
+    counts = np.sum([_counts(weights[k].values) for k in members], axis=0)
+    code = huffman_code({int(k) - 128: int(counts[k]) for k in np.flatnonzero(counts)})
     if code is None:
         return None
-    size = _ANCILLARY + len(code.ancillary) + _OPERATOR * len(members) + code.bits(present) // 8
+    size = _ANCILLARY + len(code.ancillary) + sum(_OPERATOR + _coded(code, weights[k]) for k in members)
     return _Group(members, counts, code, size)
+
+
+def _coded(code: Code, weight: Weight) -> float:
+    """Bytes of a tensor in a code."""
+    counts = _counts(weight.values)
+    return code.bits({int(k) - 128: int(counts[k]) for k in np.flatnonzero(counts)}) / 8 / weight.sharers
 
 
 def _saved(a: _Group, b: _Group) -> float:
@@ -140,10 +152,6 @@ def _information(counts: Array) -> float:
 
 def _counts(values: Array) -> Array:
     return np.bincount(values.reshape(-1).astype(np.int64) + 128, minlength=256)
-
-
-def _present(counts: Array) -> Counter[int]:
-    return Counter({int(k) - 128: int(counts[k]) for k in np.flatnonzero(counts)})
 
 
 def _write(model: Any, weights: Sequence[Weight], chosen: Sequence[Encoded | None]) -> None:

@@ -29,7 +29,8 @@ MAGIC = b"KQZ\x01"
 _HEAD = struct.Struct("<4sIBQI")  # magic, CRC of what follows, kind, size, CRC of the file
 _BYTES, _TFLITE = 0, 1
 _LARGEST = 1 << 31  # of a flatbuffer
-_MOST = 8192  # times: LZMA does not compress further
+_SMALL = 8192  # bytes, of files that are packed both ways
+_MOST, _MOST_CODED = 8192, 1024  # times: LZMA does not compress further; nor are arrays coded in less
 # preset, lc, lp, pb of LZMA
 _WORDS, _PLAIN, _AS_IT_IS = 0, 1, 2
 _SETTINGS = ((6, 0, 0, 2), (9 | lzma.PRESET_EXTREME, 3, 0, 2))
@@ -51,12 +52,10 @@ def pack_tflite(source: bytes | str | os.PathLike[str], path: str | os.PathLike[
     content = _read(source, "file")
     if len(content) >= _LARGEST:
         raise PackError(f"a .tflite file has less than 2 GiB, this one {len(content):,} bytes; pack its parts")
-    streams = [(_BYTES, _stored(content, _PLAIN))] if len(content) < _MOST else []
     structured = _structured(content)
-    if structured is not None:
-        streams.append((_TFLITE, structured))
-    elif not streams:
-        streams.append((_BYTES, _stored(content, _PLAIN)))
+    streams = [] if structured is None else [(_TFLITE, structured)]
+    if not streams or len(content) < _SMALL or len(content) > _MOST_CODED * len(streams[0][1]):
+        streams = [*streams[: len(content) < _SMALL], (_BYTES, _stored(content, _PLAIN))]
     kind, body = min(streams, key=lambda s: len(s[1]))
     head = _HEAD.pack(MAGIC, 0, kind, len(content), zlib.crc32(content))
     checked = zlib.crc32(head[8:] + body)
@@ -83,7 +82,7 @@ def unpack_tflite(packed: bytes | str | os.PathLike[str]) -> bytes:
         raise PackError(f"the packed file has version {container[3]}, this kquant reads version {MAGIC[3]}; update it")
     if zlib.crc32(container[8:]) != crc:
         raise PackError("the packed file is damaged: it has changed since it was packed; transfer it again")
-    if size >= _LARGEST or size > _MOST * len(container):
+    if size >= _LARGEST or size > (_MOST_CODED if kind == _TFLITE else _MOST) * len(container):
         raise PackError(f"the packed file is damaged: it claims to hold {size:,} bytes")
     body = container[_HEAD.size :]
     if kind == _BYTES:
@@ -138,7 +137,7 @@ def inspect_packed(source: bytes | str | os.PathLike[str]) -> tuple[PackedPart, 
     rows = []
     for part in parts:
         if part.kind == "floats":
-            costs[part] = len(_stored(_planes(values, part), _PLAIN))
+            costs[part] = len(_floats(values, [part]))
         rows.append(PackedPart(part.name, part.kind, part.size, round(costs[part])))
     left = len(content) - sum(row.bytes for row in rows)
     rest = len(pack_tflite(content)) - sum(row.packed for row in rows)
@@ -164,15 +163,13 @@ def _structured(content: bytes) -> bytes | None:
             return None  # an array lies over what tells where arrays lie
     except NOT_A_FILE:
         return None
-    values, encoder, planes = np.frombuffer(content, np.uint8), Encoder(), []
+    values, encoder = np.frombuffer(content, np.uint8), Encoder()
     for part in parts:
-        if part.kind == "floats":
-            planes.append(_planes(values, part))
-        else:
+        if part.kind != "floats":
             encoder.section(values, part)
     header, coded = encoder.finish()
     header = _gaps(parts) + header
-    streams = [_stored(header + _without(content, parts), _WORDS), _stored(b"".join(planes), _PLAIN) if planes else b""]
+    streams = [_stored(header + _without(content, parts), _WORDS), _floats(values, parts)]
     head = Writer()
     head.number(len(header))
     for stream in streams:
@@ -227,28 +224,37 @@ def _from_structured(body: bytes, size: int) -> bytes:
     except NOT_A_FILE as error:
         raise PackError("the packed file is damaged: what it holds is no .tflite file") from error
     floats = [p for p in parts if p.kind == "floats"]
-    decoder = Decoder(content, [p for p in parts if p.kind != "floats"], header)
-    decoder.run(rest[sum(sizes) :])
-    _put_planes(content, floats, rest[sizes[0] : sum(sizes)])
+    try:
+        decoder = Decoder(content, [p for p in parts if p.kind != "floats"], header)
+        decoder.run(rest[sum(sizes) :])
+    except PackError:
+        raise
+    except (ValueError, IndexError, OverflowError) as error:
+        raise PackError(f"the packed file is damaged: {error}") from error
+    _put_floats(content, floats, rest[sizes[0] : sum(sizes)])
     return content.tobytes()
 
 
-def _planes(values: np.ndarray, part: Section) -> bytes:
-    """First the lowest bytes of all numbers, last the highest."""
-    return values[part.start : part.start + part.size].reshape(-1, part.bits // 8).T.tobytes()
+def _floats(values: np.ndarray, parts: Sequence[Section]) -> bytes:
+    """Floats as they are, or by planes (the lowest bytes of all first), whichever is shorter; a byte says which."""
+    arrays = [(values[p.start : p.start + p.size], p.bits // 8) for p in parts if p.kind == "floats"]
+    if not arrays:
+        return b""
+    ways = (b"".join(a.tobytes() for a, _ in arrays), b"".join(a.reshape(-1, n).T.tobytes() for a, n in arrays))
+    return min((bytes([k]) + _stored(way, _PLAIN) for k, way in enumerate(ways)), key=len)
 
 
-def _put_planes(content: np.ndarray, parts: Sequence[Section], stream: bytes) -> None:
+def _put_floats(content: np.ndarray, parts: Sequence[Section], stream: bytes) -> None:
     if not parts:
         return
     size = sum(p.size for p in parts)
-    planes, at = np.frombuffer(_restored(stream, size), np.uint8), 0
-    if len(planes) != size:
+    numbers, at = np.frombuffer(_restored(stream[1:], size), np.uint8), 0
+    if len(numbers) != size:
         raise PackError("the packed file is damaged: some of its numbers are missing")
     for part in parts:
-        content[part.start : part.start + part.size] = (
-            planes[at : at + part.size].reshape(part.bits // 8, -1).T.reshape(-1)
-        )
+        found = numbers[at : at + part.size]
+        planes = found.reshape(part.bits // 8, -1).T.reshape(-1) if stream[0] else found
+        content[part.start : part.start + part.size] = planes
         at += part.size
 
 

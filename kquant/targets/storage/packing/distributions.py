@@ -21,7 +21,7 @@ OCTAVE = 4  # widths in an octave
 CENTRES = 15  # two fifths of a width apart, around 0
 _HALF = CENTRES // 2
 _NARROWEST = 0.15
-_PER_UNIT, _REACH = 256, 12  # entries of a table for each standard deviation, standard deviations to each side
+_PER_UNIT, _REACH = 1024, 12  # entries of a table for each standard deviation, standard deviations to each side
 _ONE = 1 << 30
 ENDS = (0, 5, 20)  # of 1024: share of the mass that the ends of the range get beside their own
 
@@ -111,11 +111,10 @@ class Profile:
             quarter = np.array([1024, 1218, 1448, 1722], np.int64)
             steps = np.asarray(self.tilt, np.int64) + 64
             mass = (mass >> 14) * quarter[steps % 4] * (1 << (steps // 4)) >> 16
-        total = np.maximum(mass.sum(axis=1, keepdims=True), 1)
+        up_to = np.cumsum(mass, axis=1)
+        up_to[:, -1] = np.maximum(up_to[:, -1], 1)
         freq = np.zeros((len(widths), 256), np.int64)
-        freq[:, :size] = mass * (TOTAL - size) // total + 1
-        rows = np.arange(len(freq))
-        freq[rows, freq.argmax(axis=1)] += TOTAL - freq.sum(axis=1)
+        freq[:, :size] = np.diff(up_to * (TOTAL - size) // up_to[:, -1:], axis=1, prepend=0) + 1
         return freq
 
 
@@ -148,10 +147,9 @@ class Tables:
         first, end = self._made, self._made + len(new)
         self._row[new] = np.arange(first, end)
         self._made = end
-        if end > len(self.freq):  # doubled, so that what is there is copied a few times only
+        if end > len(self.freq):  # with room for more, so that what is there is copied a few times only
             self.freq, self.start, self.slots = (
-                np.concatenate([t[:first], np.zeros((2 * end - first, t.shape[1]), t.dtype)])
-                for t in (self.freq, self.start, self.slots)
+                _longer(t, first, 4 * end) for t in (self.freq, self.start, self.slots)
             )
         profile, rest = np.divmod(new, WIDTHS * CENTRES)
         for p in np.unique(profile).tolist():
@@ -162,3 +160,9 @@ class Tables:
         if self.slots.shape[1]:
             symbols = np.tile(np.arange(256, dtype=np.uint8), len(freq))
             self.slots[first:end] = np.repeat(symbols, freq.reshape(-1)).reshape(len(freq), TOTAL)
+
+
+def _longer(table: Array, used: int, rows: int) -> Array:
+    made = np.empty((rows, table.shape[1]), table.dtype)
+    made[:used] = table[:used]
+    return made

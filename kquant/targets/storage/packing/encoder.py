@@ -129,7 +129,8 @@ class Encoder:
                     contexts.append(model.contexts(stage, values) + plan.profile(model.profile) * fmt.CONTEXTS)
                     found.append(values[model.at(stage)].reshape(-1) - model.profile.low)
             runs.append((tables.rows(np.concatenate(contexts)), np.concatenate(found)))
-        coded = [(tables.freq[r, s], tables.start[r, s]) for r, s in runs]
+        places = [r * 256 + s for r, s in runs]
+        coded = [(tables.freq.reshape(-1).take(p), tables.start.reshape(-1).take(p)) for p in places]
         states, words = rans.encode(coded, lanes, payload.view("<u2"))
         head = Writer()
         head.number(len(plan.profiles) - 1)

@@ -12,6 +12,7 @@ Array = np.ndarray
 
 _MOST = 64  # levels that are worth listing
 _FEWER = 0.7  # share of the range that they may fill
+_LEVEL_BITS = 6  # of a level in a list, about
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,16 +44,14 @@ def find(values: Array) -> Levels | None:
     """The levels of int64 values (outputs, taps, inputs) within int8, where there are few."""
     rows = len(values)
     flat = values.reshape(rows, -1)
-    present = np.zeros((rows, 256), bool)
-    present[np.arange(rows)[:, None], flat + 128] = True
+    places = flat + (np.arange(rows) * 256 + 128)[:, None]
+    present = np.bincount(places.reshape(-1), minlength=256 * rows).reshape(rows, 256) > 0
     together = np.flatnonzero(present.any(axis=0))
-    span = int(together[-1] - together[0]) + 1
-    if len(together) <= min(_MOST, _FEWER * span):
-        return Levels(together[None] - 128)
     counts = present.sum(axis=1)
-    most = int(counts.max())
-    if most > min(_MOST, _FEWER * len(together)) or most * 4 > flat.shape[1]:
-        return None
+    most, span = int(counts.max()), int(together[-1] - together[0]) + 1
+    saved = flat.shape[1] * np.log2(len(together) / most) - _LEVEL_BITS * most  # in a row, by a list of its own
+    if saved <= 0 or most > _MOST:
+        return Levels(together[None] - 128) if len(together) <= min(_MOST, _FEWER * span) else None
     order = np.argsort(~present, axis=1, kind="stable")[:, :most]
     last = order[np.arange(rows), counts - 1]
     return Levels(np.where(np.arange(most) < counts[:, None], order, last[:, None]) - 128)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 NOT_A_FILE = (struct.error, IndexError, ValueError, OverflowError)
 _LEAST = 8  # numbers; shorter arrays are left where they are
-_MOST_TENSORS = 1 << 16
 # of the schema's TensorType -> (kind, bits of a value)
 _KINDS = {
     9: ("integers", 8),
@@ -54,8 +53,13 @@ class Section:
 class _Table:
     """A table of a flatbuffer."""
 
-    def __init__(self, content: bytes, at: int) -> None:
+    def __init__(self, content: bytes, at: int, left: list[int] | None = None) -> None:
         self.content, self.at = content, at
+        # how many tables may still be read: a file has no more than it has room for, unless they overlap
+        self._left = [len(content) // 4] if left is None else left
+        self._left[0] -= 1
+        if self._left[0] < 0:
+            raise ValueError("too many tables")
         self._vtable = at - struct.unpack_from("<i", content, at)[0]
         if self._vtable < 0:
             raise ValueError("a table without a description")
@@ -86,15 +90,16 @@ class _Table:
     def table(self, number: int) -> _Table | None:
         """Another table; None if it is not there."""
         place = self.field(number)
-        return _Table(self.content, place + struct.unpack_from("<I", self.content, place)[0]) if place else None
+        return self._at(place) if place else None
 
     def tables(self, number: int) -> list[_Table]:
         """A vector of tables."""
         start, length = self.vector(number, 4)
-        if length > _MOST_TENSORS:
-            raise ValueError("too many tables")
-        offsets = struct.unpack_from(f"<{length}I", self.content, start) if length else ()
-        return [_Table(self.content, start + 4 * k + offset) for k, offset in enumerate(offsets)]
+        return [self._at(start + 4 * k) for k in range(length)]
+
+    def _at(self, place: int) -> _Table:
+        """The table that an offset leads to."""
+        return _Table(self.content, place + struct.unpack_from("<I", self.content, place)[0], self._left)
 
 
 def sections(content: bytes) -> tuple[Section, ...]:

@@ -31,7 +31,7 @@ _MOST_TAPS = 64
 _FACTOR_BITS, _COEFFICIENT_BITS = 3.0, 4.5  # about, when coded
 _TINY = 0.02
 _FEW = 64  # values, whose frequencies may be told one by one
-_SAMPLE = 8192
+_SAMPLE = 4096
 _MIDDLE = CENTRES // 2
 
 
@@ -108,11 +108,10 @@ def fit(values: Array, low: int, high: int) -> Model:
     if 1 < v.shape[1] <= _MOST_TAPS:
         made = _predictor(v / (factors[0] * factors[2]))
         predicted = v - _predicted(v, made)
-        better, less = _factors(predicted, sweeps=2)
-        if less + _COEFFICIENT_BITS * np.count_nonzero(made) + v.shape[1] < cost:
-            factors, residual, coefficients = better, predicted, made
-    if coefficients is None:
-        factors, _ = _factors(v, sweeps=2)
+        less = _factors(predicted, sweeps=1)[1] + _COEFFICIENT_BITS * np.count_nonzero(made) + v.shape[1]
+        if less < cost:
+            residual, coefficients = predicted, made
+    factors, _ = _factors(residual, sweeps=2)
     z = (residual / (factors[0] * factors[1] * factors[2])).reshape(-1)
     quarters = [np.rint(np.log2(f.reshape(-1)) * OCTAVE).astype(np.int64) for f in factors]
     quarters[0] = width_of(factors[0].reshape(-1))
@@ -126,29 +125,25 @@ def _factors(v: Array, sweeps: int) -> tuple[list[Array], float]:
 
     A Gaussian of width s takes log2(s) bits and a constant; a factor is taken if that falls by more than it costs.
     """
-    squares = np.square(v)
+    squares, shape = np.square(v), v.shape
     overall = max(float(np.sqrt(squares.mean())), _TINY)
-    factors = [
-        np.full(v.shape[0], overall, np.float32),
-        np.ones(v.shape[1], np.float32),
-        np.ones(v.shape[2], np.float32),
-    ]
-    cost, taken = v.size * float(np.log2(overall)), [False] * 3
+    factors = [np.full(n, overall if k == 0 else 1.0, np.float32) for k, n in enumerate(shape)]
+    logs = [v.size * float(np.log2(overall)), 0.0, 0.0]  # of the factors, over all values
+    cost, taken = logs[0], [False] * 3
     for axis in (0, 1, 2) * sweeps:
-        size = v.shape[axis]
+        size = shape[axis]
         if size == 1:
             continue
         sums = _sums(squares, [1 / np.square(f) for f in factors], axis)
-        new = np.maximum(np.sqrt(sums * (size / v.size)), _TINY * (overall if axis == 0 else 1.0))
+        steps = np.log2(np.maximum(np.sqrt(sums * (size / v.size)), _TINY * (overall if axis == 0 else 1.0)))
         if axis:  # only the outputs' factor has a size of its own
-            new = new / np.exp2(np.mean(np.log2(new)))
-        new = np.exp2(np.rint(np.log2(new) * OCTAVE) / OCTAVE).astype(np.float32)
-        trial = [new if k == axis else f for k, f in enumerate(factors)]
-        bits = sum(v.size / f.size * float(np.sum(np.log2(f))) for f in trial)
-        bits += 0.7213 * (float(np.sum(sums / np.square(new))) - v.size)
-        bits += sum(_FACTOR_BITS * v.shape[k] for k in range(3) if taken[k] or k == axis)
+            steps -= steps.mean()
+        steps = np.rint(steps * OCTAVE) / OCTAVE
+        new, log = np.exp2(steps).astype(np.float32), v.size / size * float(steps.sum())
+        bits = sum(logs) - logs[axis] + log + 0.7213 * (float(np.sum(sums / np.square(new))) - v.size)
+        bits += sum(_FACTOR_BITS * shape[k] for k in range(3) if taken[k] or k == axis)
         if bits < cost:
-            factors, cost, taken[axis] = trial, bits, True
+            factors[axis], logs[axis], cost, taken[axis] = new, log, bits, True
     a, t, i = factors
     return [a[:, None, None], t[None, :, None], i[None, None, :]], cost
 
