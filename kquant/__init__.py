@@ -11,6 +11,7 @@ from kquant.graph.backend import check_backend
 
 check_backend()
 
+from kquant.budget.compress import compress  # noqa: E402
 from kquant.budget.latency import LatencyTable  # noqa: E402
 from kquant.budget.profile import profile  # noqa: E402
 from kquant.budget.records import Profile  # noqa: E402
@@ -78,6 +79,7 @@ __all__ = [
     "TFLiteModel",
     "Target",
     "Training",
+    "compress",
     "diagnose",
     "export_tflite",
     "from_tfmot",

@@ -75,7 +75,7 @@ class Studio:
         self._settings, base, seed = settings, settings.base, settings.seed
         self.by_score = metric is not None
         graph = prepare_graph(model)
-        calibration, held = _split(read_samples(data, graph, limit=LIMIT))
+        calibration, held = split(read_samples(data, graph, limit=LIMIT))
         arrays = {n: np.concatenate(c) for n, c in zip(held.names, zip(*calibration, strict=True), strict=True)}
         self.metric = make_metric(metric or ("accuracy" if held.labels is not None else "kl"), held, model)
         by_function = self.metric.kind == "function"
@@ -209,7 +209,7 @@ def best_of(found: Sequence[Evaluation], by_score: bool) -> Evaluation:
     return min(found, key=lambda e: (-e.score if by_score else 0.0, e.distance, e.bytes))
 
 
-def _split(samples: Samples) -> tuple[list[tuple[np.ndarray, ...]], Samples]:
+def split(samples: Samples) -> tuple[list[tuple[np.ndarray, ...]], Samples]:
     """Batches to calibrate with, and samples that are held out: one of `HELD`, spread evenly."""
     arrays = [np.concatenate(column) for column in zip(*samples.batches, strict=True)]
     count = len(arrays[0])
