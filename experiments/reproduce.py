@@ -12,7 +12,7 @@ accuracy: top-1 of the exported file on all evaluation samples, against the floa
 TensorFlow converter. parity: the contract of `verify_tflite`, and the share of equal elements. 1 to 6: the tables of
 the white paper, see `experiments.paper_tables`. diagnosis, sensitivity: see `experiments.debug_tables`. 7 to 10 and
 training: see `experiments.training_tables`. targets: what files take on TensorFlow Lite Micro and Arm Ethos-U, see
-`experiments.targets`. packing: smaller files, see `experiments.packing`. sentences: MiniLM on STS-B, see
+`experiments.targets`. packing, packing_speed: smaller files, see `experiments.packing`. sentences: MiniLM on STS-B, see
 `experiments.sentences`. Calibration uses the calibration sets only.
 """
 

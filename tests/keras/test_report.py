@@ -36,6 +36,17 @@ def test_rows_say_bits_granularity_and_range(name, weights, grid):
     assert json.loads(json.dumps(rows)) == rows
 
 
+def test_rows_say_what_a_code_for_the_weights_would_take():
+    _, qgraph, rows = rows_of("w4a8")
+    for name in ("c1", "dw", "fc"):
+        counts = np.unique(qgraph.integers[name], return_counts=True)[1]
+        share = counts / counts.sum()
+        entropy = -np.sum(share * np.log2(share))
+        assert rows[name]["entropy"] == pytest.approx(entropy)
+        assert entropy <= rows[name]["huffman"] < entropy + 1
+    assert rows["add"]["entropy"] is None
+
+
 def test_rows_say_what_dictated_a_grid():
     plan, _, rows = rows_of()
     assert rows["sm"]["shared"] == "fixed by the target"
