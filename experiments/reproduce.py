@@ -17,8 +17,8 @@ the white paper, see `experiments.paper_tables`. diagnosis, sensitivity: see `ex
 training and few_bits: see `experiments.training_tables`. targets: what files take on TensorFlow Lite Micro and Arm
 Ethos-U, see `experiments.targets`. latency, search: what files take on LiteRT, and what the search of bits finds, see
 `experiments.search_tables`. formats: weights of few bits, see `experiments.formats`. blocks: dense layers in 4 bits
-beside ai-edge-quantizer, see `experiments.blocks`. packing: smaller files, see `experiments.packing`. sentences: MiniLM
-on STS-B, see `experiments.sentences`. Calibration uses the calibration sets only.
+beside ai-edge-quantizer, see `experiments.blocks`. packing, packing_speed: smaller files, see `experiments.packing`.
+sentences: MiniLM on STS-B, see `experiments.sentences`. Calibration uses the calibration sets only.
 """
 
 from __future__ import annotations

@@ -88,8 +88,8 @@ def export_tflite(
             models for target "tflm": as tables, Huffman codes or masks, which the operator DECODE writes into the arena
             (it needs a build of TensorFlow Lite Micro with that operator, the largest such tensor's bytes of arena
             more, and time for each inference). "densify", of models for target "litert" whose weights are
-            zeros by more than half: as sparse tensors, which XNNPACK writes out once; the kernels without that
-            delegate do so at each inference, and are slow.
+            zeros by more than half: as sparse tensors, which XNNPACK writes out once, at full speed; kernels without
+            that delegate compute the same and may take longer.
 
     Raises:
         ModelError: `model` is not a quantized model.

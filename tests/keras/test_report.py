@@ -36,11 +36,16 @@ def test_rows_say_bits_granularity_and_range(name, weights, grid):
     assert json.loads(json.dumps(rows)) == rows
 
 
-def test_rows_say_what_a_coder_of_weights_would_make_of_them():
+def test_rows_say_what_a_code_for_the_weights_would_take():
     _, qgraph, rows = rows_of("w4a8")
-    counts = np.unique(qgraph.integers["fc"], return_counts=True)[1] / qgraph.integers["fc"].size
-    assert rows["fc"]["entropy"] == pytest.approx(-(counts * np.log2(counts)).sum())
-    assert rows["fc"]["zeros"] == np.mean(qgraph.integers["fc"] == 0) and rows["add"]["entropy"] is None
+    for name in ("c1", "dw", "fc"):
+        counts = np.unique(qgraph.integers[name], return_counts=True)[1]
+        share = counts / counts.sum()
+        entropy = -np.sum(share * np.log2(share))
+        assert rows[name]["entropy"] == pytest.approx(entropy)
+        assert entropy <= rows[name]["huffman"] < entropy + 1
+        assert rows[name]["zeros"] == np.mean(qgraph.integers[name] == 0)
+    assert rows["add"]["entropy"] is None
 
 
 def test_rows_say_what_dictated_a_grid():

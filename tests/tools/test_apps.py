@@ -17,7 +17,8 @@ import pytest
 from absl import app
 
 import kquant
-from kquant_tools import evaluate, export, quantize, verify
+from kquant.targets.litert.flatbuffer import read_tensors
+from kquant_tools import evaluate, export, pack, quantize, verify
 from models import digits_cnn
 from tests.support.apps import ROOT, checkout_environment, run_app
 
@@ -87,18 +88,55 @@ def test_verify_accepts_its_own_file_and_rejects_another(files, capsys):
         (quantize, {"output": "no/folder/q.keras"}, "ExportError: Cannot write"),
         (quantize, {"output": "q.h5"}, "ExportError: Cannot write 'q.h5': its name must end in .keras"),
         (export, {"output": "q.tflite"}, "ModelError"),
+        (export, {"compress": "tflm", "model": None}, "ExportError: litert has no weights of compress='tflm'"),
         (verify, {"tflite": "nope.tflite"}, "ExportError: There is no file 'nope.tflite'"),
+        (pack, {"input": "nope.tflite"}, "PackError: There is no file 'nope.tflite'"),
+        (pack, {"action": "unpack", "output": "x.tflite"}, "PackError: this is no packed file"),
+        (pack, {"output": "x.zip"}, "ExportError: Cannot write 'x.zip': its name must end in .kqz"),
     ],
 )
 def test_errors_are_one_message_and_exit_status_1(files, capsys, module, changes, message):
     defaults: dict[object, dict[str, object]] = {
         quantize: {"model": digits_cnn.PATH, "data": files.cal_npy, "output": str(files.folder / "x.keras")},
-        export: {"model": digits_cnn.PATH},
+        export: {"model": files.q_keras if "compress" in changes else digits_cnn.PATH, "output": "x.tflite"},
+        pack: {"input": files.q_tflite, "output": "x.kqz"},
         verify: {"model": files.q_keras, "data": files.test_npz},
     }
-    assert run_app(module, **{**defaults[module], **changes}) == 1
+    given = {**defaults[module], **{name: value for name, value in changes.items() if value is not None}}
+    assert run_app(module, **given) == 1
     err = capsys.readouterr().err
     assert err.startswith(message) and "Traceback" not in err
+
+
+def test_pack_and_unpack_give_the_file_back(files, capsys):
+    packed, back = str(files.folder / "q.kqz"), str(files.folder / "back.tflite")
+    assert run_app(pack, input=files.q_tflite, output=packed) == 0
+    assert run_app(pack, action="unpack", input=packed, output=back) == 0
+    content = Path(files.q_tflite).read_bytes()
+    assert Path(back).read_bytes() == content and Path(packed).stat().st_size < len(content)
+    assert f"{len(content):,} bytes -> {packed}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", ["q.tflite", "inspected.kqz"])
+def test_inspect_shows_a_row_for_every_array_and_the_totals(files, capsys, source):
+    kquant.pack_tflite(files.q_tflite, files.folder / "inspected.kqz")
+    assert run_app(pack, action="inspect", input=str(files.folder / source)) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    sizes = {row[0]: [int(cell) for cell in row[-2:]] for row in rows}
+    plain, packed = Path(files.q_tflite).stat().st_size, (files.folder / "inspected.kqz").stat().st_size
+    assert sizes["total"] == [plain, packed]
+    assert sum(int(row[-1]) for row in rows[:-1]) == packed
+    kernels = {name for name in read_tensors(files.q_tflite) if name.endswith("/kernel")}
+    assert {row[0] for row in rows if row[1] == "integers"} == kernels
+
+
+def test_export_stores_weights_for_micro(files, capsys):
+    options = {"model": digits_cnn.PATH, "config": "w4a8-per_tensor", "target": "tflm", "data": files.cal_npy}
+    micro, content = str(files.folder / "micro.keras"), str(files.folder / "micro.tflite")
+    assert run_app(quantize, **options, adaround=False, output=micro, progress=False) == 0
+    assert run_app(export, model=micro, output=content, compress="tflm") == 0
+    assert "bytes stored in" in capsys.readouterr().out
+    assert run_app(verify, model=micro, tflite=content, data=files.test_npz, limit=4) == 0
 
 
 def test_quantize_switches_steps(files, capsys):
@@ -158,7 +196,7 @@ def test_console_scripts_name_functions_that_exist():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     scripts = re.findall(r"^(\S+) = kquant_tools\.(\w+):(\w+)$", setup["options.entry_points"]["console_scripts"], re.M)
-    assert len(scripts) == 6
+    assert len(scripts) == 7
     for script, module, function in scripts:
         assert script == f"kquant-{module}".replace("_", "-")
         assert callable(getattr(importlib.import_module(f"kquant_tools.{module}"), function))

@@ -120,17 +120,16 @@ class Encoder:
         tables, runs = Tables(plan.profiles, slots=False), []
         if any(a.coded for a in plan.arrays):
             rows = tables.rows(np.concatenate([a.contexts for a in plan.arrays]))
-            symbols = np.concatenate(self._symbols)
-            runs.append((rows, symbols))
+            runs.append(rows * 256 + np.concatenate(self._symbols))
         for stage in range(max((m.stages for m in plan.models), default=0)):
             contexts, found = [], []
             for model, values in zip(plan.models, self._values, strict=True):
                 if stage < model.stages:
                     contexts.append(model.contexts(stage, values) + plan.profile(model.profile) * fmt.CONTEXTS)
                     found.append(values[model.at(stage)].reshape(-1) - model.profile.low)
-            runs.append((tables.rows(np.concatenate(contexts)), np.concatenate(found)))
-        places = [r * 256 + s for r, s in runs]
-        coded = [(tables.freq.reshape(-1).take(p), tables.start.reshape(-1).take(p)) for p in places]
+            runs.append(tables.rows(np.concatenate(contexts)) * 256 + np.concatenate(found))
+        freq, start = (t.reshape(-1).astype(np.uint16) for t in (tables.freq, tables.start))
+        coded = [(freq.take(place), start.take(place)) for place in runs]
         states, words = rans.encode(coded, lanes, payload.view("<u2"))
         head = Writer()
         head.number(len(plan.profiles) - 1)
@@ -139,10 +138,10 @@ class Encoder:
         head.byte(lanes.bit_length())
         head.number(len(words))
         head.number(len(bits))
-        rest = bits[carried:].tobytes()
-        return head.content() + self._head.content(), states.astype("<u4").tobytes() + words.astype(
-            "<u2"
-        ).tobytes() + rest
+        coded_bytes = b"".join(
+            (states.astype("<u4").tobytes(), words.astype("<u2").tobytes(), bits[carried:].tobytes())
+        )
+        return head.content() + self._head.content(), coded_bytes
 
     def costs(self) -> list[float]:
         """About the bytes that each section takes, its part of the header included."""

@@ -80,11 +80,11 @@ def checked(size: int, least: int, shift: int, mean: int, width: int) -> Numbers
 
 def to_bits(numbers: Array, width: int) -> Array:
     """Bits of numbers, most significant first, uint8 (len(numbers) * width,)."""
-    places = np.arange(width - 1, -1, -1, dtype=np.int64)
-    return ((numbers[:, None] >> places) & 1).astype(np.uint8).reshape(-1)
+    wide = np.unpackbits(numbers.astype(">u8").view(np.uint8).reshape(-1, 8), axis=1)
+    return wide[:, 64 - width :].reshape(-1)
 
 
 def from_bits(bits: Array, width: int) -> Array:
     """The way back, int64."""
-    places = np.arange(width - 1, -1, -1, dtype=np.int64)
-    return (bits.reshape(-1, width).astype(np.int64) << places).sum(axis=1) if width else np.zeros(0, np.int64)
+    wide = np.pad(bits.reshape(-1, width), ((0, 0), (64 - width, 0)))
+    return np.packbits(wide, axis=1).view(">u8").astype(np.int64).reshape(-1)

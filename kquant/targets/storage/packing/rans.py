@@ -42,17 +42,19 @@ def encode(runs: Sequence[tuple[Array, Array]], lanes: int, payload: Array) -> t
     """
     x = payload.astype(np.uint64) + _LOW
     words: list[Array] = []
+    block = lanes * _STEPS // 4  # what is held as wide integers
     for freq, start in reversed(runs):
-        f64, c64 = freq.astype(np.uint64), start.astype(np.uint64)
-        limits = f64 << np.uint64(32 - BITS)
-        for low in range((len(freq) - 1) // lanes * lanes, -1, -lanes):
-            high = min(low + lanes, len(freq))
-            f, part = f64[low:high], x[: high - low]
-            large = part >= limits[low:high]
-            words.append(part[large].astype(np.uint16))
-            part = np.where(large, part >> np.uint64(16), part)
-            quotient = part // f
-            x[: high - low] = (quotient << np.uint64(BITS)) + (part - quotient * f) + c64[low:high]
+        for first in range((len(freq) - 1) // block * block, -1, -block):
+            f64, c64 = (a[first : first + block].astype(np.uint64) for a in (freq, start))
+            limits = f64 << np.uint64(32 - BITS)
+            for low in range((len(f64) - 1) // lanes * lanes, -1, -lanes):
+                high = min(low + lanes, len(f64))
+                f, part = f64[low:high], x[: high - low]
+                large = part >= limits[low:high]
+                words.append(part[large].astype(np.uint16))
+                part = np.where(large, part >> np.uint64(16), part)
+                quotient = part // f
+                x[: high - low] = (quotient << np.uint64(BITS)) + (part - quotient * f) + c64[low:high]
     words.reverse()
     return x.astype(np.uint32), np.concatenate(words) if words else np.zeros(0, np.uint16)
 
