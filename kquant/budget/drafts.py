@@ -119,8 +119,9 @@ def _with_own_biases(graph: Graph) -> Graph:
 def cost_tables(drafts: Drafts, groups: Sequence[Group]) -> tuple[dict[str, list[np.ndarray]], Costs]:
     """What each group costs with each of its bits, and what the rest of the file costs.
 
-    One draft for every number of bits, all groups alike. Bytes and latency are the operators' own; of other resources
-    the difference between drafts is shared among the groups by how many weights they have.
+    One draft for every number of bits, all groups alike. Bytes and latency are the operators' own. Flash, and the SRAM
+    of a compiler that encodes weights, is shared among the groups by how many weights they have. An arena into which
+    kernels unpack weights has one draft for every group and number of bits: what that adds.
 
     Returns:
         Resource -> for each group an array like `Group.bits`; and resource -> the rest.
@@ -131,13 +132,12 @@ def cost_tables(drafts: Drafts, groups: Sequence[Group]) -> tuple[dict[str, list
     totals = {b: drafts.costs(c) for b, c in contents.items()}
     tables: dict[str, list[np.ndarray]] = {}
     for resource in totals[widths[0]]:
-        per_group = {b: _shares(drafts, groups, contents[b], resource) for b in widths}
-        if per_group[widths[0]] is None:
-            tables[resource] = [
-                np.array([g.size / sum(h.size for h in groups) * totals[b][resource] for b in g.bits]) for g in groups
-            ]
+        shares = {b: _shares(drafts, groups, contents[b], resource) for b in widths}
+        if resource == ARENA and get_target(drafts.base.target).packed_weights:
+            tables[resource] = _added(drafts, groups, totals[widths[-1]][ARENA])
         else:
-            tables[resource] = [np.array([per_group[b][k] for b in g.bits]) for k, g in enumerate(groups)]  # type: ignore[index]
+            parts = {b: shares[b] or _by_size(groups, totals[b][resource]) for b in widths}
+            tables[resource] = [np.array([parts[b][k] for b in g.bits]) for k, g in enumerate(groups)]
     top = widths[-1]
     largest = {r: sum(float(t[-1]) for t in tables[r]) for r in tables}
     return tables, {r: totals[top][r] - largest[r] for r in tables}
@@ -156,6 +156,24 @@ def _shares(drafts: Drafts, groups: Sequence[Group], content: bytes, resource: s
         k = owner.get(name, owner.get(name.rsplit("/", 1)[0]))
         if k is not None:
             found[k] += float(size.constants + size.parameters) if table is None else float(table.of(op) or 0.0)
+    return found
+
+
+def _by_size(groups: Sequence[Group], total: float) -> list[float]:
+    """A total, shared by how many weights the groups have."""
+    return [g.size / sum(h.size for h in groups) * total for g in groups]
+
+
+def _added(drafts: Drafts, groups: Sequence[Group], largest: float) -> list[np.ndarray]:
+    """What each group adds to the arena at each of its bits, all others having the most."""
+    most = tuple(g.bits[-1] for g in groups)
+    found = []
+    for k, group in enumerate(groups):
+        added = []
+        for b in group.bits[:-1]:
+            alone = config_of(drafts.base, groups, (*most[:k], b, *most[k + 1 :]))
+            added.append(max(0.0, drafts.costs(drafts.content(alone))[ARENA] - largest))
+        found.append(np.array([*added, 0.0]))
     return found
 
 

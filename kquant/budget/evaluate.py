@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 from kquant.budget.passes import distance
 from kquant.config.quant_config import QuantConfig
 from kquant.diagnosis.metrics import Metric, predict
-from kquant.errors import ConfigError, KQuantError
+from kquant.errors import ConfigError, KQuantError, QuantizationWarning
 from kquant.keras.export import export_tflite
 from kquant.keras.quantize_model import quantize_model
 from kquant.targets.litert.runtime import TFLiteModel
@@ -51,9 +52,11 @@ class Workbench:
         self._folder: Any = None
 
     def score(self, config: QuantConfig) -> Scored:
-        """Quantize, export, run on the held-out samples."""
+        """Quantize, export, run on the held-out samples; what a bad config destroys shows in the score."""
         arrays = self.calibration if len(self.calibration) > 1 else next(iter(self.calibration.values()))
-        qmodel = quantize_model(self.model, arrays, config, seed=self.seed, progress=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", QuantizationWarning)
+            qmodel = quantize_model(self.model, arrays, config, seed=self.seed, progress=False)
         content = export_tflite(qmodel).content
         file = TFLiteModel(content, threads=1)
         outputs = predict(file, self.metric.samples)

@@ -123,19 +123,26 @@ def _compiled(graph: Graph, shapes: Graph) -> Any:
     return run
 
 
-def sensitivities(passes: Passes, base_bits: int = 4) -> list[np.ndarray]:
+def sensitivities(passes: Passes, measured: Bits = (2, 4)) -> list[np.ndarray]:
     """For every group the distance at each of its bits, alone.
 
-    The error of a layer's output says how distances compare between numbers of bits, one pass at one of them how large
-    they are: distance(b) = distance(b0) error(b) / error(b0), with b0 the number nearest to `base_bits`.
+    Passes at few numbers of bits say how large distances are, the error of the layer's output how they compare in
+    between: distance(b) = distance(b0) error(b) / error(b0), with b0 the nearest number that was measured.
+
+    Args:
+        passes: of the network.
+        measured: the numbers of bits to measure at, as far as a group may have them.
     """
     found = []
     for k, group in enumerate(passes.groups):
-        at = min(group.bits, key=lambda b: (abs(b - base_bits), b))
-        alone: Bits | list[int | None] = [at if j == k else None for j in range(len(passes.groups))]
-        measured, error = passes.distance(alone), passes.error(group, at)
-        errors = np.array([passes.error(group, b) for b in group.bits])
-        found.append(measured * errors / error if error > 0 else np.zeros(len(group.bits)))
+        points = [b for b in measured if b in group.bits] or [group.bits[0]]
+        values = []
+        for bits in group.bits:
+            at = min(points, key=lambda b: (abs(b - bits), b))
+            alone = passes.distance([at if j == k else None for j in range(len(passes.groups))])
+            error = passes.error(group, at)
+            values.append(alone * passes.error(group, bits) / error if error > 0 else 0.0)
+        found.append(np.array(values))
     return found
 
 

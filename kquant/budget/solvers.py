@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from kquant.budget.groups import Bits, Group
+from kquant.budget.groups import Bits, Group, uniform
 from kquant.errors import ConfigError
 
 Array = np.ndarray
@@ -116,7 +116,8 @@ def _milp(
     rng: np.random.Generator,
     effort: int,
 ) -> Bits:
-    best = separable(problem, limits)
+    found = separable(problem, limits)
+    best = min([found, *_from_uniform(problem, limits)], key=measure)
     tried, current = {best}, best
     for _ in range(effort):
         problem = replace(problem, loss=refine(current))
@@ -127,6 +128,21 @@ def _milp(
         if measure(current) < measure(best):
             best = current
     return _swapped(problem, limits, measure, best, 8 * effort)
+
+
+def _from_uniform(problem: Problem, limits: Mapping[str, float]) -> list[Bits]:
+    """The same number of bits for all groups, as far as they may have it, lowered where that exceeds a limit.
+
+    Where sums of losses mislead, they mislead least here: few groups differ from their neighbours.
+    """
+    starts = dict.fromkeys(uniform(problem.groups, b) for b in sorted({b for g in problem.groups for b in g.bits}))
+    found = []
+    for start in starts:
+        try:
+            found.append(_lowered(problem, limits, start))
+        except ConfigError:  # nothing lower fits; other starts may
+            continue
+    return found
 
 
 def _swapped(problem: Problem, limits: Mapping[str, float], measure: Measure, bits: Bits, passes: int) -> Bits:
@@ -173,7 +189,15 @@ def _greedy(
     effort: int,
 ) -> Bits:
     check_reachable(problem, limits)
-    bits = tuple(g.bits[-1] for g in problem.groups)
+    return _lowered(problem, limits, tuple(g.bits[-1] for g in problem.groups))
+
+
+def _lowered(problem: Problem, limits: Mapping[str, float], bits: Bits) -> Bits:
+    """Bits that are within the limits, from others: always the group is lowered that loses least for what it saves.
+
+    Raises:
+        ConfigError: no lower choice is within the limits.
+    """
     while (excess := problem.excess(bits, limits)) > 0:
         options = []
         for k, group in enumerate(problem.groups):

@@ -34,7 +34,7 @@ LIMIT = 3072  # samples that are read, at most
 HELD = 3  # one of so many is held out
 _WORK = 5e9  # multiplications of a forward pass, about
 _FEWEST, _MOST = 32, 128  # samples of a forward pass
-_TRIES = 8  # at keeping a budget that drafts, or files, exceed
+_TRIES, _FILES = 8, 3  # at keeping a budget that drafts, and files, exceed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,8 @@ class Studio:
 
     def within(self, limits: Mapping[str, float]) -> list[Evaluation]:
         """What the solver finds within limits, the exact solution of the separable part, and the uniform config."""
-        candidates = {self._drafted(limits): self._settings.solver}
+        own = self._drafted(limits)
+        candidates = {own: self._settings.solver}
         simple = self._drafted(limits, lambda allowed: separable(self.problem, allowed))
         candidates.setdefault(simple, "separable")
         for width in sorted({b for g in self.groups for b in g.bits}, reverse=True):
@@ -119,7 +120,11 @@ class Studio:
                 break
         found = self._evaluated(candidates)
         kept = [e for e in found if fits(e.costs, limits)]
-        return kept or [e for e in (self._kept(limits),) if e is not None]
+        if not any(e.bits == own for e in kept):
+            kept += self._kept(limits, found[0])
+        if not kept:
+            raise ConfigError(f"No file that was made keeps all budgets {dict(limits)}: raise one of them.")
+        return kept
 
     def most(self, limits: Mapping[str, float]) -> list[Evaluation]:
         """The config of the most bits, or what fits the limits."""
@@ -165,16 +170,19 @@ class Studio:
     def _draft_costs(self, bits: Bits) -> Mapping[str, float]:
         return self.drafts.costs(self.drafts.content(self.config(bits)))
 
-    def _kept(self, limits: Mapping[str, float]) -> Evaluation | None:
-        """A choice whose real file keeps the limits, where drafts promised too much."""
+    def _kept(self, limits: Mapping[str, float], made: Evaluation) -> list[Evaluation]:
+        """A choice whose real file keeps the limits, where drafts promised too much for the one that was made."""
         allowed = dict(limits)
-        for _ in range(_TRIES):
-            (evaluation,) = self._evaluated({self._drafted(allowed): self._settings.solver})
-            if fits(evaluation.costs, limits):
-                return evaluation
+        for _ in range(_FILES):
             for name, limit in limits.items():
-                allowed[name] -= 1.05 * max(0.0, evaluation.costs[name] - limit)
-        raise ConfigError(f"No file that was made keeps all budgets {dict(limits)}: raise one of them.")
+                allowed[name] -= 1.5 * max(0.0, made.costs[name] - limit)
+            try:
+                (made,) = self._evaluated({self._drafted(allowed): self._settings.solver})
+            except ConfigError:
+                break
+            if fits(made.costs, limits):
+                return [made]
+        return []
 
     def _evaluated(self, candidates: Mapping[Bits, str]) -> list[Evaluation]:
         """The evaluations of choices, made or known."""

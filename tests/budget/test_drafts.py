@@ -103,3 +103,14 @@ def test_rules_are_added_only_where_they_change_something() -> None:
     assert config_of(d.base, groups, uniform(groups, 8)) == d.base
     config = config_of(d.base, groups, (4, *uniform(groups, 8)[1:]))
     assert [(r.name, r.weights) for r in config.rules] == [("^conv$", {"bits": 4})]
+
+
+def test_an_arena_grows_where_kernels_unpack_weights() -> None:
+    """What the tables add up to is no less than what a draft takes, so a budget that they keep is kept."""
+    pytest.importorskip("tflite_micro", reason="TensorFlow Lite Micro is not installed: pip install .[tflm]")
+    d, groups, _ = drafts(target="tflm")
+    d = replace(d, resources=("max_arena",))
+    tables, rest = cost_tables(d, groups)
+    assert all(np.all(t >= 0) and t[-1] == 0 for t in tables["max_arena"])
+    real = d.costs(d.content(config_of(d.base, groups, uniform(groups, 4))))["max_arena"]
+    assert rest["max_arena"] + sum(float(t[0]) for t in tables["max_arena"]) >= real > rest["max_arena"] - 64

@@ -89,6 +89,7 @@ def test_it_is_not_worse_than_the_uniform_config_that_fits(found: SearchResult) 
     assert found.best in found.front and found.layers[0].alone[4] > found.layers[0].alone[8]
 
 
+@pytest.mark.slow
 def test_the_same_result_by_threads_by_workers_that_die_and_again(
     trained: Any, halfway: int, found: SearchResult
 ) -> None:
@@ -120,6 +121,7 @@ def test_a_stopped_search_goes_on(
         kquant.search(model, x + 1, max_bytes=halfway, progress=False, resume=state)
 
 
+@pytest.mark.slow
 def test_the_smallest_file_within_a_drop(trained: Any) -> None:
     model, x, y = trained
     result = kquant.search(model, (x, y), "accuracy", max_drop=5.0, progress=False)
@@ -135,6 +137,7 @@ def impossible(model: Any) -> float:
     return float(isinstance(model, keras.Model))
 
 
+@pytest.mark.slow
 def test_a_function_as_the_metric_chooses(trained: Any, halfway: int) -> None:
     model, x, y = trained
 
@@ -147,6 +150,7 @@ def test_a_function_as_the_metric_chooses(trained: Any, halfway: int) -> None:
     assert result.best.score == max(e.score for e in result.evaluations) and result.float_score == accuracy(model)
 
 
+@pytest.mark.slow
 def test_latency_from_a_table_of_another_device(trained: Any) -> None:
     """A device on which int4 convolutions take forever: 8 bits stay where those would be."""
     model, x, _ = trained
@@ -202,6 +206,7 @@ def test_text_json_and_page(found: SearchResult, tmp_path: Path) -> None:
     assert "middle" in page and page.count('class="bar"') >= 4 * len(found.layers)
 
 
+@pytest.mark.slow
 def test_the_app(trained: Any, halfway: int, found: SearchResult, tmp_path: Path, capsys: Any) -> None:
     model, x, _ = trained
     model.save(tmp_path / "m.keras")

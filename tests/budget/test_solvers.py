@@ -109,3 +109,16 @@ def test_a_budget_below_the_least_is_refused_with_it(name: str) -> None:
     p = problem(0)
     with pytest.raises(ConfigError, match="cannot be reached.*takes about"):
         solved(name, p, {"max_bytes": p.least("max_bytes") - 1})
+
+
+def test_sums_that_mislead_are_no_reason_to_leave_the_uniform_choice() -> None:
+    """Groups look harmless at 2 bits alone, and are not together; the uniform choice is a little too large."""
+    p = problem(5)
+    p = Problem(groups=p.groups, loss=[np.array([0.011, 0.01, 0.0])] * 5, costs=p.costs, rest=p.rest)
+
+    def measure(bits: Bits) -> float:
+        return p.picked(p.loss, bits) + sum(b == 2 for b in bits) ** 3
+
+    limits = {"max_bytes": p.cost("max_bytes", (4,) * 5) - 1}
+    found = SOLVERS["milp"](p, limits, measure, lambda bits: p.loss, np.random.default_rng(0), 1)
+    assert sum(b == 2 for b in found) == 1 and p.excess(found, limits) == 0
