@@ -10,11 +10,11 @@ r"""Measures and prints a table on the evaluation data (KQUANT_DATA); --write ke
 
 accuracy: top-1 of the exported file on all evaluation samples, against the float model and the
 TensorFlow converter. parity: the contract of `verify_tflite`, and the share of equal elements. 1 to 6: the tables of
-the white paper, see `experiments.paper_tables`. diagnosis, sensitivity: see `experiments.debug_tables`. 7 to 10,
-training and few_bits: see `experiments.training_tables`. targets: what files take on TensorFlow Lite Micro and Arm
-Ethos-U, see `experiments.targets`. formats: weights of few bits, see `experiments.formats`. blocks: dense layers in 4
-bits beside ai-edge-quantizer, see `experiments.blocks`. sentences: MiniLM on STS-B, see `experiments.sentences`.
-Calibration uses the calibration sets only.
+the white paper, see `experiments.paper_tables`. diagnosis, sensitivity: see `experiments.debug_tables`. 7 to 10 and
+training: see `experiments.training_tables`. few_bits: see `experiments.few_bits`. targets: what files take on
+TensorFlow Lite Micro and Arm Ethos-U, see `experiments.targets`. formats: weights of few bits, see
+`experiments.formats`. blocks: dense layers in 4 bits beside ai-edge-quantizer, see `experiments.blocks`. sentences:
+MiniLM on STS-B, see `experiments.sentences`. Calibration uses the calibration sets only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,19 @@ from pathlib import Path
 
 from absl import app, flags
 
-from . import blocks, debug_tables, defaults, formats, paper_tables, sentences, tables, targets, training_tables, zoo
+from . import (
+    blocks,
+    debug_tables,
+    defaults,
+    few_bits,
+    formats,
+    paper_tables,
+    sentences,
+    tables,
+    targets,
+    training_tables,
+    zoo,
+)
 
 TABLES = {
     **tables.TABLES,
@@ -36,6 +48,7 @@ TABLES = {
     **defaults.TABLES,
     **formats.TABLES,
     **blocks.TABLES,
+    **few_bits.TABLES,
 }
 
 FLAGS = flags.FLAGS
