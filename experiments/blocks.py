@@ -98,9 +98,15 @@ def blockwise_weight(content: bytes) -> np.ndarray:
     (tensor,) = [t for t in tensors if t.type == schema.TensorType.INT4]
     details = tensor.quantization.details
     scales = tensors[details.scales]
-    raw = np.asarray(parsed.buffers[tensor.buffer].data, np.uint8)
-    integers = unpack(raw, 4, int(np.prod(tensor.shape))).reshape(tensor.shape)
-    scale = np.asarray(parsed.buffers[scales.buffer].data, np.uint8).view(np.float16).reshape(scales.shape)
+
+    def stored(index: int) -> np.ndarray:
+        buffer = parsed.buffers[index]  # large ones lie behind the flatbuffer
+        if buffer.data is None:
+            return np.frombuffer(content[buffer.offset : buffer.offset + buffer.size], np.uint8)
+        return np.asarray(buffer.data, np.uint8)
+
+    integers = unpack(stored(tensor.buffer), 4, int(np.prod(tensor.shape))).reshape(tensor.shape)
+    scale = stored(scales.buffer).view(np.float16).reshape(scales.shape)
     return np.asarray(integers * np.repeat(scale.astype(np.float32), details.blockSize, axis=-1), np.float32)
 
 

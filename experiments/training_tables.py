@@ -111,22 +111,11 @@ AGAINST_FLOAT: Variants = {
     "w4a8, batch norm kept": ("w4a8", "keep", False),
     "w4a4, batch norm kept": ("w4a4", "keep", False),
 }
-FEW_BITS: Variants = {
-    "ternary": ("w2a8-ternary", "keep", True),
-    "four levels": ("w2a8-kmeans", "keep", True),
-    "binary": ("w1a8-binary", "keep", True),
-    "80 % zeros": ({"preset": "w8a8", "prune": {"sparsity": 0.8, "by": "sensitivity"}}, "keep", True),
-}
 
 
 def against_float(name: str, options: Options) -> Iterator[Sequence[Any]]:
     """Trained with quantization against the float model, fine-tuned alike; the teacher is the float model of a seed."""
     yield from (row[:-2] for row in trained_alike(name, options, AGAINST_FLOAT))
-
-
-def few_bits(name: str, options: Options) -> Iterator[Sequence[Any]]:
-    """The same for weights of few bits, with the flash that Vela makes of them and the size of the file after xz."""
-    yield from trained_alike(name, options, FEW_BITS)
 
 
 def trained_alike(name: str, options: Options, variants: Variants) -> Iterator[Sequence[Any]]:
@@ -218,7 +207,7 @@ def _table(variants: Mapping[str, tuple[Any, Mapping[str, Any]]]) -> Table:
     return Table(rows, (*columns, "without re-estimation") if with_statistics else columns, ("model", "variant"))
 
 
-_TRAINED = (
+TRAINED = (
     *("model", "variant", "epochs", "before", "trained", "to float, trained alike"),
     *("reference LSB, LSB op by op, same decision", "seconds an epoch"),
 )
@@ -229,8 +218,7 @@ TABLES = {
     "10": _table(WIDTHS),
     "training": Table(
         against_float,
-        _TRAINED,
+        TRAINED,
         ("model", "variant"),
     ),
-    "few_bits": Table(few_bits, (*_TRAINED, "flash", "xz"), ("model", "variant")),
 }
