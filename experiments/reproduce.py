@@ -13,20 +13,12 @@ r"""Measures and prints a table on the evaluation data (KQUANT_DATA); --write ke
 
 accuracy: top-1 of the exported file on all evaluation samples, against the float model and the
 TensorFlow converter. parity: the contract of `verify_tflite`, and the share of equal elements. 1 to 6: the tables of
-<<<<<<< HEAD
 the white paper, see `experiments.paper_tables`. diagnosis, sensitivity: see `experiments.debug_tables`. 7 to 10,
 training and few_bits: see `experiments.training_tables`. targets: what files take on TensorFlow Lite Micro and Arm
 Ethos-U, see `experiments.targets`. latency, search: what files take on LiteRT, and what the search of bits finds, see
 `experiments.search_tables`. formats: weights of few bits, see `experiments.formats`. blocks: dense layers in 4 bits
 beside ai-edge-quantizer, see `experiments.blocks`. packing, packing_speed: smaller files, see `experiments.packing`.
 sentences: MiniLM on STS-B, see `experiments.sentences`. Calibration uses the calibration sets only.
-=======
-the white paper, see `experiments.paper_tables`. diagnosis, sensitivity: see `experiments.debug_tables`. 7 to 10 and
-training: see `experiments.training_tables`. few_bits: see `experiments.few_bits`. targets: what files take on
-TensorFlow Lite Micro and Arm Ethos-U, see `experiments.targets`. formats: weights of few bits, see
-`experiments.formats`. blocks: dense layers in 4 bits beside ai-edge-quantizer, see `experiments.blocks`. sentences:
-MiniLM on STS-B, see `experiments.sentences`. Calibration uses the calibration sets only.
->>>>>>> formats
 """
 
 from __future__ import annotations
@@ -40,16 +32,11 @@ from . import (
     blocks,
     debug_tables,
     defaults,
-<<<<<<< HEAD
+    few_bits,
     formats,
     packing,
     paper_tables,
     search_tables,
-=======
-    few_bits,
-    formats,
-    paper_tables,
->>>>>>> formats
     sentences,
     tables,
     targets,
@@ -68,11 +55,8 @@ TABLES = {
     **defaults.TABLES,
     **formats.TABLES,
     **blocks.TABLES,
-<<<<<<< HEAD
     **search_tables.TABLES,
-=======
     **few_bits.TABLES,
->>>>>>> formats
 }
 
 FLAGS = flags.FLAGS
