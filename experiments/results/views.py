@@ -183,6 +183,37 @@ VIEWS: Mapping[str, View] = {
             **{"CPU operators": "cpu_operators", "top-1": "top1", "default": "top1_default", "samples": "samples"},
         },
     ),
+    "formats": View(
+        source="formats",
+        columns={
+            **{"model": "model", "config": "config", "rounding": "rounding", "float": "float", "drop": "drop"},
+            **{"KL": "kl", "bits": "entropy"},
+            **{"Vela flash": "flash", "xz": "xz", "samples": "samples"},
+        },
+    ),
+    "packing": View(
+        source="packing",
+        columns={
+            **{"model": "model", "preset": "preset", ".tflite": "bytes", "xz -9e": "xz", "packed": "packed"},
+            **{"smaller than xz, %": "smaller_than_xz", "TFLM": "tflm_bytes"},
+            **{"arena": "arena", "arena, TFLM": "tflm_arena"},
+        },
+    ),
+    "latency": View(
+        source="latency",
+        columns={
+            **{"model": "model", "preset": "preset", "prefer": "prefer", "bytes": "bytes", "ms": "ms"},
+            **{"to w8a8": "to the first preset", "top-1": "top-1", "samples": "samples"},
+        },
+    ),
+    "search": View(
+        source="search",
+        columns={
+            **{"model": "model", "budget": "budget", "solver": "solver", "bytes": "bytes", "KL": "file"},
+            **{"to uniform": "file to uniform", "top-1": "top-1", "uniform top-1": "uniform top-1"},
+            **{"uniform bytes": "uniform bytes", "seconds": "seconds"},
+        },
+    ),
     "diagnosis": View(
         source="diagnosis",
         columns={

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import keras
+import numpy as np
 
 from kquant.config.quant_config import QuantConfig
 from kquant.diagnosis.analysis import channel_ranges
@@ -149,6 +150,9 @@ def _plain(lab: Laboratory, qgraph: QuantizedGraph, quantization: Quantization) 
     before, _ = lab.quantize(replace(quantization.config, adaround=False, correct_bias=False))
     if list(before.graph.nodes) != list(qgraph.graph.nodes):
         return qgraph
+    pairs = [(grid, qgraph.weights[name]) for name, grid in before.weights.items()]
+    if not taken.get("adaround") and any(a and b and not np.allclose(a.scale, b.scale, rtol=1e-4) for a, b in pairs):
+        return qgraph  # of another float model
     return QuantizedGraph(before.graph, qgraph.activations, qgraph.weights)
 
 

@@ -234,6 +234,8 @@ def round_on(
     if best.table is not None and task.spec is not None and settings.scales != (1.0,):
         fit = Fit(problem_of, target, metric, FORMATS[task.spec.format].design)
         best, u = refitted(fit, best, u, settings.sweeps)
+        if task.input_bits is not None and (room := _with_room(node, best, m, task.input_bits)) is not best:
+            best, u = room, descent(problem_of(room)[0], settings.sweeps, u)
     integers = _integers(node, u, best, scale)
     return _with_integers(node, m, grid, best, integers)
 

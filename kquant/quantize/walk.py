@@ -251,7 +251,7 @@ def _compiled(
             values[key] = compute(owner[key], [values[k] for k in route.sources(key)], weights[key])
         results = [values[key] for key in fetch]
         # a sum is finite only if all of its terms are
-        return results, tf.stack([tf.reduce_sum(values[key]) for key in computed])
+        return results, tf.stack([tf.reduce_sum(tf.cast(values[key], tf.float32)) for key in computed])
 
     concrete = run.get_concrete_function()
 

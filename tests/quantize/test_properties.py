@@ -40,7 +40,7 @@ def seen(method: str, batches: list[np.ndarray]) -> Any:
     return observer
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "auto"])
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("name", TENSORS)
 def test_every_range_makes_a_grid_with_zero_whatever_the_order_of_the_batches(method, grid, name):

@@ -81,6 +81,8 @@ class TFLiteModel:
             ExportError: samples of another shape than the file takes, or numbers that it cannot compute, such as ids
                 beyond a table.
         """
+        for x, detail in zip(inputs, self.inputs, strict=True):
+            check_shape(x, detail)
         values = [as_stored(x, d) for x, d in zip(inputs, self.inputs, strict=True)]
         step = max(1, self._batch if self._fixed else len(values[0]))
         rows = [self._run([v[k : k + step] for v in values]) for k in range(0, max(1, len(values[0])), step)]
@@ -147,20 +149,29 @@ def _without_decode(content: bytes) -> bytes:
         raise ExportError(f"the .tflite file is corrupt or truncated ({error!r}); export the model again") from error
 
 
+def check_shape(x: np.ndarray, detail: Mapping[str, Any]) -> None:
+    """Refuse samples of another shape than an input takes.
+
+    Raises:
+        ExportError: they do not fit.
+    """
+    found, known = np.shape(x), detail.get("shape_signature", detail["shape"])
+    shape = tuple(int(n) for n in known[1:])
+    if len(found) != len(known) or any(n not in (-1, m) for n, m in zip(shape, found[1:], strict=True)):
+        raise ExportError(
+            f"input {detail['name']!r} of the file takes samples of shape {shape}, found {found[1:]}: "
+            "cut or pad them, or quantize the model with samples of that shape."
+        )
+
+
 def as_stored(x: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:
     """The values of an input as its tensor stores them: what has another type is real values, quantized on its grid.
 
     Raises:
-        ExportError: samples of another shape, or the tensor has no grid, and its type cannot hold the values.
+        ExportError: the tensor has no grid, and its type cannot hold the values.
     """
     dtype, (scale, zero_point) = detail["dtype"], detail["quantization"]
     x = np.asarray(x)
-    shape = tuple(int(n) for n in detail.get("shape_signature", detail["shape"])[1:])
-    if x.ndim != len(detail["shape"]) or any(n not in (-1, m) for n, m in zip(shape, x.shape[1:], strict=True)):
-        raise ExportError(
-            f"input {detail['name']!r} of the file takes samples of shape {shape}, found {x.shape[1:]}: "
-            "cut or pad them, or quantize the model with samples of that shape."
-        )
     if x.dtype == dtype:
         return x
     if scale:
