@@ -80,7 +80,8 @@ def export_tflite(
         path: where to write; None only returns the content.
         mode: "integer" (the program that the model simulates), or a file with float activations:
             "dynamic_range" (integer weights, activations quantized on the fly), "weight_only"
-            (integer weights, dequantized on load), "float16" (half-precision weights), "float32".
+            (integer weights, dequantized on load), "float16" (half-precision weights), "float32": of the weights as
+            the model has them, which are on their grids where AdaRound or bias correction decided them.
         input_type, output_type: "int8", "uint8", "int16" or "float32"; by default what the model's
             own input and output grids are.
         allow_float: False refuses a file in which anything computes in float (mode "integer").

@@ -32,9 +32,10 @@ def prepare_qat(
 ) -> QuantizedModel:
     """Make a model ready for quantization-aware training (section 4 of the white paper).
 
-    The model is quantized as `quantize_model` does it, which is where training starts (section 4.3); then its grids
-    learn with the weights. The result is an ordinary Keras model for compile, fit, evaluate, save and load, and
-    `export_tflite` writes it as it stands at any time. Neither argument is modified.
+    The model is quantized as `quantize_model` does it (but biases are not corrected unless the config says so); there
+    training starts (section 4.3), and its grids learn with the weights. The result is an ordinary Keras model
+    for compile, fit, evaluate, save and load, and `export_tflite` writes it as it stands at any time. Neither argument
+    is modified.
 
     It trains as the float model would, quantizers apart. A frozen layer learns nothing, its grids included; penalties
     and constraints are asked of the weights of the user's layers (`graph.training`); Dropout, noise, augmentation and
@@ -59,6 +60,8 @@ def prepare_qat(
     check_backend()
     if not isinstance(model, QuantizedModel):
         settings = QuantConfig.load("w8a8" if config is None else config)
+        if settings.correct_bias is None:  # biases train, from kernels as they are and not as they round
+            settings = replace(settings, correct_bias=False)
         _refuse_undeployable(settings)
         qgraph, quantization = quantize_to_graph(
             model, calibration_data, settings, seed, progress, batch_size, True, input_shape

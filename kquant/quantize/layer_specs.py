@@ -33,7 +33,7 @@ def resolve(graph: Graph, config: QuantConfig) -> dict[str, LayerSpec]:
         matched.update(spec.matched)
         if node.op == "input":
             spec = replace(spec, activations=spec.activations and config.input_spec)
-        spec = _with_method(spec, cautious)
+        spec = _with_method(spec, cautious or node.op == "input")
         specs[node.name] = _widened(spec, node, get_target(config.target))
     origins = {n.origin or n.name: n.origin_type for n in graph}
     config.check_matched(matched, sorted(origins), sorted(set(origins.values())))
@@ -60,8 +60,9 @@ def _widened(spec: LayerSpec, node: Node, target: Target) -> LayerSpec:
 def _with_method(spec: LayerSpec, cautious: bool) -> LayerSpec:
     """The spec, with a range method for "auto".
 
-    Ranges of least squared error cut off what is rare. That is best for convolutional networks; those that multiply
-    tensors with one another (attention, normalizations: `cautious`) are better off with all of the range.
+    Ranges of least squared error cut off what is rare. That is best inside of convolutional networks; those that
+    multiply tensors with one another (attention, normalizations) are better off with all of the range, and inputs have
+    that of the data (`cautious`).
     """
     own = spec.activations
     if own is None or own.method != "auto":

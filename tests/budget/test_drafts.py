@@ -59,7 +59,11 @@ def compare(seed: int, count: int, **options: Any) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"preset": "w8a16"}, {"preset": "w4a4"}, {"target": "tflm"}, {"target": "ethos_u"}, {"prefer": None}],
+    [
+        *({}, {"target": "tflm"}),
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ({"preset": "w8a16"}, {"preset": "w4a4"}, {"prefer": None})),
+        pytest.param({"target": "ethos_u"}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_a_draft_has_the_bytes_and_operators_of_the_file(options: dict[str, Any]) -> None:

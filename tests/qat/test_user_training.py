@@ -287,9 +287,6 @@ def test_pruned_weights_stay_zero_where_they_are_to(solver: str, keep: bool) -> 
 
 
 def test_a_grid_without_a_zero_is_refused_for_pruned_weights() -> None:
-    model = pruned()
-    kernel = np.ones((8, 16), np.float32)
-    kernel[:, 0] = [0.0, 0.3, 1.0, 1.2, 2.0, 2.2, 3.0, 3.2]  # four clusters, and none of them at zero
-    model.get_layer("a").kernel.assign(kernel)
-    with pytest.raises(kquant.errors.ConfigError, match="'a'"):
-        kquant.quantize_model(model, data(8), {"preset": "w2a8-kmeans", "keep_zeros": True}, progress=False)
+    """Binary weights have none; the first layer keeps 8 bits."""
+    with pytest.raises(kquant.errors.ConfigError, match="'b'.*zeros that are to stay"):
+        kquant.quantize_model(pruned(), data(8), {"preset": "w1a8-binary", "keep_zeros": True}, progress=False)

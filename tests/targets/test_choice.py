@@ -75,7 +75,9 @@ def test_preferences_are_ordered(bits: int, taps: int, depth: int) -> None:
 
 
 @pytest.mark.parametrize("prefer", ["bytes", "latency"])
-@pytest.mark.parametrize(("bits", "strides"), [(2, 1), (3, 2), (4, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("bits", "strides"), [(4, 2), *(pytest.param(b, s, marks=pytest.mark.slow) for b, s in ((2, 1), (3, 2), (4, 1)))]
+)
 def test_every_kernel_equals_its_simulation(bits: int, strides: int, prefer: str) -> None:
     qmodel, data = quantized(
         {"preset": f"w{bits}a8", "prefer": prefer, "rules": [{"name": "head", "weights": {"bits": 8}}]}, strides

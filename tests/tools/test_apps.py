@@ -196,7 +196,7 @@ def test_console_scripts_name_functions_that_exist():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     scripts = re.findall(r"^(\S+) = kquant_tools\.(\w+):(\w+)$", setup["options.entry_points"]["console_scripts"], re.M)
-    assert len(scripts) == 7
+    assert len(scripts) == 9
     for script, module, function in scripts:
         assert script == f"kquant-{module}".replace("_", "-")
         assert callable(getattr(importlib.import_module(f"kquant_tools.{module}"), function))

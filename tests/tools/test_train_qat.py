@@ -75,6 +75,7 @@ def test_the_table_says_what_the_files_score(files, trained):
     assert float(rows["after training"][0]) > float(rows["before training"][0])
 
 
+@pytest.mark.slow
 def test_the_written_model_is_the_file_and_can_train_on(files, trained):
     qmodel = keras.saving.load_model(trained.out_keras)
     assert kquant.export_tflite(qmodel).content == Path(trained.out_tflite).read_bytes()

@@ -41,7 +41,10 @@ def test_a_border_that_no_maximum_takes_is_finite_and_computes_the_same(value: f
     assert np.allclose(found, model.predict(images(), verbose=0), atol=1e-5)
 
 
-@pytest.mark.parametrize("config, least", [("w8a8", 34), ("w8a16", 38), ("w4a4", 14)])
+@pytest.mark.parametrize(
+    "config, least",
+    [("w8a8", 34), *(pytest.param(c, n, marks=pytest.mark.slow) for c, n in (("w8a16", 38), ("w4a4", 14)))],
+)
 @pytest.mark.parametrize("value, pooled", [(-np.inf, True), (-1e9, True), (4.0, True), (-1.0, False), (2.0, False)])
 def test_a_border_outside_the_range_is_kept(value: float, pooled: bool, config: str, least: float) -> None:
     model = padded(value, pooled=pooled)
