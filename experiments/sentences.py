@@ -94,8 +94,6 @@ def measured(style: str, options: Options) -> Iterator[Sequence[Any]]:
     pairs, scores = sentences("test", options.samples)
     exactly = {"preset": "w8", "correct_bias": False}  # weights as they are, and not as they round
     plain = kquant.quantize_model(float_model, [x[:8] for x in pairs[0]], exactly, progress=False)
-        float_model, [x[:8] for x in pairs[0]], config={"preset": "w8", "correct_bias": False}, progress=False
-    )
     reference = kquant.export_tflite(plain, mode="float32").content
     exact = _embeddings(kquant.TFLiteModel(reference), pairs)
     expected = _score(exact, scores)
