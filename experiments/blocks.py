@@ -83,7 +83,8 @@ def _compared(place: Path, weights: Any, x: np.ndarray) -> Sequence[Any]:
         found.append(error(dequantize(qgraph.integers[node], grid), qgraph.graph[node].weights["bias"]))
     place.parent.mkdir(parents=True, exist_ok=True)
     np.savez(place.with_name(f"{place.name}.npz"), x=seen)
-    place.with_name(f"{place.name}.tflite").write_bytes(kquant.export_tflite(qmodel, mode="float32").content)
+    exact = kquant.quantize_model(layer, seen, {"preset": "w8", "correct_bias": False}, progress=False)  # not rounded
+    place.with_name(f"{place.name}.tflite").write_bytes(kquant.export_tflite(exact, mode="float32").content)
     peer = place.with_name(f"{place.name}.aeq.tflite")
     if not peer.exists():
         return half, *(f"{e:.3e}" for e in found), "", ""
