@@ -85,7 +85,7 @@ def test_training_between_makes_it_smaller_or_as_small() -> None:
     model = keras.saving.load_model(digits_cnn.PATH)
     data = (digits.x_train[:300], digits.y_train[:300])
     trained = kquant.compress(
-        model, data, max_bytes=6500, training_data=digits.x_train[:512], learning_rate=1e-3, progress=False
+        model, data, max_bytes=6500, training_data=digits.x_train[:128], learning_rate=1e-3, progress=False
     )
     content = kquant.export_tflite(trained).content
     assert len(kquant.pack_tflite(content)) <= 6500
