@@ -45,7 +45,7 @@ def prepare(model: keras.Model, calibration: Any = None, config: Any = None, **s
 
 @pytest.mark.parametrize("config", ["w8a8", "w4a4", *(pytest.param(c, marks=pytest.mark.slow) for c in OTHERS)])
 def test_training_starts_at_the_quantized_model(config):
-    """From float, or from the result of `quantize_model` without corrected biases: the same grids, weights and values."""
+    """From float, or from what `quantize_model` makes without correcting biases: the same grids, weights and values."""
     model, x = small(), data()
     quantized = kquant.quantize_model(model, x, {"preset": config, "correct_bias": False}, progress=False)
     expected = quantized(x)
