@@ -19,7 +19,7 @@ from tests.support.apps import ROOT
 
 pytestmark = pytest.mark.slow
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-COMMANDS = ("quantize", "export", "pack", "evaluate", "verify", "diagnose", "train_qat")
+COMMANDS = ("quantize", "export", "pack", "evaluate", "verify", "diagnose", "profile", "search", "train_qat")
 
 
 def checked(command: list[str], **options: object) -> str:
@@ -95,7 +95,8 @@ def test_every_command_prints_its_help(shell: Shell, command: str) -> None:
     module = [sys.executable, "-m", f"kquant_tools.{command}", "--help"]
     for line in (script, module):  # absl ends --help with status 1
         done = subprocess.run(line, cwd=shell.folder, env=shell.env, capture_output=True, text=True, check=False)
-        assert "--model" in done.stdout and f"kquant-{command.replace('_', '-')}" in done.stdout, done.stderr
+        flag = "--input" if command == "pack" else "--model"
+        assert flag in done.stdout and f"kquant-{command.replace('_', '-')}" in done.stdout, done.stderr
 
 
 def test_from_a_float_model_to_a_diagnosis_in_an_empty_folder(shell: Shell) -> None:
