@@ -60,8 +60,9 @@ def test_another_grid_in_the_file_counts_in_steps_of_the_simulation() -> None:
     kwargs = {"activations": with_scale(dict(qgraph.activations), ["c1"], 1.5)}
     content, _ = write_tflite(type(qgraph)(qgraph.graph, weights=qgraph.weights, **kwargs), target=model.target)
     records = {r.node: r for r in compare_with_target(model, content, X, progress=False)}
-    # rounding to a step 1.5 times as wide: at most 0.75 steps beside, 0.375 on average, and half a step of our own
-    assert records["c1"].alone <= 0.75 + 0.5 and 0.2 < records["c1"].propagated < 0.5
+    # rounding to a step 1.5 times as wide: at most 0.75 steps beside and half a step of our own; 0.375 on average, of
+    # the values that are not zero, about half behind a ReLU
+    assert records["c1"].alone <= 0.75 + 0.5 and 0.15 < records["c1"].propagated < 0.5
 
 
 def test_memory_and_result_do_not_depend_on_batches() -> None:
