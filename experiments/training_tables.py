@@ -17,9 +17,11 @@ import keras
 import numpy as np
 
 import kquant
+from kquant.keras.model import extract
 from kquant.qat.distill import gives_probabilities
-from kquant.targets.ethos_u.target import ACCELERATORS
+from kquant.targets.ethos_u.target import ACCELERATORS, ETHOS_U
 from kquant.targets.ethos_u.vela import compile_file
+from kquant.targets.litert.writer import write_tflite
 from kquant_tools.augment import training_batches
 from kquant_tools.recipe import recipe
 
@@ -138,7 +140,7 @@ def trained_alike(name: str, options: Options, variants: Variants) -> Iterator[S
         difference = float(np.mean(ended) - np.mean(tops))
         if model is None:
             continue
-        content = kquant.export_tflite(model).content
+        content, _ = write_tflite(extract(model), target=ETHOS_U)  # its weights lie in int8 tensors
         sizes = compile_file(content, ACCELERATORS[0]).flash, len(xz(content))
         parity, times = course.parity(model), f"{seconds:.0f}"
         yield name, variant, course.epochs, spread(begun), spread(ended), difference, parity, times, *sizes
