@@ -19,16 +19,16 @@ from tqdm.auto import tqdm
 
 from kquant.budget.studio import LIMIT, split
 from kquant.config.quant_config import QuantConfig
-from kquant.diagnosis.metrics import Metric, make_metric, predict, read_samples
+from kquant.diagnosis.experiments import file_for
+from kquant.diagnosis.metrics import make_metric, read_samples
 from kquant.errors import ConfigError, ModelError
 from kquant.graph.transforms import prepare_graph
 from kquant.keras.export import export_tflite
-from kquant.keras.model import QuantizedModel
+from kquant.keras.model import QuantizedModel, extract
 from kquant.keras.quantize_model import quantize_model
 from kquant.qat.distill import Distiller
 from kquant.qat.prepare import prepare_qat
 from kquant.quantize.record import Step
-from kquant.targets.litert.runtime import TFLiteModel
 from kquant.targets.storage.packing.container import pack_tflite
 from kquant.targets.target import Target, get_target
 
@@ -93,7 +93,7 @@ def compress(
     if isinstance(model, QuantizedModel):
         raise ModelError(f"{model.name!r} is already quantized: pass the float model that it was made from.")
     for name, value in (("max_drop", max_drop), ("max_bytes", max_bytes)):
-        if value is not None and not value >= 0:
+        if value is not None and not (isinstance(value, int | float) and value >= 0):
             raise ConfigError(f"{name} must be a number of at least 0, found {value!r}.")
     if max_drop is None and max_bytes is None:
         raise ConfigError("compress needs a budget: max_drop or max_bytes.")
@@ -102,8 +102,7 @@ def compress(
     arrays = [np.concatenate(column) for column in zip(*calibration, strict=True)]
     known = dict(zip(held.names, arrays, strict=True)) if len(arrays) > 1 else arrays[0]
     measured = make_metric(metric or ("accuracy" if held.labels is not None else "agreement"), held, model)
-    by_function = measured.kind == "function"
-    at_best = measured(model) if by_function else measured.of_outputs(measured.reference)
+    at_best = measured.of_run(model, measured.reference)
     size = size_of(get_target(target))
 
     def attempt(divergence: float) -> _Attempt:
@@ -111,7 +110,8 @@ def compress(
         if training_data is not None:
             made = _trained(made, model, training_data, epochs, learning_rate, seed)
         content = export_tflite(made).content
-        return _Attempt(divergence=divergence, model=made, size=size(made, content), score=_score(content, measured))
+        score = measured(file_for(measured, content, extract(made).graph))
+        return _Attempt(divergence=divergence, model=made, size=size(made, content), score=score)
 
     best, tried = _searched(attempt, at_best, max_drop, max_bytes, measured.name, progress)
     stored = 4 * model.count_params()
@@ -134,11 +134,6 @@ def size_of(target: Target) -> Callable[[QuantizedModel, bytes], int]:
         measure = target.runtime.measure
         return lambda model, content: measure(content)[0].flash
     return lambda model, content: len(pack_tflite(content))
-
-
-def _score(content: bytes, metric: Metric) -> float:
-    file = TFLiteModel(content, threads=1)
-    return metric(file) if metric.kind == "function" else metric.of_outputs(predict(file, metric.samples))
 
 
 def _trained(

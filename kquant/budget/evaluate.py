@@ -19,9 +19,11 @@ import numpy as np
 
 from kquant.budget.passes import distance
 from kquant.config.quant_config import QuantConfig
+from kquant.diagnosis.experiments import file_for
 from kquant.diagnosis.metrics import Metric, predict
 from kquant.errors import ConfigError, KQuantError, QuantizationWarning
 from kquant.keras.export import export_tflite
+from kquant.keras.model import extract
 from kquant.keras.quantize_model import quantize_model
 from kquant.targets.litert.runtime import TFLiteModel
 
@@ -60,7 +62,7 @@ class Workbench:
         content = export_tflite(qmodel).content
         file = TFLiteModel(content, threads=1)
         outputs = predict(file, self.metric.samples)
-        score = self.metric(file) if self.metric.kind == "function" else self.metric.of_outputs(outputs)
+        score = self.metric.of_run(file_for(self.metric, content, extract(qmodel).graph), outputs)
         steps = [float(detail["quantization"][0]) for detail in file.outputs]
         return Scored(content=content, score=score, distance=distance(self.metric.reference, outputs, steps))
 

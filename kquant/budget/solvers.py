@@ -1,7 +1,6 @@
 """Which bits every group gets: solvers of one signature.
 
-solve(problem, limits, measure, rng, effort) -> bits of every group. `measure` is a forward pass with given bits
-(`Passes.distance`), of which a solver makes as many as `effort` says.
+solve(task) -> bits of every group.
 
     milp        the separable part exactly (`scipy.optimize.milp`), then cross terms measured around the solution
     greedy      bits are taken from the group that loses least for what it saves, as AIMET's Pareto walk does
@@ -58,7 +57,28 @@ class Problem:
         return self.rest[resource] + float(sum(t.min() for t in self.costs[resource]))
 
 
-Solver = Callable[[Problem, Mapping[str, float], Measure, Refine, np.random.Generator, int], Bits]
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Task:
+    """What a solver is asked for.
+
+    Attributes:
+        problem: what is chosen, and what sums of its entries say.
+        limits: resource -> the most.
+        measure: a forward pass with given bits (`Passes.distance`), of which a solver makes as many as `effort` says.
+        refine: bits -> the losses around them (`passes.at_solution`).
+        rng: of what is drawn.
+        effort: rounds.
+    """
+
+    problem: Problem
+    limits: Mapping[str, float]
+    measure: Measure
+    refine: Refine
+    rng: np.random.Generator
+    effort: int
+
+
+Solver = Callable[[Task], Bits]
 
 
 def check_reachable(problem: Problem, limits: Mapping[str, float]) -> None:
@@ -108,26 +128,20 @@ def separable(problem: Problem, limits: Mapping[str, float]) -> Bits:
     )
 
 
-def _milp(
-    problem: Problem,
-    limits: Mapping[str, float],
-    measure: Measure,
-    refine: Refine,
-    rng: np.random.Generator,
-    effort: int,
-) -> Bits:
+def _milp(task: Task) -> Bits:
+    problem, limits, measure = task.problem, task.limits, task.measure
     found = separable(problem, limits)
     best = min([found, *_from_uniform(problem, limits)], key=measure)
     tried, current = {best}, best
-    for _ in range(effort):
-        problem = replace(problem, loss=refine(current))
+    for _ in range(task.effort):
+        problem = replace(problem, loss=task.refine(current))
         current = separable(problem, limits)
         if current in tried:
             break
         tried.add(current)
         if measure(current) < measure(best):
             best = current
-    return _swapped(problem, limits, measure, best, 8 * effort)
+    return _swapped(problem, limits, measure, best, 8 * task.effort)
 
 
 def _from_uniform(problem: Problem, limits: Mapping[str, float]) -> list[Bits]:
@@ -180,16 +194,9 @@ def _neighbours(problem: Problem, bits: Bits) -> list[Bits]:
     return [moved(m) for m in up] + [moved(a, b) for a in up for b in down if a[0] != b[0]]
 
 
-def _greedy(
-    problem: Problem,
-    limits: Mapping[str, float],
-    measure: Measure,
-    refine: Refine,
-    rng: np.random.Generator,
-    effort: int,
-) -> Bits:
-    check_reachable(problem, limits)
-    return _lowered(problem, limits, tuple(g.bits[-1] for g in problem.groups))
+def _greedy(task: Task) -> Bits:
+    check_reachable(task.problem, task.limits)
+    return _lowered(task.problem, task.limits, tuple(g.bits[-1] for g in task.problem.groups))
 
 
 def _lowered(problem: Problem, limits: Mapping[str, float], bits: Bits) -> Bits:
@@ -213,18 +220,12 @@ def _lowered(problem: Problem, limits: Mapping[str, float], bits: Bits) -> Bits:
     return bits
 
 
-def _evolution(
-    problem: Problem,
-    limits: Mapping[str, float],
-    measure: Measure,
-    refine: Refine,
-    rng: np.random.Generator,
-    effort: int,
-) -> Bits:
+def _evolution(task: Task) -> Bits:
     """Half of each generation is kept; children are crossed and mutated, and made cheaper until they fit."""
-    size, start = 12, _greedy(problem, limits, measure, refine, rng, effort)
+    problem, limits, measure, rng = task.problem, task.limits, task.measure, task.rng
+    size, start = 12, _greedy(task)
     population = [start] + [_cheaper(problem, limits, _mutated(problem, start, rng, 0.3), rng) for _ in range(size - 1)]
-    for _ in range(2 * effort):
+    for _ in range(2 * task.effort):
         kept = sorted(dict.fromkeys(population), key=measure)[: size // 2]
         children = []
         for _ in range(size - len(kept)):

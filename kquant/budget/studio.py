@@ -21,7 +21,7 @@ from kquant.budget.latency import LatencyTable
 from kquant.budget.passes import Passes, at_solution, sensitivities
 from kquant.budget.result import Evaluation
 from kquant.budget.rounded import rounded_layers
-from kquant.budget.solvers import SOLVERS, Problem, check_reachable, separable
+from kquant.budget.solvers import SOLVERS, Problem, Task, check_reachable, separable
 from kquant.config.quant_config import QuantConfig
 from kquant.diagnosis.metrics import Metric, Samples, make_metric, read_samples
 from kquant.errors import CalibrationError, ConfigError, ModelError
@@ -78,8 +78,7 @@ class Studio:
         calibration, held = split(read_samples(data, graph, limit=LIMIT))
         arrays = {n: np.concatenate(c) for n, c in zip(held.names, zip(*calibration, strict=True), strict=True)}
         self.metric = make_metric(metric or ("accuracy" if held.labels is not None else "kl"), held, model)
-        by_function = self.metric.kind == "function"
-        self.float_score = self.metric(model) if by_function else self.metric.of_outputs(self.metric.reference)
+        self.float_score = self.metric.of_run(model, self.metric.reference)
         self.bench = Workbench(model, arrays, self.metric, seed)
         names = zip(graph.inputs, graph.input_names, strict=True)
         specs = [(name, graph[node].shape, graph[node].dtype) for node, name in names]
@@ -146,10 +145,15 @@ class Studio:
         return [found[b] if b is not None and fits(found[b].costs, each) else None for b, each in pairs]
 
     def _solve(self, allowed: Mapping[str, float]) -> Bits:
-        rng = np.random.default_rng(self._settings.seed)
-        return SOLVERS[self._settings.solver](
-            self.problem, allowed, self.passes.distance, self._refined, rng, self._settings.effort
+        task = Task(
+            problem=self.problem,
+            limits=allowed,
+            measure=self.passes.distance,
+            refine=self._refined,
+            rng=np.random.default_rng(self._settings.seed),
+            effort=self._settings.effort,
         )
+        return SOLVERS[self._settings.solver](task)
 
     def _refined(self, bits: Bits) -> list[np.ndarray]:
         return at_solution(self.passes, bits, self.problem.loss)

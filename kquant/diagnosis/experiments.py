@@ -102,6 +102,17 @@ class FileModel(keras.Model):
         return outputs[0] if len(outputs) == 1 else outputs
 
 
+def file_for(metric: Metric, content: bytes, graph: Graph) -> FileModel | TFLiteModel:
+    """A file as a metric takes it: users' functions are of Keras models.
+
+    Args:
+        metric: what the file is to be scored by.
+        content: the file.
+        graph: what it was written from.
+    """
+    return FileModel(content, graph) if metric.kind == "function" else TFLiteModel(content)
+
+
 class Laboratory:
     """Where configs are tried on one model.
 
@@ -132,14 +143,9 @@ class Laboratory:
             return Measured(self.metric(model))
         return self._of_outputs(predict(model, self.metric.samples))
 
-    def score(self, model: Any, outputs: Sequence[Array]) -> float:
-        """The score of a model whose outputs are known; a user's function runs it again."""
-        return self.metric(model) if self.metric.kind == "function" else self.metric.of_outputs(outputs)
-
     def measure_file(self, content: bytes, graph: Graph) -> Measured:
         """Score a file on the interpreter's default kernels."""
-        function = self.metric.kind == "function"
-        return self.measure(FileModel(content, graph) if function else TFLiteModel(content))
+        return self.measure(file_for(self.metric, content, graph))
 
     def _of_outputs(self, outputs: Sequence[Array]) -> Measured:
         return Measured(self.metric.of_outputs(outputs), right_per_sample(self.metric, outputs[0]))

@@ -168,6 +168,10 @@ class Metric:
             ) from error
         return _finite(score, self.name)
 
+    def of_run(self, model: Any, outputs: Sequence[Array]) -> float:
+        """The score of a model whose outputs for the samples are known; only a user's function runs it again."""
+        return self(model) if self.kind == "function" else self.of_outputs(outputs)
+
     def of_outputs(self, outputs: Sequence[Array]) -> float:
         """The score of outputs that a model gave to the samples; not for a user's function."""
         if not np.isfinite(outputs[0]).all():

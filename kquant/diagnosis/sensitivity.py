@@ -83,7 +83,7 @@ class Workload:
         switches.switch(task.on(switches.names))
         model = switches.model
         outputs = predict(model, self.metric.samples)
-        score = self.metric(model) if self.metric.kind == "function" else self.metric.of_outputs(outputs)
+        score = self.metric.of_run(model, outputs)
         return score, self.metric.sqnr(outputs)
 
     @cached_property

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kquant.budget.groups import Bits, Group
-from kquant.budget.solvers import SOLVERS, Problem, separable
+from kquant.budget.solvers import SOLVERS, Measure, Problem, Refine, Task, separable
 from kquant.errors import ConfigError
 
 BITS = (2, 4, 8)
@@ -41,9 +41,14 @@ def budget(p: Problem, share: float) -> dict[str, float]:
 
 def solved(name: str, p: Problem, limits: dict[str, float], seed: int = 0) -> Bits:
     """A network without cross terms: what a pass measures is the sum of the losses."""
-    return SOLVERS[name](
-        p, limits, lambda bits: p.picked(p.loss, bits), lambda bits: p.loss, np.random.default_rng(seed), 2
-    )
+    return asked(name, p, limits, lambda bits: p.picked(p.loss, bits), lambda bits: p.loss, 2, seed)
+
+
+def asked(
+    name: str, p: Problem, limits: dict[str, float], measure: Measure, refine: Refine, effort: int, seed: int = 0
+) -> Bits:
+    rng = np.random.default_rng(seed)
+    return SOLVERS[name](Task(problem=p, limits=limits, measure=measure, refine=refine, rng=rng, effort=effort))
 
 
 @settings(max_examples=30, deadline=None)
@@ -100,7 +105,7 @@ def test_cross_terms_are_found_by_passes() -> None:
         return [loss + (measure(bits) > 1) * np.array([10.0, 10.0, 0]) * (k < 2) for k, loss in enumerate(p.loss)]
 
     limits = {"max_bytes": p.cost("max_bytes", (8, 4, 4, 4)) + 20}
-    found = SOLVERS["milp"](p, limits, measure, refine, np.random.default_rng(0), 3)
+    found = asked("milp", p, limits, measure, refine, 3)
     assert measure(found) < 1 and p.excess(found, limits) == 0
 
 
@@ -120,5 +125,5 @@ def test_sums_that_mislead_are_no_reason_to_leave_the_uniform_choice() -> None:
         return p.picked(p.loss, bits) + sum(b == 2 for b in bits) ** 3
 
     limits = {"max_bytes": p.cost("max_bytes", (4,) * 5) - 1}
-    found = SOLVERS["milp"](p, limits, measure, lambda bits: p.loss, np.random.default_rng(0), 1)
+    found = asked("milp", p, limits, measure, lambda bits: p.loss, 1)
     assert sum(b == 2 for b in found) == 1 and p.excess(found, limits) == 0

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from absl import app, flags
@@ -66,6 +67,16 @@ def load_data(model: Any, *, labels: bool = True) -> Any:
         labels=labels,
         batch_size=BATCH_SIZE.value,
     )
+
+
+def write_result(found: Any, json: str | None, html: str | None) -> None:
+    """Write what was found as JSON and as a page, as far as paths are given (`writable`), and say so."""
+    if json is not None:
+        Path(json).write_text(found.to_json(), encoding="utf-8")
+        print(f"wrote {json}")
+    if html is not None:
+        found.save_html(html)
+        print(f"wrote {html}")
 
 
 def writable(path: str | None, suffix: str) -> str | None:

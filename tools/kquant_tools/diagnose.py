@@ -9,7 +9,6 @@ config is --config with the changes of the other flags, as for kquant-quantize; 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from absl import app, flags
@@ -79,15 +78,10 @@ def main(argv: list[str]) -> None:
         progress=PROGRESS.value,
     )
     print(diagnosis)
-    if json is not None:
-        Path(json).write_text(diagnosis.to_json(), encoding="utf-8")
-        print(f"wrote {json}")
     if recommended is not None and diagnosis.recommendation is not None:
         kquant.QuantConfig.from_dict(diagnosis.recommendation).save(recommended)
         print(f"wrote {recommended}")
-    if html is not None:
-        diagnosis.save_html(html)
-        print(f"wrote {html}")
+    common.write_result(diagnosis, json, html)
 
 
 def run() -> None:

@@ -10,8 +10,6 @@ this command wrote them.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl import flags
 
 from . import common
@@ -39,12 +37,7 @@ def main(argv: list[str]) -> None:
         threads=THREADS.value,
     )
     print(found)
-    if json is not None:
-        Path(json).write_text(found.to_json(), encoding="utf-8")
-        print(f"wrote {json}")
-    if html is not None:
-        found.save_html(html)
-        print(f"wrote {html}")
+    common.write_result(found, json, html)
 
 
 def run() -> None:

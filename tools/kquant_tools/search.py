@@ -11,8 +11,6 @@ config is --config with the changes of the other flags, as for kquant-quantize.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl import app, flags
 
 from . import common
@@ -63,12 +61,7 @@ def main(argv: list[str]) -> None:
     if config_path is not None:
         result.config.save(config_path)
         print(f"wrote {config_path}")
-    if json is not None:
-        Path(json).write_text(result.to_json(), encoding="utf-8")
-        print(f"wrote {json}")
-    if html is not None:
-        result.save_html(html)
-        print(f"wrote {html}")
+    common.write_result(result, json, html)
 
 
 def run() -> None:

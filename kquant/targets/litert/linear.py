@@ -170,11 +170,7 @@ def _write_pointwise(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> Non
         source = e.helper(node, "strided", shape, q)
         slices = [e.indices(node, s, v) for s, v in (("begin", [0] * 4), ("end", [0] * 4), ("strides", [1, sh, sw, 1]))]
         e.op("STRIDED_SLICE", [x[0], *slices], [source], beginMask=15, endMask=15)
-    w = weights(e, node, source, out)
-    e.op(
-        "FULLY_CONNECTED", [source, w.kernel, w.bias], [out.tensor], w.kernel, w.per_channel,
-        keepNumDims=True, fusedActivationFunction=out.activation,
-    )  # fmt: skip
+    _write_dense(e, node, [source], out)
 
 
 def _write_conv2d_transpose(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
