@@ -181,7 +181,7 @@ def test_switchable_models_of_all_kinds(name):
     """Float layers, resizing, pools on a shared grid, tables: float when off, near the simulation when on."""
     user = zoo.build(name)
     x = zoo.inputs(user)
-    qmodel = kquant.quantize_model(user, x, progress=False)
+    qmodel = kquant.quantize_model(user, x, {"correct_bias": False}, progress=False)  # weights as they are
     qgraph = extract(qmodel)
     model = switched(insert(qgraph, qmodel.quantization, switchable=True), False)
     found, expected = (keras.tree.flatten(m.predict(x, verbose=0)) for m in (model, user))
