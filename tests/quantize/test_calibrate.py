@@ -155,8 +155,8 @@ def follow(name: str, op: str, source: str, shape=(None, 5), **attrs) -> Node:
 
 
 def test_the_logits_have_a_method_of_their_own():
-    others = {"in", "c1", "dw", "cat", "mean"}
-    assert methods() == {**dict.fromkeys(others, "mse"), "fc": "cross_entropy"}
+    others = {"c1", "dw", "cat", "mean"}
+    assert methods() == {"in": "min_max", **dict.fromkeys(others, "mse"), "fc": "cross_entropy"}
     assert methods(logits="mse")["fc"] == "mse" and methods(logits=None)["fc"] == "mse"
     assert type(observe(make_plan(toy_graph(), config()), calibration(toy_data(8)), False)["fc"]) is Rows
 

@@ -197,7 +197,8 @@ def test_the_steps_are_reported_in_order(data, tmp_path):
     assert all(r.note and f"{r.name} " in qmodel.report and r.note in qmodel.report for r in rows)
     assert "regions in" in note(qmodel, "equalize") and "channels of" in note(qmodel, "absorb_bias")
     assert ("empirical, 5 layers" if data else "analytic, 5 layers") in note(qmodel, "correct_bias")
-    assert ("from the data: mse of" if data else "without data: batch_norm of") in note(qmodel, "activation ranges")
+    ranges = "from the data: min_max of 1 tensors, mse of 5" if data else "without data: batch_norm of"
+    assert ranges in note(qmodel, "activation ranges")
     assert data or "'image' is estimated to be within" in note(qmodel, "activation ranges")
     qmodel.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
