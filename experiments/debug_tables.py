@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 import kquant
-from kquant.diagnosis.metrics import make_metric, predict, read_samples
+from kquant.diagnosis.metrics import make_metric
+from kquant.diagnosis.samples import predict, read_samples
 from kquant.diagnosis.sensitivity import sensitivity
 from kquant.diagnosis.switches import Switches
 

@@ -9,6 +9,7 @@ r"""Measures and prints a table on the evaluation data (KQUANT_DATA); --write ke
     python -m experiments.reproduce --table=latency --configs=w8a8,w4a8,w2a8
     python -m experiments.reproduce --table=search --variants=milp
     python -m experiments.reproduce --table=sentences --configs=w8a8,w4a8,w8,w4
+    python -m experiments.reproduce --table=scenes --configs=w8a8,w4a8,w4a4 --files=DIR
     python -m experiments.reproduce --table=packing --configs=w8a8,w4a8,w4a8-kmeans,w2a8-ternary
 
 accuracy: top-1 of the exported file on all evaluation samples, against the float model and the
@@ -18,7 +19,8 @@ training and few_bits: see `experiments.training_tables`. targets: what files ta
 Ethos-U, see `experiments.targets`. latency, search: what files take on LiteRT, and what the search of bits finds, see
 `experiments.search_tables`. formats: weights of few bits, see `experiments.formats`. blocks: dense layers in 4 bits
 beside ai-edge-quantizer, see `experiments.blocks`. packing, packing_speed: smaller files, see `experiments.packing`.
-sentences: MiniLM on STS-B, see `experiments.sentences`. Calibration uses the calibration sets only.
+sentences: MiniLM on STS-B, see `experiments.sentences`. scenes:
+segmentation and detection, see `experiments.scenes`. Calibration uses the calibration sets only.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from . import (
     formats,
     packing,
     paper_tables,
+    scenes,
     search_tables,
     sentences,
     tables,
@@ -57,6 +60,7 @@ TABLES = {
     **blocks.TABLES,
     **search_tables.TABLES,
     **few_bits.TABLES,
+    **scenes.TABLES,
 }
 
 FLAGS = flags.FLAGS

@@ -9,7 +9,7 @@ import contextlib
 import io
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,20 +90,29 @@ class OneTable(Table):
 
 def converted(model: keras.Model, name: str) -> bytes:
     """TensorFlow's full-integer post-training quantization, per channel, on the same data."""
+    data = zoo.calibration(name)
+    return converted_with(model, [data] if isinstance(data, np.ndarray) else data)
+
+
+def converted_with(model: keras.Model, batches: Iterable[np.ndarray], per_channel: bool = True) -> bytes:
+    """TensorFlow's full-integer post-training quantization.
+
+    Args:
+        model: the float model.
+        batches: of its input, to calibrate with; read as often as the converter likes.
+        per_channel: whether weights have a scale for each channel.
+    """
     import tensorflow as tf
 
     tf.get_logger().setLevel("ERROR")
     converter = tf.lite.TFLiteConverter.from_keras_model(model)
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    converter.representative_dataset = lambda: ([x[None]] for batch in _batches(zoo.calibration(name)) for x in batch)
+    converter.representative_dataset = lambda: ([x[None]] for batch in batches for x in batch)
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
     converter.inference_input_type = converter.inference_output_type = tf.int8
+    converter._experimental_disable_per_channel = not per_channel
     with contextlib.redirect_stdout(io.StringIO()):
         return converter.convert()
-
-
-def _batches(data: Any) -> Iterator[np.ndarray]:
-    return iter([data]) if isinstance(data, np.ndarray) else iter(data)
 
 
 def exported(name: str, config: str, options: Options) -> tuple[bytes, str]:

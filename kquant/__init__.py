@@ -22,6 +22,12 @@ from kquant.config.quant_config import QuantConfig  # noqa: E402
 from kquant.config.specs import AdaRound, QuantSpec, Rule, Training  # noqa: E402
 from kquant.diagnosis.diagnose import diagnose  # noqa: E402
 from kquant.diagnosis.records import Diagnosis  # noqa: E402
+from kquant.diagnosis.tasks import (  # noqa: E402
+    OutputMetric,
+    mean_average_precision,
+    mean_iou,
+    pixel_accuracy,
+)
 from kquant.errors import (  # noqa: E402
     BackendError,
     CalibrationError,
@@ -37,6 +43,7 @@ from kquant.errors import (  # noqa: E402
 from kquant.graph.tracing.registry import register_layer  # noqa: E402
 from kquant.keras.export import ExportReport, export_tflite  # noqa: E402
 from kquant.keras.model import QuantizedModel  # noqa: E402
+from kquant.keras.outputs import select_outputs  # noqa: E402
 from kquant.keras.quantize_model import quantize_model  # noqa: E402
 from kquant.keras.tfmot import from_tfmot  # noqa: E402
 from kquant.qat.batch_norm import reestimate_batch_norm  # noqa: E402
@@ -66,6 +73,7 @@ __all__ = [
     "MissingPackageError",
     "LatencyTable",
     "ModelError",
+    "OutputMetric",
     "PackError",
     "ParityReport",
     "Prune",
@@ -84,7 +92,10 @@ __all__ = [
     "export_tflite",
     "from_tfmot",
     "get_target",
+    "mean_average_precision",
+    "mean_iou",
     "pack_tflite",
+    "pixel_accuracy",
     "prepare_qat",
     "profile",
     "quantize_model",
@@ -92,6 +103,7 @@ __all__ = [
     "register_layer",
     "register_target",
     "search",
+    "select_outputs",
     "unpack_tflite",
     "verify_tflite",
 ]

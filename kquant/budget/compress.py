@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from kquant.budget.studio import LIMIT, split
 from kquant.config.quant_config import QuantConfig
 from kquant.diagnosis.experiments import file_for
-from kquant.diagnosis.metrics import make_metric, read_samples
+from kquant.diagnosis.metrics import make_metric
+from kquant.diagnosis.samples import read_samples
 from kquant.errors import ConfigError, ModelError
 from kquant.graph.transforms import prepare_graph
 from kquant.keras.export import export_tflite

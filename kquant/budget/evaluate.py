@@ -20,7 +20,8 @@ import numpy as np
 from kquant.budget.passes import distance
 from kquant.config.quant_config import QuantConfig
 from kquant.diagnosis.experiments import file_for
-from kquant.diagnosis.metrics import Metric, predict
+from kquant.diagnosis.metrics import Metric
+from kquant.diagnosis.samples import predict
 from kquant.errors import ConfigError, KQuantError, QuantizationWarning
 from kquant.keras.export import export_tflite
 from kquant.keras.model import extract

@@ -23,7 +23,8 @@ from kquant.budget.result import Evaluation
 from kquant.budget.rounded import rounded_layers
 from kquant.budget.solvers import SOLVERS, Problem, Task, check_reachable, separable
 from kquant.config.quant_config import QuantConfig
-from kquant.diagnosis.metrics import Metric, Samples, make_metric, read_samples
+from kquant.diagnosis.metrics import Metric, make_metric
+from kquant.diagnosis.samples import Samples, read_samples
 from kquant.errors import CalibrationError, ConfigError, ModelError
 from kquant.graph.ir import Graph
 from kquant.graph.transforms import prepare_graph

@@ -10,8 +10,9 @@ import numpy as np
 import tensorflow as tf
 from tqdm.auto import tqdm
 
-from kquant.diagnosis.metrics import Samples, ratio_db
+from kquant.diagnosis.metrics import ratio_db
 from kquant.diagnosis.records import ChannelRanges, Quartiles, TensorRecord
+from kquant.diagnosis.samples import Samples
 from kquant.diagnosis.switches import ACTIVATIONS, Quantizer, Switches
 from kquant.errors import CalibrationError
 from kquant.graph.ir import Graph

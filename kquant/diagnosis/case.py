@@ -11,8 +11,9 @@ import numpy as np
 
 from kquant.config.quant_config import QuantConfig
 from kquant.diagnosis.experiments import Laboratory, Measured, Outcome
-from kquant.diagnosis.metrics import Metric, Samples, class_indices
+from kquant.diagnosis.metrics import Metric, class_indices
 from kquant.diagnosis.records import Finding, Sensitivity, Stage, TargetRecord, TensorRecord
+from kquant.diagnosis.samples import Samples
 from kquant.diagnosis.switches import WEIGHTS, Quantizer
 from kquant.graph.quantized import QuantizedGraph
 from kquant.grids.grid import Grid

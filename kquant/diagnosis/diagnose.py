@@ -15,9 +15,11 @@ import numpy as np
 from kquant.config.quant_config import QuantConfig
 from kquant.diagnosis.analysis import channel_ranges
 from kquant.diagnosis.case import Case, Results
-from kquant.diagnosis.experiments import Laboratory, first
-from kquant.diagnosis.metrics import make_metric, read_samples
+from kquant.diagnosis.experiments import Laboratory
+from kquant.diagnosis.metrics import make_metric
+from kquant.diagnosis.pictures import pictures
 from kquant.diagnosis.records import Diagnosis
+from kquant.diagnosis.samples import read_samples
 from kquant.diagnosis.workflow import Workflow
 from kquant.errors import ModelError
 from kquant.graph.ir import Graph
@@ -27,6 +29,7 @@ from kquant.keras.model import QuantizedModel, extract, insert
 from kquant.keras.report import format_report
 from kquant.quantize.record import Quantization
 from kquant.targets.litert.reader import file_content
+from kquant.targets.litert.runtime import TFLiteModel
 from kquant.targets.litert.writer import write_tflite
 
 FROM_DATA = 512  # samples of the evaluation data to calibrate with, where there is no calibration data
@@ -91,7 +94,7 @@ def diagnose(
     graph = prepare_graph(model)
     evaluation = read_samples(data, graph, limit=samples)
     if calibration_data is None:
-        calibration = first(evaluation, FROM_DATA)
+        calibration = evaluation.first(FROM_DATA)
     else:
         calibration = read_samples(calibration_data, graph, limit=HELD)
     lab = Laboratory(model, make_metric(metric, evaluation, model), calibration, seed=seed, progress=progress)
@@ -180,4 +183,5 @@ def _diagnosis(case: Case, graph: Graph, found: Results, seconds: float) -> Diag
         recommended_score=None if best is None else best.measured.score,
         advice=tuple(found.advice),
         model_report=format_report(case.quantization, case.qgraph),
+        pictures=pictures(case.metric, case.model if case.content is None else TFLiteModel(case.content)),
     )

@@ -18,7 +18,8 @@ import numpy as np
 import tensorflow as tf
 
 from kquant.config.quant_config import QuantConfig
-from kquant.diagnosis.metrics import Metric, Samples, class_indices, predict
+from kquant.diagnosis.metrics import Metric, right_classes
+from kquant.diagnosis.samples import Samples, predict
 from kquant.graph.ir import Graph
 from kquant.graph.quantized import QuantizedGraph
 from kquant.keras.model import insert
@@ -27,6 +28,7 @@ from kquant.quantize.record import Quantization
 from kquant.targets.litert.runtime import TFLiteModel
 from kquant.targets.litert.writer import write_tflite
 from kquant.targets.target import get_target
+from kquant.verify.end_to_end import same_decisions
 
 Array = np.ndarray[Any, Any]
 ERRORS = 2.0  # standard errors
@@ -77,12 +79,13 @@ class FileModel(keras.Model):
     Args:
         content: the file.
         graph: names and types of its inputs, shapes of its outputs.
+        kernels: of `TFLiteModel`.
     """
 
-    def __init__(self, content: bytes, graph: Graph, **kwargs: Any) -> None:
+    def __init__(self, content: bytes, graph: Graph, kernels: str = "default", **kwargs: Any) -> None:
         super().__init__(name=kwargs.pop("name", f"{graph.name}_file"), trainable=False, **kwargs)
         self.supports_jit = False  # the interpreter is no TensorFlow operation
-        self._file, self._graph = TFLiteModel(content), graph
+        self._file, self._graph = TFLiteModel(content, kernels), graph
         self.built = True
 
     def call(self, inputs: Any) -> Any:
@@ -93,10 +96,12 @@ class FileModel(keras.Model):
         feeds = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
         feeds = [tf.cast(x, graph[i].dtype) for i, x in zip(graph.inputs, feeds, strict=True)]
 
-        def run(*arrays: Array) -> list[Array]:
-            return [y.astype(np.float32) for y in self._file.predict_batches([list(arrays)])]
+        types = [graph[name].dtype for name in graph.outputs]
 
-        outputs = tf.nest.flatten(tf.numpy_function(run, feeds, [tf.float32] * len(graph.outputs)))
+        def run(*arrays: Array) -> list[Array]:
+            return [y.astype(t) for y, t in zip(self._file.predict_batches([list(arrays)]), types, strict=True)]
+
+        outputs = tf.nest.flatten(tf.numpy_function(run, feeds, [tf.as_dtype(t) for t in types]))
         for y, name in zip(outputs, graph.outputs, strict=True):
             y.set_shape(graph[name].shape)
         return outputs[0] if len(outputs) == 1 else outputs
@@ -194,11 +199,9 @@ class Laboratory:
 def right_per_sample(metric: Metric, output: Array) -> Array | None:
     """How right each sample's decisions are, 0 to 1 [n]; None for a metric that does not decide sample by sample."""
     if metric.kind == "accuracy":
-        right = np.argmax(output, -1) == class_indices(metric.samples.labels, output)
+        right = right_classes(metric.samples.labels, output)
     elif metric.kind == "agreement":
-        reference = metric.reference[0]
-        chosen = np.take_along_axis(reference, np.argmax(output, -1)[..., None], -1)[..., 0]
-        right = chosen == reference.max(-1)
+        right = same_decisions(output, metric.reference[0])
     else:
         return None
     return np.asarray(right.reshape(len(output), -1).mean(-1))
@@ -214,14 +217,3 @@ def standard_error(a: Measured, b: Measured) -> float:
 def as_data(samples: Samples) -> list[list[Array]]:
     """Samples as calibration data."""
     return [list(batch) for batch in samples.batches]
-
-
-def first(samples: Samples, count: int) -> Samples:
-    """The first `count` samples."""
-    batches, left = [], count
-    for batch in samples.batches:
-        if left <= 0:
-            break
-        batches.append(tuple(x[:left] for x in batch))
-        left -= len(batch[0])
-    return Samples(tuple(batches), None if samples.labels is None else samples.labels[:count], samples.names)

@@ -2,20 +2,25 @@
 
 | metric | score |
 | --- | --- |
-| "accuracy", or None where there are labels | top-1 accuracy in percent |
+| "accuracy", or None where there are labels | top-1 accuracy in percent; of an output of integers, equal ones |
 | "agreement", or None where there are no labels | how often the float network names the same class, in percent |
 | "sqnr", also for None where the output is one number | of the output against the float network's, in dB |
 | "kl" | minus the mean Kullback-Leibler divergence of the classes from the float network's, in nats |
+| "mean_iou:C", "pixel_accuracy:C" | of masks of C classes, see `kquant.diagnosis.tasks` |
 | a Keras metric or its name | its result; negated where smaller is better |
+| an `OutputMetric` | what it makes of labels and outputs |
 | a function (model) -> float | what it returns |
+| a dict of these by the outputs' names (but for functions) | the mean over the outputs, each with its own labels |
 
-All but the last look at the model's first output.
+All but an `OutputMetric`, a function and a dict look at the model's first output. None is a dict where the labels are
+one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,113 +28,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from kquant.diagnosis.samples import Samples, predict
+from kquant.diagnosis.tasks import OutputMetric, mean_iou, pixel_accuracy
 from kquant.errors import CalibrationError, ConfigError, ModelError
-from kquant.graph.ir import Graph
-from kquant.graph.structure import pack
-from kquant.quantize.data import CalibrationData, InputSpec
-from kquant.targets.litert.runtime import TFLiteModel
 from kquant.verify.end_to_end import same_decision
 
 Array = np.ndarray[Any, Any]
 MOST_DB = 200.0  # the noise of equal tensors is taken for 1e-20 of the signal, beyond what float32 can tell
-
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """Labelled or unlabelled samples.
-
-    Attributes:
-        batches: per batch one array per input of the model, float32 or int32.
-        labels: of all samples in order, [n, ...]; None where there are none.
-        names: the inputs' names.
-    """
-
-    batches: tuple[tuple[Array, ...], ...]
-    labels: Array | None
-    names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return sum(len(batch[0]) for batch in self.batches)
-
-    def __iter__(self) -> Iterator[list[Array]]:
-        return (list(batch) for batch in self.batches)
-
-
-def read_samples(data: Any, graph: Graph, *, limit: int | None = None, batch_size: int = 32) -> Samples:
-    """Samples with their labels, read once and held in memory: bound them with `limit`.
-
-    Args:
-        data: of any kind that `quantize_model` takes (see `kquant.data`); the y of (x, y) are labels.
-        graph: names, shapes and types of the inputs.
-        limit: at most so many samples.
-        batch_size: into how many samples arrays are cut.
-
-    Raises:
-        CalibrationError: the data is missing, empty or does not fit, or has another number of labels than samples.
-    """
-    specs = [(name, graph[i].shape, graph[i].dtype) for i, name in zip(graph.inputs, graph.input_names, strict=True)]
-    source = _Labelled(data, specs, batch_size, limit)
-    batches = tuple(tuple(batch) for batch in source)
-    return Samples(batches, source.labels(sum(len(b[0]) for b in batches)), tuple(graph.input_names))
-
-
-class _Labelled(CalibrationData):
-    """Calibration data that remembers the labels of one pass."""
-
-    def __init__(self, source: Any, specs: Sequence[InputSpec], batch_size: int, limit: int | None) -> None:
-        super().__init__(source, specs, batch_size, limit)
-        self._seen: list[Any] = []
-        whole = isinstance(source, tuple | Mapping) or hasattr(source, "__array__")
-        if whole:
-            self._seen = [_labels_of(source, len(specs))]
-            return
-        batches = self._open
-
-        def recorded() -> Iterator[Any]:
-            for batch in batches():
-                self._seen.append(_labels_of(batch, len(specs)))
-                yield batch
-
-        self._open = recorded
-
-    def labels(self, count: int) -> Array | None:
-        """The labels of the first `count` samples, which are all that were read."""
-        known = [np.asarray(y) for y in self._seen if y is not None]
-        if not known:
-            return None
-        total = sum(len(y) if y.ndim else 0 for y in known)
-        if len(known) != len(self._seen) or total < count or (self._limit is None and total != count):
-            raise CalibrationError(
-                f"The data has {count} samples and {total} labels, {len(known)} of {len(self._seen)} batches having "
-                "any: pass one label per sample, as (x, y)."
-            )
-        return np.concatenate(known)[:count]
-
-
-def _labels_of(batch: Any, inputs: int) -> Any:
-    """The y of (x, y) or (x, y, sample_weight), as `kquant.data` reads a batch."""
-    pair = isinstance(batch, list | tuple) and 2 <= len(batch) <= 3
-    return batch[1] if pair and (inputs == 1 or not hasattr(batch[0], "__array__")) else None
-
-
-def predict(model: Any, samples: Samples) -> list[Array]:
-    """All outputs of a model, float32 [n, ...] each.
-
-    Args:
-        model: a Keras model (the user's, or a `QuantizedModel`) or a `TFLiteModel`.
-        samples: what to run it on.
-    """
-    if isinstance(model, TFLiteModel):
-        return model.predict_batches(samples)
-    results = [model.predict_on_batch(_as_fed(model, batch)) for batch in samples]
-    columns = zip(*(keras.tree.flatten(y) for y in results), strict=True)
-    return [np.concatenate([np.asarray(part, np.float32) for part in column]) for column in columns]
-
-
-def _as_fed(model: Any, batch: list[Array]) -> Any:
-    """A batch in the structure that the model was made with."""
-    structure = getattr(model, "_inputs_struct", None)
-    return pack(None, batch) if structure is None else keras.tree.pack_sequence_as(structure, batch)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -141,7 +46,8 @@ class Metric:
         samples: what it is measured on.
         reference: outputs of the float network on them.
         kind: key of `_SCORES`, or "function".
-        argument: class and settings of the Keras metric, or the user's function.
+        argument: class and settings of the Keras metric, the user's function or `OutputMetric`, or (number of the
+            output, its metric) for each of several.
     """
 
     name: str
@@ -178,7 +84,13 @@ class Metric:
             raise ModelError(
                 "The first output of the model holds NaN or infinite values: check its weights and the data."
             )
-        return _finite(_SCORES[self.kind](self, outputs[0]), self.name)
+        return _finite(_SCORES[self.kind](self, outputs), self.name)
+
+    def by_output(self, outputs: Sequence[Array]) -> dict[str, float]:
+        """The scores of outputs by name, of a metric for each of several; else the one score by its own name."""
+        if self.kind != "several":
+            return {self.name: self.of_outputs(outputs)}
+        return {f"{part.samples.outputs[k]}: {part.name}": part.of_outputs([outputs[k]]) for k, part in self.argument}
 
     def sqnr(self, outputs: Sequence[Array]) -> float:
         """SQNR of all outputs against the float network's, in dB."""
@@ -190,7 +102,7 @@ def make_metric(metric: Any, samples: Samples, float_model: Any) -> Metric:
     """A metric of any kind (see the module's docstring) on given samples.
 
     Args:
-        metric: None, a name, a Keras metric, or a function (model) -> float.
+        metric: of any kind.
         samples: from `read_samples`.
         float_model: the float network, which runs once: a Keras model, or one with all its quantizers switched off.
 
@@ -199,46 +111,87 @@ def make_metric(metric: Any, samples: Samples, float_model: Any) -> Metric:
         CalibrationError: the labels are no classes of the model's output.
         ModelError: an output of the float model is not finite.
     """
-    reference = tuple(predict(float_model, samples))
+    return _make(metric, samples, tuple(predict(float_model, samples)))
+
+
+def _make(metric: Any, samples: Samples, reference: tuple[Array, ...]) -> Metric:
+    if metric is None and isinstance(samples.labels, Mapping):
+        metric = dict.fromkeys(samples.labels)
+    if isinstance(metric, Mapping):
+        return _several(metric, samples, reference)
     kind, name, argument = _resolve(metric, samples, reference)
-    if kind in ("accuracy", "keras") and samples.labels is None:
+    if kind in ("accuracy", "keras", "outputs") and samples.labels is None:
         raise ConfigError(
             f"The metric {name!r} needs labels: pass data as (x, y), or leave the metric out to compare with the "
             "float model."
         )
+    if isinstance(samples.labels, Mapping) and kind in ("accuracy", "keras"):
+        raise ConfigError(
+            f"The labels are a dict of {', '.join(map(repr, samples.labels))}: pass a dict of metrics by these names."
+        )
     if kind == "accuracy":
         _check_labels(samples, reference[0])
+    if kind == "kl" and reference[0].dtype.kind in "iub":
+        raise ConfigError("KL is of probabilities or logits, and the output is integers: use 'agreement'.")
     if not np.isfinite(reference[0]).all():
         raise ModelError("The float model's output holds NaN or infinite values: check its weights and the data.")
     return Metric(name=name, samples=samples, reference=reference, kind=kind, argument=argument)
 
 
+def _several(metrics: Mapping[str, Any], samples: Samples, reference: tuple[Array, ...]) -> Metric:
+    """A metric for each of some outputs."""
+    known = samples.outputs
+    if not metrics or any(name not in known for name in metrics):
+        raise ConfigError(
+            f"Metrics for {', '.join(map(repr, metrics)) or 'no output'}: the outputs are "
+            f"{', '.join(map(repr, known))}."
+        )
+    parts = []
+    for name, metric in metrics.items():
+        at = known.index(name)
+        part = _make(metric, samples.for_output(name), (reference[at],))
+        if part.kind == "function":
+            raise ConfigError(f"The metric of {name!r} is a function of a model: pass one of all outputs, or none.")
+        parts.append((at, part))
+    title = "mean of " + ", ".join(f"{known[k]}: {part.name}" for k, part in parts)
+    return Metric(name=title, samples=samples, reference=reference, kind="several", argument=tuple(parts))
+
+
 def _resolve(metric: Any, samples: Samples, reference: Sequence[Array]) -> tuple[str, str, Any]:
     """(kind, name, argument)."""
     if metric is None:
-        metric = "accuracy" if samples.labels is not None else "agreement" if reference[0].shape[-1] > 1 else "sqnr"
+        decides = reference[0].dtype.kind in "iub" or reference[0].shape[-1] > 1
+        metric = "accuracy" if samples.labels is not None else "agreement" if decides else "sqnr"
     if isinstance(metric, str):
         if metric in _NAMES:
             return metric, _NAMES[metric], None
+        if (masks := re.fullmatch(r"(mean_iou|pixel_accuracy):(\d+)", metric)) is not None:
+            return _resolve(_OF_MASKS[masks[1]](int(masks[2])), samples, reference)
         try:
             metric = keras.metrics.get(metric)
         except ValueError as error:
             raise ConfigError(
-                f"Unknown metric {metric!r}: use {', '.join(map(repr, _NAMES))}, a Keras metric, or a function "
-                "(model) -> float."
+                f"Unknown metric {metric!r}: use {', '.join(map(repr, _NAMES))}, mean_iou:CLASSES, "
+                "pixel_accuracy:CLASSES, a Keras metric, or a function (model) -> float."
             ) from error
         metric = metric if isinstance(metric, keras.metrics.Metric) else keras.metrics.MeanMetricWrapper(metric)
     if isinstance(metric, keras.metrics.Metric):
         down = getattr(metric, "_direction", "up") == "down"
         return "keras", f"-{metric.name}" if down else metric.name, (type(metric), metric.get_config())
+    if isinstance(metric, OutputMetric):
+        return "outputs", metric.name, metric
     if not callable(metric):
         raise ConfigError(f"A metric is None, a name, a Keras metric or a function (model) -> float, found {metric!r}.")
     return "function", getattr(metric, "__name__", type(metric).__name__), metric
 
 
 def _check_labels(samples: Samples, output: Array) -> None:
-    """Labels [n, ...] are classes of an output [n, ..., classes], or one-hot."""
+    """Labels [n, ...] are classes of an output [n, ..., classes], or one-hot; or as an output of integers."""
     labels, classes = samples.labels, output.shape[-1]
+    if output.dtype.kind in "iub":
+        if np.shape(labels) != output.shape:
+            raise CalibrationError(f"Labels {np.shape(labels)} do not fit the output {output.shape} of integers.")
+        return
     found = class_indices(labels, output)
     if classes < 2:
         raise ConfigError(
@@ -248,13 +201,23 @@ def _check_labels(samples: Samples, output: Array) -> None:
     if found.shape != output.shape[:-1] or found.min() < 0 or found.max() >= classes:
         raise CalibrationError(
             f"Labels {found.shape} with classes {found.min()}..{found.max()} do not fit the output "
-            f"{output.shape}: pass class indices below {classes}, or one-hot labels."
+            f"{output.shape}: pass class indices below {classes}, or one-hot labels; for masks with pixels that do "
+            f"not count the metric 'pixel_accuracy:{classes}' or 'mean_iou:{classes}'."
         )
+
+
+def right_classes(labels: Any, output: Array) -> Array:
+    """Where an output [n, ..., classes] scores the label's class highest, or is the label where it is integers."""
+    if output.dtype.kind in "iub":
+        return np.asarray(output == labels)
+    return np.asarray(np.argmax(output, -1) == class_indices(labels, output))
 
 
 def class_indices(labels: Any, output: Array) -> Array:
     """Labels as class indices in the shape of `output` without its last axis, from indices or one-hot."""
     y = np.asarray(labels)
+    if output.dtype.kind in "iub":
+        return y
     if y.shape == output.shape and y.shape[-1] > 1:
         return np.argmax(y, -1)
     return y[..., 0] if y.ndim == output.ndim and y.shape[-1] == 1 else y
@@ -296,12 +259,8 @@ def _logs(logits: Array) -> Array:
     return np.asarray(shifted - np.log(np.sum(np.exp(shifted), -1, keepdims=True)))
 
 
-def _accuracy(metric: Metric, output: Array) -> float:
-    return 100 * float(np.mean(np.argmax(output, -1) == class_indices(metric.samples.labels, output)))
-
-
-def _keras(metric: Metric, output: Array) -> float:
-    kind, settings = metric.argument
+def _keras(metric: Metric, outputs: Sequence[Array]) -> float:
+    output, (kind, settings) = outputs[0], metric.argument
     measured = kind.from_config(settings)  # a fresh one for every score
     try:
         measured.update_state(metric.samples.labels, output)
@@ -320,10 +279,13 @@ def _finite(score: float, name: str) -> float:
 
 
 _NAMES = {"accuracy": "top-1 accuracy (%)", "agreement": "agreement with float (%)", "sqnr": "SQNR (dB)", "kl": "-KL"}
-_SCORES: dict[str, Callable[[Metric, Array], float]] = {
-    "accuracy": _accuracy,
-    "agreement": lambda m, y: 100 * same_decision(y, m.reference[0]),
-    "sqnr": lambda m, y: sqnr_db(m.reference[0], y),
-    "kl": lambda m, y: -kl_divergence(m.reference[0], y),
+_SCORES: dict[str, Callable[[Metric, Sequence[Array]], float]] = {
+    "accuracy": lambda m, y: 100 * float(np.mean(right_classes(m.samples.labels, y[0]))),
+    "agreement": lambda m, y: 100 * same_decision(y[0], m.reference[0]),
+    "sqnr": lambda m, y: sqnr_db(m.reference[0], y[0]),
+    "kl": lambda m, y: -kl_divergence(m.reference[0], y[0]),
     "keras": _keras,
+    "outputs": lambda m, y: m.argument(m.samples.labels, y),
+    "several": lambda m, y: float(np.mean(list(m.by_output(y).values()))),
 }
+_OF_MASKS = {"mean_iou": mean_iou, "pixel_accuracy": pixel_accuracy}

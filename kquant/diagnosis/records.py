@@ -140,6 +140,26 @@ class TargetRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An image and what two networks see in it; images are JPEG files in base64.
+
+    Attributes:
+        sample: number of the sample.
+        differs: share of the pixels at which the drawings differ.
+        image: what the networks saw.
+        float_drawn, quantized_drawn: what each makes of it.
+        difference: where these differ.
+    """
+
+    sample: int
+    differs: float
+    image: str
+    float_drawn: str
+    quantized_drawn: str
+    difference: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Diagnosis:
     """The result of `kquant.diagnose`.
 
@@ -161,6 +181,7 @@ class Diagnosis:
         recommended_score: its metric, measured on the exported file where there is one.
         advice: what else can be done, in sentences.
         model_report: the report of the quantized model.
+        pictures: samples of which the two networks see the most different things, where these can be drawn.
     """
 
     model: str
@@ -183,6 +204,7 @@ class Diagnosis:
     recommended_score: float | None
     advice: tuple[str, ...] = ()
     model_report: str = ""
+    pictures: tuple[Picture, ...] = ()
 
     def save_html(self, path: str | os.PathLike[str]) -> None:
         """Write the report: one HTML file that needs no network.

@@ -42,7 +42,7 @@ def render(diagnosis: Diagnosis) -> str:
         MissingPackageError: plotly is not installed.
     """
     d = diagnosis
-    parts = [(name, title, write(d)) for name, title, write in _SECTIONS]
+    parts = [(name, title, body) for name, title, write in _SECTIONS if (body := write(d))]
     page = string.Template(_file("page.html"))
     return page.substitute(
         model=escape(d.model),
@@ -148,6 +148,33 @@ def _waterfall(d: Diagnosis) -> str:
         "<p>Each bar begins at the score of the float model and ends at the score that a network reached: its length "
         "is what was lost.</p>"
         + chart("waterfall", f"{d.metric} of every network that was measured; the workflow below lists the numbers.")
+    )
+
+
+def _pictures(d: Diagnosis) -> str:
+    """Nothing where there are none, which is usual."""
+    if not d.pictures:
+        return ""
+    rows = []
+    for p in d.pictures:
+        panels = (
+            ("Image", p.image),
+            ("Float", p.float_drawn),
+            ("Quantized", p.quantized_drawn),
+            ("Difference", p.difference),
+        )
+        figures = "".join(
+            f'<figure><img src="data:image/jpeg;base64,{content}" alt="Sample {p.sample}: {title.lower()}">'
+            f"<figcaption>{title}</figcaption></figure>"
+            for title, content in panels
+        )
+        rows.append(
+            f"<li><h3>Sample {p.sample}</h3><p>The two differ at {escape(percent(p.differs))} of the pixels.</p>"
+            f'<div class="panels">{figures}</div></li>'
+        )
+    return (
+        "<p>What the float network and the quantized one make of the same image, for the samples on which they differ "
+        f'most.</p><ol class="pictures">{"".join(rows)}</ol>'
     )
 
 
@@ -305,6 +332,7 @@ _SECTIONS = (
     ("verdict", "Verdict", _verdict),
     ("recommendation", "Recommendation", _recommendation),
     ("accuracy", "Accuracy, from float to quantized", _waterfall),
+    ("pictures", "Pictures, float beside quantized", _pictures),
     ("workflow", "Workflow", _workflow),
     ("findings", "Findings", _findings),
     ("sensitivity", "Sensitivity", _sensitivity),

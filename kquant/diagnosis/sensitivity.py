@@ -26,8 +26,9 @@ from tqdm.auto import tqdm
 
 from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import QuantSpec
-from kquant.diagnosis.metrics import Metric, predict
+from kquant.diagnosis.metrics import Metric
 from kquant.diagnosis.records import Sensitivity
+from kquant.diagnosis.samples import predict
 from kquant.diagnosis.switches import Switches
 from kquant.errors import ConfigError
 from kquant.graph.ir import Graph

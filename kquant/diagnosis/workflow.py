@@ -16,9 +16,9 @@ from kquant.config.quant_config import QuantConfig
 from kquant.diagnosis import findings as rules
 from kquant.diagnosis.analysis import tensor_records
 from kquant.diagnosis.case import Case, Results, decisive, extremes, grids, majority
-from kquant.diagnosis.experiments import Measured, Outcome, first
-from kquant.diagnosis.metrics import Samples, predict
+from kquant.diagnosis.experiments import Measured, Outcome
 from kquant.diagnosis.records import Finding, Sensitivity, Stage, TensorRecord
+from kquant.diagnosis.samples import Samples, predict
 from kquant.diagnosis.sensitivity import sensitivity
 from kquant.diagnosis.summary import decimals
 from kquant.diagnosis.switches import ACTIVATIONS, WEIGHTS, Switches
@@ -126,7 +126,7 @@ class Workflow:
             return
         graph = case.qgraph.graph
         found.file = self.lab.measure_file(case.content, graph)
-        few = first(case.metric.samples, LSB_SAMPLES)
+        few = case.metric.samples.first(LSB_SAMPLES)
         arrays = [np.concatenate(column) for column in zip(*few.batches, strict=True)]
         data = arrays[0] if len(arrays) == 1 else arrays
         found.target = compare_with_target(case.model, case.content, data, progress=self.progress)
@@ -359,7 +359,7 @@ class Workflow:
         return measured
 
     def _few(self, samples: Samples) -> Samples:
-        return first(samples, LOOKED_AT)
+        return samples.first(LOOKED_AT)
 
     def _number(self, value: float) -> str:
         return f"{value:.{decimals(self.lab.float_model.score)}f}"

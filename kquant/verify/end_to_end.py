@@ -115,8 +115,12 @@ def same_decision(ours: np.ndarray, reference: np.ndarray) -> float:
     Args:
         ours, reference: outputs, [samples, ..., classes]; or integers, which are decisions.
     """
+    return float(np.mean(same_decisions(ours, reference)))
+
+
+def same_decisions(ours: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Where `same_decision` counts a decision as the same, [samples, ...]."""
     if ours.dtype.kind in "iub":
-        return float(np.mean(ours == reference))
-    ours, reference = ours.reshape(-1, ours.shape[-1]), reference.reshape(-1, reference.shape[-1])
-    chosen = np.take_along_axis(reference, np.argmax(ours, -1)[:, None], -1)[:, 0]
-    return float(np.mean(chosen == np.max(reference, -1)))
+        return np.asarray(ours == reference)
+    chosen = np.take_along_axis(reference, np.argmax(ours, -1)[..., None], -1)[..., 0]
+    return np.asarray(chosen == np.max(reference, -1))

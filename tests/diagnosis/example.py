@@ -3,10 +3,13 @@
 import numpy as np
 
 import kquant
+from kquant.diagnosis.drawing import draw_boxes
+from kquant.diagnosis.pictures import difference, encoded
 from kquant.diagnosis.records import (
     ChannelRanges,
     Diagnosis,
     Finding,
+    Picture,
     Sensitivity,
     Stage,
     TargetRecord,
@@ -28,6 +31,7 @@ EMPTY = {
     "target": (),
     "advice": (),
     "model_report": "",
+    "pictures": (),
 }
 
 
@@ -79,7 +83,18 @@ def diagnosis() -> Diagnosis:
         model_report="target: litert_per_tensor\nstep      taken  what, or why not\n"
         "--------  -----  ----------------\nequalize  yes    13 regions, 20 sweeps\n"
         "adaround  no     weights have 8 bits",
+        pictures=tuple(_picture(rng, k) for k in (17, 3)),
     )
+
+
+def _picture(rng: np.random.Generator, sample: int) -> Picture:
+    """Squares that two networks see in noise, the second one a bit to the right."""
+    image = rng.integers(60, 200, (48, 64, 3)).astype(np.uint8)
+    drawn = [draw_boxes(image, np.array([[10.0 + right, 12, 40 + right, 36, 1, 0.9]])) for right in (0, 4)]
+    differs = float(np.mean((drawn[0] != drawn[1]).any(-1)))
+    files = [encoded(part) for part in (image, *drawn, difference(image, *drawn))]
+    names = ("image", "float_drawn", "quantized_drawn", "difference")
+    return Picture(sample=sample, differs=differs, **dict(zip(names, files, strict=True)))
 
 
 def _stages() -> tuple[Stage, ...]:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from kquant.diagnosis.analysis import channel_ranges, tensor_records
-from kquant.diagnosis.metrics import read_samples, sqnr_db
+from kquant.diagnosis.metrics import sqnr_db
 from kquant.diagnosis.records import TensorRecord
+from kquant.diagnosis.samples import read_samples
 from kquant.diagnosis.switches import Switches
 from kquant.errors import CalibrationError
 from kquant.graph.ops import evaluate

@@ -110,13 +110,26 @@ def test_charts_are_drawn(visit: Any) -> None:
     assert page.locator("#histogram-chart").inner_text().count("grid from") == 1
 
 
+def test_pictures_are_shown(visit: Any) -> None:
+    page = visit().page
+    images = page.locator("#pictures img")
+    assert images.count() == 4 * len(example.diagnosis().pictures)
+    sizes = images.evaluate_all(
+        "all => all.map(i => [i.naturalWidth, i.naturalHeight, i.getBoundingClientRect().width])"
+    )
+    assert all((width, height) == (64, 48) and shown > 100 for width, height, shown in sizes)
+    assert [e.inner_text() for e in page.locator("#pictures figcaption").all()[:4]] == [
+        *("Image", "Float", "Quantized", "Difference"),
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["empty", "evil", "nan", "unequalized"])
 def test_odd_reports_open(visit: Any, name: str) -> None:
     page = visit(name).page
     assert page.locator("h1").is_visible() and page.locator("#problem").is_hidden()
     if name == "evil":  # shown as they are, run by nobody
-        assert "<img" in page.locator("#waterfall").inner_text() and page.locator("main img").count() == 0
+        assert "<img" in page.locator("#waterfall").inner_text() and page.locator("main img[src=x]").count() == 0
     if name == "unequalized":
         assert "after equalization" not in page.locator("#channels-chart").inner_text()
 

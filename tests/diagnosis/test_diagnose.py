@@ -17,10 +17,11 @@ import kquant
 from experiments import zoo
 from kquant.diagnosis.case import majority
 from kquant.diagnosis.diagnose import diagnose
-from kquant.diagnosis.experiments import FileModel, Laboratory, Measured, first, right_per_sample, standard_error
+from kquant.diagnosis.experiments import FileModel, Laboratory, Measured, right_per_sample, standard_error
 from kquant.diagnosis.findings import inner_range, of_tensors, other_domain
-from kquant.diagnosis.metrics import make_metric, predict, read_samples
+from kquant.diagnosis.metrics import make_metric
 from kquant.diagnosis.records import Diagnosis, Sensitivity, TensorRecord
+from kquant.diagnosis.samples import predict, read_samples
 from kquant.diagnosis.trials import TRIALS, more_bits
 from kquant.graph.transforms import prepare_graph
 from tests.support.digits_chain import DIGITS, OFF, PER_TENSOR, TEST, chain, wide_depthwise
@@ -38,7 +39,7 @@ def wide() -> Diagnosis:
 @cache
 def lab(metric: str = "accuracy") -> Laboratory:
     samples = read_samples(TEST, prepare_graph(chain()))
-    return Laboratory(chain(), make_metric(metric, samples, chain()), first(samples, 64), progress=False)
+    return Laboratory(chain(), make_metric(metric, samples, chain()), samples.first(64), progress=False)
 
 
 # --- the workflow -------------------------------------------------------------------------------------------------

@@ -12,19 +12,11 @@ import pytest
 import tensorflow as tf
 
 import kquant
-from kquant.diagnosis.metrics import (
-    MOST_DB,
-    Metric,
-    Samples,
-    class_indices,
-    kl_divergence,
-    make_metric,
-    predict,
-    read_samples,
-    sqnr_db,
-)
+from kquant.diagnosis.metrics import MOST_DB, Metric, class_indices, kl_divergence, make_metric, sqnr_db
+from kquant.diagnosis.samples import Samples, predict, read_samples
 from kquant.diagnosis.switches import Switches
 from kquant.errors import CalibrationError, ConfigError, ModelError
+from kquant.graph.transforms import prepare_graph
 from models import digits_cnn
 from tests.support.toy import toy_data, toy_graph
 
@@ -205,3 +197,94 @@ def test_class_indices_of_all_layouts() -> None:
     image = RNG.integers(0, 3, (2, 5, 5))
     np.testing.assert_array_equal(class_indices(image, np.zeros((2, 5, 5, 3))), image)
     np.testing.assert_array_equal(class_indices(image[..., None], np.zeros((2, 5, 5, 3))), image)
+
+
+def several() -> tuple[keras.Model, Samples, np.ndarray]:
+    """A model with classes and a number, their samples with labels for both, and its inputs."""
+    keras.utils.set_random_seed(2)
+    inputs = keras.Input((6,), name="x")
+    heads = {"kind": keras.layers.Dense(3, name="kind")(inputs), "size": keras.layers.Dense(1, name="size")(inputs)}
+    x = RNG.normal(size=(40, 6)).astype(np.float32)
+    labels = {"kind": RNG.integers(0, 3, 40), "size": RNG.normal(size=(40, 1)).astype(np.float32)}
+    batches = tuple((x[k : k + 16],) for k in range(0, 40, 16))
+    return keras.Model(inputs, heads), Samples(batches, labels, ("x",), ("kind", "size")), x
+
+
+def test_each_output_has_a_metric_and_labels_of_its_own() -> None:
+    model, samples, x = several()
+    metric = make_metric({"kind": "accuracy", "size": "mean_squared_error"}, samples, model)
+    outputs = model.predict(x, verbose=0)
+    right = 100 * np.mean(outputs["kind"].argmax(-1) == samples.labels["kind"])
+    error = np.mean((outputs["size"] - samples.labels["size"]) ** 2)
+    assert metric(model) == pytest.approx((right - error) / 2, rel=1e-5)
+    parts = metric.by_output(predict(model, samples))
+    assert list(parts) == ["kind: top-1 accuracy (%)", "size: -mean_squared_error"]
+    assert list(parts.values()) == pytest.approx([right, -error], rel=1e-5)
+    assert pickle.loads(pickle.dumps(metric))(model) == metric(model)
+
+
+def test_labels_by_output_are_read_from_batches_and_arrays() -> None:
+    model, samples, x = several()
+    graph = prepare_graph(model)
+    batches = [(x[k : k + 7], {n: y[k : k + 7] for n, y in samples.labels.items()}) for k in range(0, 40, 7)]
+    for data in ((x, samples.labels), batches):
+        found = read_samples(data, graph)
+        assert found.outputs == ("kind", "size") and len(found) == 40
+        for name, labels in samples.labels.items():
+            np.testing.assert_array_equal(found.labels[name], labels)
+    few = found.first(9)
+    assert len(few) == 9 and [len(y) for y in few.labels.values()] == [9, 9]
+
+
+def test_without_a_metric_every_labelled_output_has_its_usual_one() -> None:
+    model, samples, _ = several()
+    only = Samples(samples.batches, {"kind": samples.labels["kind"]}, samples.names, samples.outputs)
+    assert make_metric(None, only, model).name == "mean of kind: top-1 accuracy (%)"
+    assert make_metric({"kind": None, "size": None}, only, model).name.endswith("size: SQNR (dB)")
+
+
+@pytest.mark.parametrize(
+    "metric, message",
+    [
+        ({"sort": "accuracy"}, "'kind', 'size'"),
+        ({}, "no output"),
+        ({"size": lambda model: 0.0}, "function of a model"),
+        ("accuracy", "dict of metrics"),
+    ],
+)
+def test_metrics_of_outputs_are_checked(metric: Any, message: str) -> None:
+    model, samples, _ = several()
+    with pytest.raises(ConfigError, match=message):
+        make_metric(metric, samples, model)
+
+
+def test_an_output_metric_sees_all_labels_and_outputs() -> None:
+    model, samples, x = several()
+    seen = []
+
+    def look(labels: Any, outputs: Any) -> float:
+        seen.append((labels, [y.shape for y in outputs]))
+        return 3.5
+
+    metric = make_metric(kquant.OutputMetric("look", look), samples, model)
+    assert metric(model) == 3.5 and metric.name == "look"
+    assert seen[0][0] is samples.labels and seen[0][1] == [(40, 3), (40, 1)]
+
+
+def test_integers_are_decisions() -> None:
+    inputs = keras.Input((8, 6, 3), name="x")
+    model = keras.Model(inputs, keras.ops.argmax(inputs, -1))
+    x = RNG.normal(size=(5, 8, 6, 3)).astype(np.float32)
+    other = np.where(RNG.uniform(size=x.shape[:-1]) < 0.1, 0, x.argmax(-1)).astype(np.int32)
+    samples = Samples(((x,),), other, ("x",), ("mask",))
+    assert predict(model, samples)[0].dtype.kind == "i"
+    metric = make_metric(None, samples, model)
+    assert metric.name == "top-1 accuracy (%)"
+    assert metric(model) == pytest.approx(100 * np.mean(x.argmax(-1) == other))
+    unlabelled = make_metric(None, Samples(samples.batches, None, ("x",), ("mask",)), model)
+    assert unlabelled.name == "agreement with float (%)" and unlabelled(model) == 100
+    assert unlabelled.of_outputs([other]) == pytest.approx(100 * np.mean(x.argmax(-1) == other))
+    with pytest.raises(ConfigError, match="agreement"):
+        make_metric("kl", samples, model)
+    with pytest.raises(CalibrationError, match="of integers"):
+        make_metric("accuracy", Samples(samples.batches, other[..., 0], ("x",), ("mask",)), model)

@@ -17,8 +17,9 @@ import pytest
 
 from experiments.debug_tables import rank_twice
 from kquant.diagnosis import sensitivity as module
-from kquant.diagnosis.metrics import Metric, make_metric, predict, read_samples, sqnr_db
+from kquant.diagnosis.metrics import Metric, make_metric, sqnr_db
 from kquant.diagnosis.records import Sensitivity
+from kquant.diagnosis.samples import predict, read_samples
 from kquant.diagnosis.sensitivity import bits_sensitivity, fingerprint, sensitivity
 from kquant.diagnosis.switches import Switches
 from kquant.errors import ConfigError

@@ -66,6 +66,30 @@ def test_evaluate_prints_what_the_models_score(files, capsys):
         assert rows[name][2] == "100"
 
 
+def scarcity(model):
+    """A metric that is a function of a model."""
+    return -float(np.mean(np.abs(model.predict(digits_cnn.load_split().x_test[:20], verbose=0))))
+
+
+@pytest.mark.parametrize(
+    "metric, name",
+    [("kl", "-KL"), ("pixel_accuracy:10", "pixel accuracy (%)"), ("tests.tools.test_apps:scarcity", "scarcity")],
+)
+def test_evaluate_measures_any_metric(files, capsys, metric, name):
+    options = {"model": digits_cnn.PATH, "quantized": files.q_keras, "tflite": files.q_tflite, "data": files.test_npz}
+    assert run_app(evaluate, **options, metric=metric) == 0
+    header, _, *lines = capsys.readouterr().out.strip().splitlines()
+    assert name in header and [line.split()[0] for line in lines] == ["float", "simulation", "tflite"]
+    scores = [float(line.split()[1]) for line in lines]
+    if metric == "kl":
+        assert scores[0] == 0 > scores[1] > -0.1
+    if metric.startswith("pixel"):
+        model = keras.saving.load_model(digits_cnn.PATH)
+        expected = 100 * np.mean(model.predict(files.x, verbose=0).argmax(-1) == files.y)
+        assert scores[0] == pytest.approx(expected, abs=0.005)
+    assert scores[2] == pytest.approx(scores[0], rel=0.05, abs=0.1)
+
+
 def test_verify_accepts_its_own_file_and_rejects_another(files, capsys):
     options = {"model": files.q_keras, "data": files.test_npz, "limit": 40}
     assert run_app(verify, tflite=files.q_tflite, **options) == 0

@@ -12,7 +12,7 @@ from absl.testing import flagsaver
 
 import kquant
 from kquant.diagnosis.records import Diagnosis
-from kquant_tools import diagnose
+from kquant_tools import common, diagnose
 from tests.support.apps import run_app
 from tests.support.digits_chain import DIGITS, PER_TENSOR, TEST, wide_depthwise
 
@@ -50,9 +50,9 @@ def accuracy_of_ten(model: Any) -> float:
 def test_a_metric_of_a_module() -> None:
     flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(metric=f"{__name__}:accuracy_of_ten"):
-        assert diagnose.metric_of_flags() is accuracy_of_ten
+        assert common.metric_of_flags() is accuracy_of_ten
     with flagsaver.flagsaver(metric="kl"):
-        assert diagnose.metric_of_flags() == "kl"
+        assert common.metric_of_flags() == "kl"
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,3 @@ def test_scores_are_counted_over_batches():
 def test_without_labels_only_agreement_is_known():
     scores = evaluate.evaluate({"a": lambda x: np.eye(3)[x]}, [np.array([0, 1])])
     assert scores["a"].accuracy is None and scores["a"].samples == 2
-
-
-@pytest.mark.parametrize("y", [np.array([2, 0]), np.array([[2], [0]]), np.eye(3)[[2, 0]]])
-def test_labels_of_any_usual_form(y):
-    np.testing.assert_array_equal(evaluate.class_indices(y), [2, 0])

@@ -33,6 +33,13 @@ LIMIT = flags.DEFINE_integer("limit", None, "Use at most this many samples, spre
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Samples per batch.", 1)
 OUTPUT = flags.DEFINE_string("output", None, "The file to write.")
 TFLITE = flags.DEFINE_string("tflite", None, "The TFLite file.")
+METRIC = flags.DEFINE_string(
+    "metric",
+    None,
+    "accuracy, agreement, sqnr, kl, mean_iou:CLASSES, pixel_accuracy:CLASSES, the name of a Keras metric, or "
+    "module:name of a function of a model, of a kquant.OutputMetric or of a dict of metrics by output; by default "
+    "accuracy where there are labels.",
+)
 DATA_FLAGS = (DATA, PREPROCESS, FIT, LIMIT, BATCH_SIZE)
 
 
@@ -67,6 +74,13 @@ def load_data(model: Any, *, labels: bool = True) -> Any:
         labels=labels,
         batch_size=BATCH_SIZE.value,
     )
+
+
+def metric_of_flags() -> Any:
+    """A name as it is, or what module:name names."""
+    from .data import FUNCTION, import_function
+
+    return import_function(METRIC.value) if METRIC.value and FUNCTION.fullmatch(METRIC.value) else METRIC.value
 
 
 def write_result(found: Any, json: str | None, html: str | None) -> None:

@@ -20,12 +20,6 @@ from .quantize import CONFIG_FLAGS, PROGRESS, SEED, config_of_flags
 CALIBRATION = flags.DEFINE_string(
     "calibration", None, "Calibration data, of the kinds of --data; by default a part of --data."
 )
-METRIC = flags.DEFINE_string(
-    "metric",
-    None,
-    "accuracy, agreement, sqnr, kl, the name of a Keras metric, or module:function of a model; by default accuracy "
-    "where there are labels.",
-)
 HTML = flags.DEFINE_string("html", None, "Write the report here (.html).")
 JSON = flags.DEFINE_string("json", None, "Write everything that was measured here (.json).")
 RECOMMENDED = flags.DEFINE_string("recommended", None, "Write the recommended config here (.yaml), if there is one.")
@@ -33,14 +27,7 @@ SENSITIVITY = flags.DEFINE_boolean("sensitivity", True, "Also measure quantizers
 RESUME = flags.DEFINE_string(
     "resume", None, "Keep the sensitivity here (.json): a call that was stopped goes on from it."
 )
-OWN = (CALIBRATION, METRIC, HTML, JSON, RECOMMENDED, SENSITIVITY, RESUME)
-
-
-def metric_of_flags() -> Any:
-    """A name as it is, or the function that module:function names."""
-    from .data import import_function
-
-    return import_function(METRIC.value) if METRIC.value and ":" in METRIC.value else METRIC.value
+OWN = (CALIBRATION, common.METRIC, HTML, JSON, RECOMMENDED, SENSITIVITY, RESUME)
 
 
 def calibration_of_flags(model: Any) -> Any:
@@ -67,7 +54,7 @@ def main(argv: list[str]) -> None:
     diagnosis = diagnose(
         model,
         common.load_data(model),
-        metric_of_flags(),
+        common.metric_of_flags(),
         config,
         calibration_data=calibration_of_flags(model),
         quantized=None if QUANTIZED.value is None else common.load_model(QUANTIZED.value),

@@ -1,9 +1,10 @@
-r"""Top-1 accuracy of the float model, its quantized simulation and the TFLite file, on the same data, in one table.
+r"""Scores of the float model, its quantized simulation and the TFLite file, on the same data, in one table.
 
 kquant-evaluate --model=float.keras --quantized=quantized.keras --tflite=model.tflite \
     --data=test.npz
 
-Without labels the table shows only how often two of them name the same class.
+By default the score is top-1 accuracy; without labels the table shows only how often two of them name the same class.
+With --metric (mean_iou:11, or metrics.py's own as metrics:boxes) all samples and outputs are held in memory.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Scores:
     agrees: dict[str, float]
     samples: int = 0
     labelled: int = 0
-    correct: int = 0
+    correct: float = 0.0
 
     @property
     def accuracy(self) -> float | None:
@@ -51,11 +52,12 @@ def evaluate(models: Mapping[str, Predict], batches: Iterable[Any]) -> dict[str,
 
     Args:
         models: name -> function; each is compared with those before it.
-        batches: x or (x, y), y class indices [n] or one-hot [n, classes].
+        batches: x or (x, y), y class indices or one-hot, or as the output where that is integers.
 
     Returns:
         The counts of every model.
     """
+    from kquant.diagnosis.metrics import right_classes
     from kquant.verify.end_to_end import same_decision
 
     names = list(models)
@@ -68,16 +70,10 @@ def evaluate(models: Mapping[str, Predict], batches: Iterable[Any]) -> dict[str,
             score.samples += count
             if y is not None:
                 score.labelled += count
-                score.correct += int(np.sum(np.argmax(outputs[name], -1) == class_indices(y)))
+                score.correct += count * float(np.mean(right_classes(y, outputs[name])))
             for earlier in score.agrees:
                 score.agrees[earlier] += count * same_decision(outputs[name], outputs[earlier])
     return scores
-
-
-def class_indices(y: Any) -> np.ndarray:
-    """Labels [n] from labels [n], [n, 1] or one-hot [n, classes]."""
-    y = np.asarray(y)
-    return np.argmax(y, -1) if y.ndim > 1 and y.shape[-1] > 1 else y.reshape(len(y))
 
 
 def keras_predict(model: Any) -> Predict:
@@ -122,11 +118,52 @@ def format_scores(scores: Mapping[str, Scores], sizes: Mapping[str, int]) -> str
     return table(header, rows)
 
 
+def measure(float_model: Any, paths: Mapping[str, str], batches: Any, metric: Any, kernels: str) -> str:
+    """The scores of a metric as a table, one row per model.
+
+    Args:
+        float_model: that of `paths["float"]`.
+        paths: name -> file, Keras model or .tflite.
+        batches: data, of any kind that `kquant.diagnose` takes.
+        metric: as for `kquant.diagnose`.
+        kernels: of the files.
+    """
+    import kquant
+    from kquant.config.text import table
+    from kquant.diagnosis.experiments import FileModel
+    from kquant.diagnosis.metrics import make_metric
+    from kquant.diagnosis.samples import predict, read_samples
+    from kquant.graph.transforms import prepare_graph
+
+    graph = prepare_graph(float_model)
+    made = make_metric(metric, read_samples(batches, graph), float_model)
+
+    def scores(path: str) -> Mapping[str, float]:
+        file = kquant.TFLiteModel(path, kernels) if path.endswith(".tflite") else None
+        if made.kind == "function":
+            return {
+                made.name: made(common.load_model(path) if file is None else FileModel(file.content, graph, kernels))
+            }
+        return made.by_output(predict(common.load_model(path) if file is None else file, made.samples))
+
+    rows = []
+    for name, path in paths.items():
+        found = scores(path)
+        values = [f"{score:.2f}" if abs(score) >= 10 else f"{score:.4f}" for score in found.values()]
+        rows.append((name, *values, f"{len(made.samples):,}", f"{os.path.getsize(path):,}"))
+    return table(("model", *found, "samples", "file bytes"), rows)
+
+
 def main(argv: list[str]) -> None:
     """Evaluate what was given and print the table."""
     if common.DATA.value is None:
         raise app.UsageError("Pass the data to evaluate on: --data=...")
     model = common.load_model(common.MODEL.value)
+    if common.METRIC.value is not None:
+        given = {"float": common.MODEL.value, "simulation": QUANTIZED.value, "tflite": common.TFLITE.value}
+        files = {name: path for name, path in given.items() if path is not None}
+        print(measure(model, files, common.load_data(model), common.metric_of_flags(), KERNELS.value))
+        return
     models, paths = {"float": keras_predict(model)}, {"float": common.MODEL.value}
     if QUANTIZED.value is not None:
         models["simulation"], paths["simulation"] = keras_predict(common.load_model(QUANTIZED.value)), QUANTIZED.value
@@ -142,7 +179,7 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
     """Console script."""
-    common.launch(main, __doc__, [common.MODEL, QUANTIZED, common.TFLITE, *common.DATA_FLAGS, KERNELS])
+    common.launch(main, __doc__, [common.MODEL, QUANTIZED, common.TFLITE, *common.DATA_FLAGS, common.METRIC, KERNELS])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from __future__ import annotations
 from absl import app, flags
 
 from . import common
-from .diagnose import HTML, JSON, METRIC, RESUME, metric_of_flags
+from .diagnose import HTML, JSON, RESUME
 from .quantize import CONFIG_FLAGS, PROGRESS, SEED, TARGET, config_of_flags
 
 MAX_BYTES = flags.DEFINE_float("max_bytes", None, "Largest size of the file.")
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     result = kquant.search(
         model,
         common.load_data(model),
-        metric_of_flags(),
+        common.metric_of_flags(),
         config=config,
         max_bytes=MAX_BYTES.value,
         max_latency=MAX_LATENCY.value,
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
     """Console script."""
-    shared = (common.MODEL, *common.DATA_FLAGS, METRIC, RESUME, HTML, JSON, SEED, PROGRESS)
+    shared = (common.MODEL, *common.DATA_FLAGS, common.METRIC, RESUME, HTML, JSON, SEED, PROGRESS)
     common.launch(main, __doc__, [*shared, *CONFIG_FLAGS, *OWN])
 
 

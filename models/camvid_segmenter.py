@@ -1,0 +1,148 @@
+r"""Segmentation of street scenes in the manner of DeepLabV3+ (arXiv 1802.02611): a depthwise network for CamVid.
+
+python -m models.camvid_segmenter --epochs=40 --output=models/camvid_segmenter.keras
+
+trains it anew on the training scenes of the evaluation data (KQUANT_DATA). The file holds weights trained on CamVid,
+whose terms are CC BY-NC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from absl import app, flags
+from keras import layers
+
+import kquant
+from kquant_tools.recipe import recipe
+
+from . import camvid
+from .mobilenet_v2_backbone import features
+
+PATH = Path(__file__).with_suffix(".keras")
+SEED = 1
+BATCH_SIZE = 8
+RATES = (2, 4)  # of the atrous pyramid, on features of 12 x 15
+LEARNING_RATE = 5e-4
+
+
+def _conv(x: Any, filters: int, name: str) -> Any:
+    x = layers.Conv2D(filters, 1, use_bias=False, name=name)(x)
+    return layers.ReLU(6.0, name=f"{name}_relu")(layers.BatchNormalization(momentum=0.9, name=f"{name}_bn")(x))
+
+
+def _separable(x: Any, filters: int, name: str, rate: int = 1) -> Any:
+    x = layers.DepthwiseConv2D(3, padding="same", dilation_rate=rate, use_bias=False, name=f"{name}_depthwise")(x)
+    x = layers.BatchNormalization(momentum=0.9, name=f"{name}_depthwise_bn")(x)
+    return _conv(layers.ReLU(6.0, name=f"{name}_depthwise_relu")(x), filters, name)
+
+
+def _pyramid(x: Any) -> Any:
+    """Features [n, h, w, c] as seen from near, from afar and from everywhere: [n, h, w, 96]."""
+    height, width = x.shape[1:3]
+    whole = _conv(layers.GlobalAveragePooling2D(keepdims=True, name="average")(x), 48, "whole")
+    whole = layers.UpSampling2D((height, width), name="everywhere")(whole)
+    seen = [_conv(x, 48, "near"), *(_separable(x, 48, f"atrous{rate}", rate) for rate in RATES), whole]
+    return _conv(layers.Concatenate(name="pyramid")(seen), 96, "gather")
+
+
+def build() -> keras.Model:
+    """Images [n, 180, 240, 3] in -1..1 -> logits [n, 180, 240, 11]: what is trained.
+
+    Raises:
+        MissingData: the evaluation data with the backbone is not there.
+    """
+    inputs = keras.Input((camvid.HEIGHT, camvid.WIDTH, 3), name="image")
+    seen = features(inputs)
+    fine = _conv(seen[4], 24, "fine")
+    coarse = layers.Resizing(*fine.shape[1:3], interpolation="bilinear", name="coarse")(_pyramid(seen[16]))
+    x = layers.Concatenate(name="both")([coarse, fine])
+    x = _separable(_separable(x, 64, "decode1"), 64, "decode2")
+    x = layers.Conv2D(len(camvid.CLASSES), 1, name="classes")(x)
+    logits = layers.Resizing(camvid.HEIGHT, camvid.WIDTH, interpolation="bilinear", name="logits")(x)
+    return keras.Model(inputs, logits, name="camvid_segmenter")
+
+
+def deployed(model: keras.Model) -> keras.Model:
+    """The same network with the class of each pixel as its output, [n, 180, 240] int32, as applications want it."""
+    return keras.Model(model.inputs, keras.ops.argmax(model.outputs[0], -1), name=model.name)
+
+
+def class_weights(masks: np.ndarray) -> np.ndarray:
+    """What an error costs, by class [12]: rare ones more, by the root of their frequency; void nothing."""
+    counts = np.bincount(masks.ravel(), minlength=camvid.VOID + 1)[: camvid.VOID]
+    weights = np.sqrt(counts.max() / counts)
+    return np.append(weights / np.average(weights, weights=counts), 0.0).astype(np.float32)
+
+
+def batches(
+    epochs: int, seed: int = SEED, limit: int | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Training batches (images, classes, weights) of the augmented training scenes; void is class 0 of no weight."""
+    scenes = camvid.load("train", limit)
+    weights = class_weights(scenes.masks)
+    for images, masks in camvid.batches(scenes, lambda masks: masks, BATCH_SIZE, epochs, seed):
+        yield images, np.where(masks == camvid.VOID, 0, masks), weights[masks]
+
+
+def steps_of(epochs: int, limit: int | None = None) -> int:
+    """How many batches `batches` gives."""
+    return epochs * (len(camvid.load("train", limit)) // BATCH_SIZE)
+
+
+def loss() -> keras.losses.Loss:
+    """Cross-entropy of the pixels' classes."""
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def train(epochs: int = 40, verbose: int = 2, seed: int = SEED, limit: int | None = None) -> keras.Model:
+    """Train from the backbone of ImageNet: Adam, cosine to zero after a warm-up.
+
+    Args:
+        epochs: passes over the training scenes.
+        verbose: as in `keras.Model.fit`.
+        seed: of the weights, the order of the scenes and their changes.
+        limit: train on that many scenes only.
+
+    Raises:
+        MissingData: the evaluation data is not there.
+    """
+    keras.utils.set_random_seed(seed)
+    model, steps = build(), steps_of(1, limit)
+    model.compile(recipe(epochs * steps, "adam", LEARNING_RATE), loss(), jit_compile=False)
+    model.fit(batches(epochs, seed, limit), steps_per_epoch=steps, epochs=epochs, verbose=verbose)
+    return keras.Model(model.inputs, model.outputs, name=model.name)  # without the optimizer's state
+
+
+def mean_iou(predict: Callable[[np.ndarray], np.ndarray], split: str = "test", limit: int | None = None) -> float:
+    """Mean intersection over union of the eleven classes, in percent.
+
+    Args:
+        predict: inputs [n, 180, 240, 3] -> classes [n, 180, 240].
+        split: of `camvid.load`.
+        limit: score that many scenes only.
+    """
+    scenes = camvid.load(split, limit)
+    chunks = range(0, len(scenes), 16)
+    found = np.concatenate([predict(scenes.inputs[k : k + 16]) for k in chunks])
+    return kquant.mean_iou(len(camvid.CLASSES))(scenes.masks, [found])
+
+
+if __name__ == "__main__":
+    EPOCHS = flags.DEFINE_integer("epochs", 40, "Passes over the training scenes.", 1)
+    OUTPUT = flags.DEFINE_string("output", str(PATH), "The file to write.")
+    LIMIT = flags.DEFINE_integer("limit", None, "Train on that many scenes only.", 1)
+
+    def main(argv: list[str]) -> None:
+        """Train, print the mean IoU of the scored scenes, write the model."""
+        model = train(EPOCHS.value, limit=LIMIT.value)
+        model.save(OUTPUT.value)
+        score = mean_iou(deployed(model).predict_on_batch)
+        size = Path(OUTPUT.value).stat().st_size
+        print(f"{model.count_params():,} parameters, mean IoU {score:.2f} %, {size:,} bytes")
+
+    app.run(main)
