@@ -84,7 +84,8 @@ def test_losses_of_outputs() -> None:
     right = np.log(np.maximum(targets["boxes"][..., :4], 1e-3)).astype(np.float32)
     assert float(camvid_detector.box_loss(targets["boxes"], right)) == pytest.approx(0, abs=1e-5)
     # a box of half the width and height around each place: IoU 1/4, and the union is the hull
-    assert float(camvid_detector.box_loss(targets["boxes"], right - np.float32(np.log(2)))) == pytest.approx(0.75, abs=1e-4)
+    half = right - np.float32(np.log(2))
+    assert float(camvid_detector.box_loss(targets["boxes"], half)) == pytest.approx(0.75, abs=1e-4)
     sure = np.where(targets["scores"][..., :3] > 0, 20, -20).astype(np.float32)
     assert float(camvid_detector.score_loss(targets["scores"], sure)) < 1e-6
     undecided = float(camvid_detector.score_loss(targets["scores"], 0 * sure))
