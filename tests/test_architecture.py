@@ -50,3 +50,10 @@ def test_a_long_function_would_be_found() -> None:
 def test_no_test_module_imports_another(path: Path) -> None:
     imported = re.findall(r"^\s*(?:from|import) .*\btest_\w+.*$", path.read_text(encoding="utf-8"), re.M)
     assert imported == []
+
+
+@pytest.mark.parametrize("op", ["avg_pool2d", "embedding", "depthwise_conv2d", "prelu"])
+def test_an_operation_has_few_homes(op: str) -> None:
+    """Its meaning, its kernel, its lowering, and at most one more."""
+    named = [name(path) for path in MODULES if f'"{op}"' in path.read_text(encoding="utf-8")]
+    assert 0 < len(named) <= 4, named

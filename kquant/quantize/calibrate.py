@@ -242,7 +242,7 @@ def operand_step(node: Node, operands: Sequence[Grid], weights: Mapping[str, Gri
     """What kernels multiply to get the output of a sum or product, as a real number; 0 for other operations."""
     if op_of(node).linear and node.name in weights and operands:
         return float(operands[0].scale) * float(np.max(weights[node.name].scale))
-    if node.op == "batch_matmul" and len(operands) == 2:
+    if op_of(node).products and len(operands) == 2:
         return float(operands[0].scale) * float(operands[1].scale)
     return max((float(q.scale) for q in operands), default=0.0) if node.op in ("add", "sub") else 0.0
 

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from kquant.config.quant_config import QuantConfig
 from kquant.graph.ir import Graph
+from kquant.graph.ops import op_of
 from kquant.graph.transforms.average_windows import average_windows, is_padded
 from kquant.quantize.calibrate import over_data
 from kquant.quantize.data import CalibrationData
@@ -25,9 +26,10 @@ def prepare_pooling(
     One with padding is rounded twice then, so that the data has to say that it gains. With 16 bits the grid of the
     input is fine enough.
     """
-    names = [node.name for node in graph if node.op == "avg_pool2d"]
+    kernels = get_target(config.target).kernels
+    names = [node.name for node in graph if op_of(node).apart in kernels]
     few = config.activations is not None and config.activations.bits <= 8
-    if not names or not few or "window_mean" not in get_target(config.target).kernels:
+    if not names or not few:
         return graph, ""
     padded = [name for name in names if is_padded(graph, graph[name])]
     apart = set(padded) - _smaller(graph, padded, data, progress)

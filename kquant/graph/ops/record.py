@@ -65,6 +65,7 @@ class Op:
             activation; None where it is none.
         products: it multiplies tensors with one another: an entry that a range cuts off changes all that it meets.
         averages: on the grid of its input, with values between the steps of it.
+        apart: the operation that computes the same on a grid of its own; empty where there is none.
         inserts: name of the attribute with the value that it puts, on the grid of its input, beside those of the input.
         largest: each of its outputs is the largest of several inputs.
         channels: how it passes channels on; None where it does not keep them apart.
@@ -92,6 +93,7 @@ class Op:
     program: Callable[[Node], Program | None] = lambda node: None
     products: bool = False
     averages: bool = False
+    apart: str = ""
     inserts: str | None = None
     largest: bool = False
     channels: Channels | None = None

@@ -161,6 +161,7 @@ RECORDS = collect(
         compute=lambda n, xs, w: tf.nn.avg_pool2d(xs[0], n.attrs["pool_size"], n.attrs["strides"], _padding(n)),
         grid=Tie.OF_INPUT,
         averages=True,
+        apart="window_mean",
         channels=AVERAGE,
         moments=same_moments,
         simpler=_mean_of_all,

@@ -7,6 +7,7 @@ from collections.abc import Set
 import numpy as np
 
 from kquant.graph.ir import Graph, Node
+from kquant.graph.ops import op_of
 from kquant.graph.ops.reductions import inside
 
 
@@ -18,7 +19,7 @@ def average_windows(graph: Graph, apart: Set[str] = frozenset()) -> Graph:
     """
     nodes: list[Node] = []
     for node in graph:
-        lowered = node.op == "avg_pool2d" and node.name not in apart
+        lowered = op_of(node).apart == "window_mean" and node.name not in apart
         nodes += _of_windows(graph, node) if lowered else [node]
     return graph.rebuild(nodes)
 
