@@ -19,8 +19,8 @@ training and few_bits: see `experiments.training_tables`. targets: what files ta
 Ethos-U, see `experiments.targets`. latency, search: what files take on LiteRT, and what the search of bits finds, see
 `experiments.search_tables`. formats: weights of few bits, see `experiments.formats`. blocks: dense layers in 4 bits
 beside ai-edge-quantizer, see `experiments.blocks`. packing, packing_speed: smaller files, see `experiments.packing`.
-sentences: MiniLM on STS-B, see `experiments.sentences`. scenes:
-segmentation and detection, see `experiments.scenes`. Calibration uses the calibration sets only.
+sentences: MiniLM on STS-B, see `experiments.sentences`. scenes, scenes_training: segmentation and detection, see
+`experiments.scenes` and `experiments.scenes_training`. Calibration uses the calibration sets only.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from . import (
     packing,
     paper_tables,
     scenes,
+    scenes_training,
     search_tables,
     sentences,
     tables,
@@ -61,6 +62,7 @@ TABLES = {
     **search_tables.TABLES,
     **few_bits.TABLES,
     **scenes.TABLES,
+    **scenes_training.TABLES,
 }
 
 FLAGS = flags.FLAGS

@@ -53,7 +53,7 @@ def _detector() -> keras.Model:
 
 
 TASKS = {
-    "segmentation": Task(_segmenter, kquant.mean_iou(len(camvid.CLASSES)), lambda scenes: scenes.masks),
+    "segmentation": Task(_segmenter, camvid_segmenter.metric(), lambda scenes: scenes.masks),
     "detection": Task(_detector, camvid_detector.metric(), lambda scenes: scenes.boxes),
 }
 
@@ -66,10 +66,7 @@ def calibration() -> np.ndarray:
 
 def score(task: Task, predict: Callable[[np.ndarray], Any], scenes: camvid.Scenes) -> float:
     """The metric of a model on some scenes."""
-    inputs = scenes.inputs
-    parts = [keras.tree.flatten(predict(inputs[k : k + 16])) for k in range(0, len(inputs), 16)]
-    outputs = [np.concatenate([np.asarray(p) for p in column]) for column in zip(*parts, strict=True)]
-    return task.metric(task.labels(scenes), outputs)
+    return task.metric(task.labels(scenes), camvid.predictions(predict, scenes))
 
 
 def file_score(task: Task, content: bytes, scenes: camvid.Scenes) -> float:

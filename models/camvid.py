@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import keras
 import numpy as np
 from PIL import Image
 from scipy import ndimage
@@ -102,6 +103,18 @@ def boxes_of(mask: Array) -> Array:
     for row, (_, box) in zip(result, found, strict=False):
         row[:] = box
     return result
+
+
+def predictions(predict: Callable[[Array], Any], scenes: Scenes) -> list[Array]:
+    """The outputs [n, ...] of a network for all scenes, read in parts.
+
+    Args:
+        predict: inputs [k, 180, 240, 3] -> one output, or several in any structure.
+        scenes: what to run it on.
+    """
+    inputs = scenes.inputs
+    parts = [keras.tree.flatten(predict(inputs[k : k + 16])) for k in range(0, len(inputs), 16)]
+    return [np.concatenate([np.asarray(p) for p in column]) for column in zip(*parts, strict=True)]
 
 
 def augmented(image: Array, mask: Array, rng: np.random.Generator) -> Scene:

@@ -11,7 +11,7 @@ and logits of the classes. `decode` makes boxes of them, outside of the network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,13 +198,34 @@ def batches(epochs: int, seed: int = SEED, limit: int | None = None) -> Iterator
     return camvid.batches(camvid.load("train", limit), targets, BATCH_SIZE, epochs, seed)
 
 
-def steps_of(epochs: int, limit: int | None = None) -> int:
-    """How many batches `batches` gives."""
-    return epochs * (len(camvid.load("train", limit)) // BATCH_SIZE)
+def fit(
+    model: keras.Model,
+    epochs: int,
+    *,
+    learning_rate: float = LEARNING_RATE,
+    seed: int = SEED,
+    limit: int | None = None,
+    verbose: int = 0,
+) -> None:
+    """Train a network in place, in float or quantized: both losses, Adam, cosine to zero after a warm-up.
+
+    Args:
+        model: of `build`, or what `kquant.prepare_qat` made of it.
+        epochs: passes over the training scenes.
+        learning_rate: the highest.
+        seed: of the order of the scenes and their changes.
+        limit: train on that many scenes only.
+        verbose: as in `keras.Model.fit`.
+    """
+    steps = len(camvid.load("train", limit)) // BATCH_SIZE
+    optimizer = recipe(epochs * steps, "adam", learning_rate)
+    optimizer.global_clipnorm = 5.0
+    model.compile(optimizer, LOSSES, jit_compile=False)
+    model.fit(batches(epochs, seed, limit), steps_per_epoch=steps, epochs=epochs, shuffle=False, verbose=verbose)
 
 
 def train(epochs: int = 60, verbose: int = 2, seed: int = SEED, limit: int | None = None) -> keras.Model:
-    """Train from the backbone of ImageNet: Adam, cosine to zero after a warm-up.
+    """A network trained from the backbone of ImageNet.
 
     Args:
         epochs: passes over the training scenes.
@@ -216,31 +237,9 @@ def train(epochs: int = 60, verbose: int = 2, seed: int = SEED, limit: int | Non
         MissingData: the evaluation data is not there.
     """
     keras.utils.set_random_seed(seed)
-    model, steps = build(), steps_of(1, limit)
-    optimizer = recipe(epochs * steps, "adam", LEARNING_RATE)
-    optimizer.global_clipnorm = 5.0
-    model.compile(optimizer, LOSSES, jit_compile=False)
-    model.fit(batches(epochs, seed, limit), steps_per_epoch=steps, epochs=epochs, verbose=verbose)
-    clean = build()
-    clean.set_weights(model.get_weights())  # without the optimizer's state
-    return clean
-
-
-def mean_average_precision(
-    predict: Callable[[Array], Any], split: str = "test", limit: int | None = None, iou: float | None = None
-) -> float:
-    """mAP in percent, at IoU 0.5:0.95 or at one threshold.
-
-    Args:
-        predict: inputs [n, 180, 240, 3] -> {"boxes", "scores"}, or both in a list.
-        split: of `camvid.load`.
-        limit: score that many scenes only.
-        iou: the threshold.
-    """
-    scenes = camvid.load(split, limit)
-    parts = [keras.tree.flatten(predict(scenes.inputs[k : k + 16])) for k in range(0, len(scenes), 16)]
-    outputs = [np.concatenate([np.asarray(p) for p in column]) for column in zip(*parts, strict=True)]
-    return metric(iou)(scenes.boxes, outputs)
+    model = build()
+    fit(model, epochs, seed=seed, limit=limit, verbose=verbose)
+    return keras.Model(model.input, model.output, name=model.name)  # without the optimizer's state
 
 
 if __name__ == "__main__":
@@ -252,7 +251,9 @@ if __name__ == "__main__":
         """Train, print the precision on the scored scenes, write the model."""
         model = train(EPOCHS.value, limit=LIMIT.value)
         model.save(OUTPUT.value)
-        whole, half = (mean_average_precision(model.predict_on_batch, iou=iou) for iou in (None, 0.5))
+        scenes = camvid.load("test")
+        outputs = camvid.predictions(model.predict_on_batch, scenes)
+        whole, half = (metric(iou)(scenes.boxes, outputs) for iou in (None, 0.5))
         size = Path(OUTPUT.value).stat().st_size
         print(f"{model.count_params():,} parameters, mAP {whole:.2f} %, at IoU 0.5 {half:.2f} %, {size:,} bytes")
 

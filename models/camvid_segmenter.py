@@ -8,7 +8,7 @@ whose terms are CC BY-NC.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from .mobilenet_v2_backbone import features
 PATH = Path(__file__).with_suffix(".keras")
 SEED = 1
 BATCH_SIZE = 8
+Labels = dict[str, np.ndarray]
 RATES = (2, 4)  # of the atrous pyramid, on features of 12 x 15
 LEARNING_RATE = 5e-4
 
@@ -51,7 +52,9 @@ def _pyramid(x: Any) -> Any:
 
 
 def build() -> keras.Model:
-    """Images [n, 180, 240, 3] in -1..1 -> logits [n, 180, 240, 11]: what is trained.
+    """Images [n, 180, 240, 3] in -1..1 -> {"logits": [n, 180, 240, 11], "mask": their classes [n, 180, 240] int32}.
+
+    A loss reads the logits; what is deployed returns the mask alone.
 
     Raises:
         MissingData: the evaluation data with the backbone is not there.
@@ -64,43 +67,57 @@ def build() -> keras.Model:
     x = _separable(_separable(x, 64, "decode1"), 64, "decode2")
     x = layers.Conv2D(len(camvid.CLASSES), 1, name="classes")(x)
     logits = layers.Resizing(camvid.HEIGHT, camvid.WIDTH, interpolation="bilinear", name="logits")(x)
-    return keras.Model(inputs, logits, name="camvid_segmenter")
+    outputs = {"logits": logits, "mask": keras.ops.argmax(logits, -1)}
+    return keras.Model(inputs, outputs, name="camvid_segmenter")
 
 
 def deployed(model: keras.Model) -> keras.Model:
-    """The same network with the class of each pixel as its output, [n, 180, 240] int32, as applications want it."""
-    return keras.Model(model.inputs, keras.ops.argmax(model.outputs[0], -1), name=model.name)
+    """The float network with the mask as its only output; `kquant.select_outputs` does it for a quantized one."""
+    return keras.Model(model.input, model.output["mask"], name=model.name)
 
 
 def class_weights(masks: np.ndarray) -> np.ndarray:
     """What an error costs, by class [12]: rare ones more, by the root of their frequency; void nothing."""
-    counts = np.bincount(masks.ravel(), minlength=camvid.VOID + 1)[: camvid.VOID]
+    counts = np.maximum(np.bincount(masks.ravel(), minlength=camvid.VOID + 1)[: camvid.VOID], 1)
     weights = np.sqrt(counts.max() / counts)
     return np.append(weights / np.average(weights, weights=counts), 0.0).astype(np.float32)
 
 
-def batches(
-    epochs: int, seed: int = SEED, limit: int | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def batches(epochs: int, seed: int = SEED, limit: int | None = None) -> Iterator[tuple[np.ndarray, Labels, Labels]]:
     """Training batches (images, classes, weights) of the augmented training scenes; void is class 0 of no weight."""
     scenes = camvid.load("train", limit)
     weights = class_weights(scenes.masks)
     for images, masks in camvid.batches(scenes, lambda masks: masks, BATCH_SIZE, epochs, seed):
-        yield images, np.where(masks == camvid.VOID, 0, masks), weights[masks]
+        yield images, {"logits": np.where(masks == camvid.VOID, 0, masks)}, {"logits": weights[masks]}
 
 
-def steps_of(epochs: int, limit: int | None = None) -> int:
-    """How many batches `batches` gives."""
-    return epochs * (len(camvid.load("train", limit)) // BATCH_SIZE)
+def fit(
+    model: keras.Model,
+    epochs: int,
+    *,
+    learning_rate: float = LEARNING_RATE,
+    seed: int = SEED,
+    limit: int | None = None,
+    verbose: int = 0,
+) -> None:
+    """Train a network in place, in float or quantized: cross-entropy, Adam, cosine to zero after a warm-up.
 
-
-def loss() -> keras.losses.Loss:
-    """Cross-entropy of the pixels' classes."""
-    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    Args:
+        model: of `build`, or what `kquant.prepare_qat` made of it.
+        epochs: passes over the training scenes.
+        learning_rate: the highest.
+        seed: of the order of the scenes and their changes.
+        limit: train on that many scenes only.
+        verbose: as in `keras.Model.fit`.
+    """
+    steps = len(camvid.load("train", limit)) // BATCH_SIZE
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(recipe(epochs * steps, "adam", learning_rate), {"logits": loss}, jit_compile=False)
+    model.fit(batches(epochs, seed, limit), steps_per_epoch=steps, epochs=epochs, shuffle=False, verbose=verbose)
 
 
 def train(epochs: int = 40, verbose: int = 2, seed: int = SEED, limit: int | None = None) -> keras.Model:
-    """Train from the backbone of ImageNet: Adam, cosine to zero after a warm-up.
+    """A network trained from the backbone of ImageNet.
 
     Args:
         epochs: passes over the training scenes.
@@ -112,24 +129,14 @@ def train(epochs: int = 40, verbose: int = 2, seed: int = SEED, limit: int | Non
         MissingData: the evaluation data is not there.
     """
     keras.utils.set_random_seed(seed)
-    model, steps = build(), steps_of(1, limit)
-    model.compile(recipe(epochs * steps, "adam", LEARNING_RATE), loss(), jit_compile=False)
-    model.fit(batches(epochs, seed, limit), steps_per_epoch=steps, epochs=epochs, verbose=verbose)
-    return keras.Model(model.inputs, model.outputs, name=model.name)  # without the optimizer's state
+    model = build()
+    fit(model, epochs, seed=seed, limit=limit, verbose=verbose)
+    return keras.Model(model.input, model.output, name=model.name)  # without the optimizer's state
 
 
-def mean_iou(predict: Callable[[np.ndarray], np.ndarray], split: str = "test", limit: int | None = None) -> float:
-    """Mean intersection over union of the eleven classes, in percent.
-
-    Args:
-        predict: inputs [n, 180, 240, 3] -> classes [n, 180, 240].
-        split: of `camvid.load`.
-        limit: score that many scenes only.
-    """
-    scenes = camvid.load(split, limit)
-    chunks = range(0, len(scenes), 16)
-    found = np.concatenate([predict(scenes.inputs[k : k + 16]) for k in chunks])
-    return kquant.mean_iou(len(camvid.CLASSES))(scenes.masks, [found])
+def metric() -> kquant.OutputMetric:
+    """Mean IoU of the eleven classes."""
+    return kquant.mean_iou(len(camvid.CLASSES))
 
 
 if __name__ == "__main__":
@@ -141,7 +148,8 @@ if __name__ == "__main__":
         """Train, print the mean IoU of the scored scenes, write the model."""
         model = train(EPOCHS.value, limit=LIMIT.value)
         model.save(OUTPUT.value)
-        score = mean_iou(deployed(model).predict_on_batch)
+        scenes = camvid.load("test")
+        score = metric()(scenes.masks, camvid.predictions(deployed(model).predict_on_batch, scenes))
         size = Path(OUTPUT.value).stat().st_size
         print(f"{model.count_params():,} parameters, mean IoU {score:.2f} %, {size:,} bytes")
 
