@@ -67,6 +67,7 @@ def test_the_file_of_every_kind_of_model_equals_its_simulation_and_has_no_float(
     assert check(name, "w8a8").float_ops == ()
 
 
+@pytest.mark.slow
 def test_what_stays_float_is_counted_and_reported():
     frames = keras.Input((4, 5, 3))
     x = layers.Flatten()(layers.ConvLSTM1D(2, 1, name="rain")(frames))

@@ -100,6 +100,7 @@ def test_the_same_result_by_threads_by_workers_that_die_and_again(
             assert same(kquant.search(model, x, max_bytes=halfway, executor=executor, progress=False), found)
 
 
+@pytest.mark.slow
 def test_a_stopped_search_goes_on(
     trained: Any, halfway: int, found: SearchResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,6 +134,7 @@ def test_odd_reports_open(visit: Any, name: str) -> None:
         assert "after equalization" not in page.locator("#channels-chart").inner_text()
 
 
+@pytest.mark.slow
 def test_search_and_filter(visit: Any) -> None:
     page = visit().page
     every = shown(page)
@@ -148,6 +149,7 @@ def test_search_and_filter(visit: Any) -> None:
     assert shown(page) == []
 
 
+@pytest.mark.slow
 def test_sorting(visit: Any) -> None:
     page, tensors = visit().page, example.diagnosis().tensors
     head = page.locator("#tensors-table th", has_text="SQNR")
@@ -161,6 +163,7 @@ def test_sorting(visit: Any) -> None:
     assert [n for n in shown(page) if "pw" in n][::2] == [f"conv_pw_{i}" for i in range(1, 14)]  # 2 before 10
 
 
+@pytest.mark.slow
 def test_selectors_redraw(visit: Any) -> None:
     page, d = visit().page, example.diagnosis()
     page.select_option("#sensitivity-kind", "activations")
@@ -175,6 +178,7 @@ def test_selectors_redraw(visit: Any) -> None:
     assert page.evaluate("() => byId('histogram-chart').layout.yaxis.type") == "linear"
 
 
+@pytest.mark.slow
 def test_keyboard(visit: Any) -> None:
     """The skip link first, then the order of the page; what has the focus shows it."""
     page = visit().page
@@ -197,6 +201,7 @@ def test_keyboard(visit: Any) -> None:
     assert page.locator("#target-table th").first.get_attribute("aria-sort") == "ascending"
 
 
+@pytest.mark.slow
 def test_no_horizontal_scroll(visit: Any) -> None:
     page = visit(viewport={"width": 375, "height": 800}).page
     for part in page.locator("details > summary").all():
@@ -210,6 +215,7 @@ def test_no_horizontal_scroll(visit: Any) -> None:
         assert overflow(page) == 0
 
 
+@pytest.mark.slow
 def test_dark_scheme(visit: Any) -> None:
     """Charts follow, also when the scheme changes while the page is open."""
     page = visit(color_scheme="dark").page

@@ -61,6 +61,7 @@ def test_wide_channels_are_blamed_on_weights_and_cured() -> None:
     assert not any(name.startswith("ranges by") for name in stages)
 
 
+@pytest.mark.slow
 def test_a_step_of_the_pipeline_stays_where_it_costs_no_more_than_noise() -> None:
     d = wide()
     stage = next(s for s in d.stages if s.name == "bias correction")

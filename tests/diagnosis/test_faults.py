@@ -26,6 +26,7 @@ def kinds(d: Diagnosis) -> dict[str, tuple[str, ...]]:
     return {f.kind: f.nodes for f in d.findings}
 
 
+@pytest.mark.slow
 def test_an_activation_with_outliers() -> None:
     d = diagnosed(outlying_channel())
     assert d.float_score > 80 and d.float_score - d.quantized_score > 5
@@ -36,6 +37,7 @@ def test_an_activation_with_outliers() -> None:
     assert {s.name: s.ok for s in d.stages}["weights only"]
 
 
+@pytest.mark.slow
 def test_a_layer_with_a_bad_scale() -> None:
     quantized = kquant.quantize_model(chain(), DIGITS.calibration, progress=False)
     layer = next(v for v in quantized.layers if getattr(v, "node", None) and v.node.name == "dw")
@@ -50,6 +52,7 @@ def test_a_layer_with_a_bad_scale() -> None:
     assert d.recommended_score == pytest.approx(d.float_score, abs=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sensitivity", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_logits_with_too_few_bits(sensitivity: bool) -> None:
     config = {"preset": "w8a8", "rules": [{"name": "^logits$", "activations": {"bits": 2}}]}
@@ -73,6 +76,7 @@ def test_channels_swapped_between_simulation_and_file() -> None:
     assert "pw" in d.verdict and d.recommendation is None
 
 
+@pytest.mark.slow
 def test_calibration_data_from_elsewhere() -> None:
     """Scaled to 0..1 twice."""
     d = diagnosed(calibration_data=DIGITS.calibration / 16)

@@ -123,6 +123,7 @@ def test_gradients_reach_gamma_beta_and_the_kernel(kind):
     assert all(np.abs(g.numpy()).max() > 0 for g in tape.gradient(loss, variables))
 
 
+@pytest.mark.slow
 def test_saved_models_keep_their_statistics(tmp_path):
     model = prepared("double_forward")
     model(images(16) + 1.0, training=True)

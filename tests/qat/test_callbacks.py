@@ -76,6 +76,7 @@ def test_frozen_grids_stay_while_weights_go_on(at, optimizer):
     assert any(moves(record.kernels)[4:])
 
 
+@pytest.mark.slow
 def test_a_step_within_an_epoch_and_the_steps_before_it_are_as_without():
     free, frozen = trained(prepared(), epochs=1), trained(prepared(), FreezeQuantizers(at_step=2), epochs=1)
     assert moves(free.grids) == [True, True, True] and moves(frozen.grids) == [True, False, False]
@@ -83,6 +84,7 @@ def test_a_step_within_an_epoch_and_the_steps_before_it_are_as_without():
         np.testing.assert_array_equal(free.grids[k], frozen.grids[k])
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_after_the_step_starts_frozen(tmp_path):
     model = prepared()
     trained(model, FreezeQuantizers(at_step=3), epochs=1)

@@ -93,6 +93,7 @@ def test_with_16_bits_everything_trains_as_in_float(tmp_path: Any) -> None:
     assert np.sqrt(np.square(kernel).sum((0, 1, 2))).max() < 0.9 + 1e-5
 
 
+@pytest.mark.slow
 def test_its_file_computes_what_it_predicts() -> None:
     x = data(8, 8, 3)
     prepared = prepare(everything(), x, "w8a8")

@@ -69,6 +69,7 @@ def test_what_adaround_decides_is_what_the_file_holds(seed, monkeypatch):
     assert kquant.verify_tflite(qmodel, kquant.export_tflite(qmodel).content, data).ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["w8a8", "w4a8", "w4a8-kmeans"])
 def test_what_training_decides_is_what_the_file_holds(config, tmp_path):
     keras.utils.set_random_seed(0)

@@ -284,6 +284,7 @@ def test_the_automatic_choice_is_better_than_none(preset):
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["descent", "stochastic"])
 def test_the_integers_of_adaround_are_those_of_the_file(solver):
     settings = config("w4a8", adaround={"solver": solver, "iterations": 50, "scales": [0.9, 1.0]})
@@ -297,6 +298,7 @@ def test_the_integers_of_adaround_are_those_of_the_file(solver):
     assert qmodel.quantization.config == settings
 
 
+@pytest.mark.slow
 def test_corrected_weights_are_rounded_to_nearest_in_the_file():
     settings = config("w8a8-per_tensor")
     graph, _ = equalize(prepare_graph(mobile()))
@@ -304,6 +306,7 @@ def test_corrected_weights_are_rounded_to_nearest_in_the_file():
     assert_stored(graph, weight_grids(make_plan(graph, settings)), content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "data"),
     [
@@ -408,6 +411,7 @@ def test_graph_and_config_are_not_modified():
     assert_same_weights(graph, toy_graph())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["w4a8", "w8a8-per_tensor"])
 def test_the_same_seed_gives_the_same_file(preset):
     settings = {"preset": preset} | ({"adaround": {"positions": 8}} if preset == "w4a8" else {})

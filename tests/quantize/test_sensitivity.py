@@ -101,6 +101,7 @@ def test_a_step_is_within_the_largest_weight_and_what_reaches_it() -> None:
     np.testing.assert_allclose(alone.scale, 0.1, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_more_divergence_takes_fewer_bits_and_the_file_computes_what_is_simulated() -> None:
     entropies = []
     for d in (0.0001, 0.01):

@@ -111,6 +111,7 @@ def test_a_pointwise_layer_of_4_bits_equals_the_convolution_of_the_same_integers
     np.testing.assert_array_equal(x, kquant.TFLiteModel(file.content).predict(data)[0])
 
 
+@pytest.mark.slow
 def test_by_default_little_is_spent_for_speed() -> None:
     sizes = {}
     for prefer in ("bytes", None, "latency"):

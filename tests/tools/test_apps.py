@@ -154,6 +154,7 @@ def test_inspect_shows_a_row_for_every_array_and_the_totals(files, capsys, sourc
     assert {row[0] for row in rows if row[1] == "integers"} == kernels
 
 
+@pytest.mark.slow
 def test_export_stores_weights_for_micro(files, capsys):
     options = {"model": digits_cnn.PATH, "config": "w4a8-per_tensor", "target": "tflm", "data": files.cal_npy}
     micro, content = str(files.folder / "micro.keras"), str(files.folder / "micro.tflite")

@@ -126,6 +126,7 @@ def test_a_mask_at_the_floor_is_exact_in_16_bits() -> None:
     assert [t.simulation_max for t in parity.tensors if "masked_by_constant" in t.name and t.op == "add"] == [0.0]
 
 
+@pytest.mark.slow
 def test_the_mask_keeps_its_meaning_where_the_data_has_other_numbers() -> None:
     mask = SEEN * RNG.uniform(1.0, 3.0, SEEN.shape).astype(np.float32)
     check(model_of(ATTENTION["layer, boolean mask"], (T, C), (S, C), (S,)), [QUERY, MEMORY, mask], "w8a8", 27)
@@ -153,6 +154,7 @@ def _explicit(ids: Any) -> Any:
     return K.sum(K.matmul(weights, x) * seen_ids, 1) / K.sum(seen_ids, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function, dtype", [(_embedded, "int32"), (_embedded, "float32"), (_explicit, "int32")])
 def test_masks_of_ids(function: Callable[[Any], Any], dtype: str) -> None:
     inputs = keras.Input((S,), dtype=dtype)

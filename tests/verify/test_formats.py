@@ -133,6 +133,7 @@ def test_weight_files_have_scales_of_blocks_where_kernels_read_them(mode):
     np.testing.assert_array_equal(table.data, qgraph.integers["table"])
 
 
+@pytest.mark.slow
 def test_rounding_with_scales_of_blocks_beats_nearest_and_saves():
     model = tokens()
     errors = {}

@@ -34,6 +34,7 @@ def test_the_file_has_no_float_operation_and_computes_what_is_simulated(config, 
     assert 10 * np.log10(np.square(want).sum() / np.square(want - found).sum()) > least
 
 
+@pytest.mark.slow
 def test_products_train():
     qat = kquant.prepare_qat(scores(), X, "w8a8", progress=False)
     qat.compile(keras.optimizers.Adam(0.01), "mse")

@@ -140,6 +140,7 @@ def test_what_the_converter_makes_another_function_of_is_refused_by_name() -> No
         write_tflite(qgraph)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layer",
     [

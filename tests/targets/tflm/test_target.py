@@ -55,6 +55,7 @@ def test_the_simulation_is_the_interpreter_at_every_tensor(preset: str) -> None:
     assert "tflite-micro: " in str(report)
 
 
+@pytest.mark.slow
 def test_int4_only_where_the_kernels_take_it() -> None:
     types = {t: read_tensors(kquant.export_tflite(quantized("w4a8", t)[0]).content) for t in ("litert", "tflm")}
     found = {t: [v[f"{n}/kernel"].type for n in ("conv", "depthwise", "dense")] for t, v in types.items()}
