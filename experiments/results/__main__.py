@@ -14,7 +14,7 @@ from absl import app, flags
 from .views import VIEWS, filled
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "docs/results.md", "docs/targets.md", "docs/smaller.md")
+DOCUMENTS = ("README.md", "docs/results.md", "docs/targets.md", "docs/smaller.md", "docs/scenes.md")
 WRITE = flags.DEFINE_boolean("write", False, "Write the tables into the documents.")
 CHECK = flags.DEFINE_boolean("check", False, "Fail where a document shows something else.")
 

@@ -214,6 +214,20 @@ VIEWS: Mapping[str, View] = {
             **{"uniform bytes": "uniform bytes", "seconds": "seconds"},
         },
     ),
+    "scenes": View(
+        source="scenes",
+        columns={
+            **{"task": "task", "setting": "setting", "config": "config", "float": "float", ".tflite": ".tflite"},
+            **{"bytes": "bytes", "integers only": "integer only", "contract": "contract", "scenes": "frames"},
+        },
+    ),
+    "scenes_training": View(
+        source="scenes_training",
+        columns={
+            **{"task": "task", "variant": "variant", "epochs": "epochs", "before": "before", "after": "after"},
+            **{"to float": "difference", "contract": "contract"},
+        },
+    ),
     "diagnosis": View(
         source="diagnosis",
         columns={

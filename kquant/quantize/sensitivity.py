@@ -100,7 +100,7 @@ class _Outputs:
     """The outputs of a network, and how they are compared.
 
     Attributes:
-        names: the nodes, those of numbers only.
+        names: the nodes; of outputs that are integers (a mask of classes) the numbers that decide them.
         softmax: which of them are probabilities over their last axis.
     """
 
@@ -109,7 +109,7 @@ class _Outputs:
 
     @classmethod
     def of(cls, graph: Graph) -> _Outputs:
-        names = tuple(dict.fromkeys(n for n in graph.outputs if graph[n].dtype == "float32"))
+        names = tuple(dict.fromkeys(n for output in graph.outputs for n in _numbers(graph, output)))
         return cls(names, tuple(_is_softmax(graph, graph[n]) for n in names))
 
     def likelihood(self, values: Sequence[Tensor], rng: np.random.Generator) -> Tensor:
@@ -136,6 +136,16 @@ class _Outputs:
             else:
                 total += float(np.square((p - q) / max(p.std(), _TINY)).sum() / 2)
         return max(total, 0.0)
+
+
+def _numbers(graph: Graph, name: str) -> Iterator[str]:
+    """A node of numbers itself, or those that a node of integers was made of."""
+    if graph[name].dtype == "float32":
+        if graph[name].op != "const":
+            yield name
+        return
+    for source in graph[name].inputs:
+        yield from _numbers(graph, source)
 
 
 def _is_softmax(graph: Graph, node: Node) -> bool:

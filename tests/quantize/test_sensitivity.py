@@ -71,6 +71,19 @@ def test_uniform_errors_of_the_steps_cost_about_the_divergence_that_is_allowed()
     assert 0.5e-3 < np.mean(costs) < 2e-3
 
 
+def test_what_decides_an_output_of_integers_is_what_counts() -> None:
+    """As long as the seed draws the same, a mask of classes allows what the scores behind it do."""
+    scores = network(softmax=False)
+    masked = keras.Model(scores.inputs, keras.ops.argmax(scores.outputs[0], -1))
+    wanted, found = (
+        allowed_errors(prepare_graph(model), NAMES, batches(X), 0.1, progress=False) for model in (scores, masked)
+    )
+    for name in NAMES:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5)
+    qmodel = kquant.quantize_model(masked, X, "w8a8-d0.3", progress=False)
+    assert qmodel.quantization.taken["adaround"]
+
+
 def test_what_is_allowed_is_proportional_to_the_divergence_and_falls_with_influence() -> None:
     graph = prepare_graph(network())
     one, four = (allowed_errors(graph, NAMES, batches(X), d, progress=False) for d in (0.1, 0.4))
