@@ -102,7 +102,7 @@ def compress(
     calibration, held = split(read_samples(data, prepare_graph(model), limit=LIMIT))
     arrays = [np.concatenate(column) for column in zip(*calibration, strict=True)]
     known = dict(zip(held.names, arrays, strict=True)) if len(arrays) > 1 else arrays[0]
-    measured = make_metric(metric or ("accuracy" if held.labels is not None else "agreement"), held, model)
+    measured = make_metric(metric or (None if held.labels is not None else "agreement"), held, model)
     at_best = measured.of_run(model, measured.reference)
     size = size_of(get_target(target))
 

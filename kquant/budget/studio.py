@@ -224,18 +224,11 @@ def best_of(found: Sequence[Evaluation], by_score: bool) -> Evaluation:
 
 def split(samples: Samples) -> tuple[list[tuple[np.ndarray, ...]], Samples]:
     """Batches to calibrate with, and samples that are held out: one of `HELD`, spread evenly."""
-    arrays = [np.concatenate(column) for column in zip(*samples.batches, strict=True)]
-    count = len(arrays[0])
+    count = len(samples)
     if count < 2 * HELD:
         raise CalibrationError(f"search needs at least {2 * HELD} samples, found {count}; pass a few hundred.")
     held = np.arange(count) % HELD == HELD - 1
-    labels = None if samples.labels is None else samples.labels[held]
-
-    def cut(mask: np.ndarray) -> list[tuple[np.ndarray, ...]]:
-        chosen = [x[mask] for x in arrays]
-        return [tuple(x[k : k + 32] for x in chosen) for k in range(0, int(mask.sum()), 32)]
-
-    return cut(~held), Samples(tuple(cut(held)), labels, samples.names)
+    return list(samples.chosen(~held).batches), samples.chosen(held)
 
 
 def _few(batches: Sequence[tuple[np.ndarray, ...]], macs: int) -> list[tuple[np.ndarray, ...]]:
@@ -250,8 +243,8 @@ def _fingerprint(graph: Graph, base: QuantConfig, arrays: Mapping[str, np.ndarra
     found = hashlib.blake2b(digest_size=16)
     found.update(json.dumps([base.to_dict(), metric.name, seed], sort_keys=True).encode())
     values = [w for node in graph for w in node.weights.values()]
-    labels = [] if metric.samples.labels is None else [metric.samples.labels]
-    for value in (*values, *arrays.values(), *(x for batch in metric.samples for x in batch), *labels):
+    labelled = metric.samples.flat_labels
+    for value in (*values, *arrays.values(), *(x for batch in metric.samples for x in batch), *labelled):
         array = np.ascontiguousarray(value)
         found.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
     return found.hexdigest()

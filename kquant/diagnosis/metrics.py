@@ -93,9 +93,18 @@ class Metric:
         return {f"{part.samples.outputs[k]}: {part.name}": part.of_outputs([outputs[k]]) for k, part in self.argument}
 
     def sqnr(self, outputs: Sequence[Array]) -> float:
-        """SQNR of all outputs against the float network's, in dB."""
-        flat = [np.concatenate([np.ravel(y) for y in side]) for side in (self.reference, outputs)]
-        return sqnr_db(*flat)
+        """SQNR of all outputs against the float network's, in dB; of integers 10 log10 of one in how many differs.
+
+        The smaller one, where a network returns both.
+        """
+        pairs = list(zip(self.reference, outputs, strict=True))
+        numbers = [(p.ravel(), q.ravel()) for p, q in pairs if p.dtype.kind not in "iub"]
+        integers = [np.ravel(p == q) for p, q in pairs if p.dtype.kind in "iub"]
+        found = [sqnr_db(*map(np.concatenate, zip(*numbers, strict=True)))] if numbers else []
+        if integers:
+            equal = np.concatenate(integers)
+            found.append(ratio_db(equal.size, float(np.count_nonzero(~equal))))
+        return min(found)
 
 
 def make_metric(metric: Any, samples: Samples, float_model: Any) -> Metric:

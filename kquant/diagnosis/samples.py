@@ -43,6 +43,11 @@ class Samples:
         labels = self.labels.get(name) if isinstance(self.labels, Mapping) else self.labels
         return replace(self, labels=labels)
 
+    @property
+    def flat_labels(self) -> list[Array]:
+        """The arrays of labels, in the order of their names where they have any."""
+        return [y for y in keras.tree.flatten(self.labels) if y is not None]
+
     def first(self, count: int) -> Samples:
         """The first `count` samples."""
         batches, left = [], count
@@ -51,8 +56,18 @@ class Samples:
                 break
             batches.append(tuple(x[:left] for x in batch))
             left -= len(batch[0])
-        labels = keras.tree.map_structure(lambda y: None if y is None else y[:count], self.labels)
-        return replace(self, batches=tuple(batches), labels=labels)
+        return replace(self, batches=tuple(batches), labels=self._labels_at(slice(count)))
+
+    def chosen(self, mask: Array) -> Samples:
+        """Those where `mask` [samples] is true, in batches of 32."""
+        arrays = [np.concatenate(column)[mask] for column in zip(*self.batches, strict=True)]
+        batches = tuple(tuple(x[k : k + 32] for x in arrays) for k in range(0, int(mask.sum()), 32))
+        return replace(self, batches=batches, labels=self._labels_at(mask))
+
+    def _labels_at(self, index: Any) -> Any:
+        if isinstance(self.labels, Mapping):
+            return {name: y[index] for name, y in self.labels.items()}
+        return None if self.labels is None else self.labels[index]
 
     def __iter__(self) -> Iterator[list[Array]]:
         return (list(batch) for batch in self.batches)

@@ -281,7 +281,7 @@ def fingerprint(qgraph: QuantizedGraph, metric: Metric) -> str:
     found.update(metric.name.encode())
     for batch in metric.samples:
         take(*batch)
-    take(*metric.reference, *(() if metric.samples.labels is None else (metric.samples.labels,)))
+    take(*metric.reference, *metric.samples.flat_labels)
     return found.hexdigest()
 
 

@@ -26,6 +26,7 @@ from kquant.diagnosis.target import compare_with_target
 from kquant.diagnosis.trials import TRIALS, Trial, more_bits
 from kquant.errors import CalibrationError, ConfigError, ExportError
 
+SAME_DECISIONS = 30.0  # dB: one in a thousand, which are ties but for rounding
 SAME = 60.0  # dB: float32 rounding, and folding in another order, stay far below -60 dB of the output
 LOOKED_AT = 256  # samples at most for the records of tensors
 LSB_SAMPLES = 16  # for the comparison of every tensor with the file
@@ -102,10 +103,12 @@ class Workflow:
         model = self.plain.model
         outputs = predict(model, self.case.metric.samples)
         sqnr, score = self.case.metric.sqnr(outputs), self.case.metric.of_run(model, outputs)
-        if sqnr >= SAME:
+        decides = any(y.dtype.kind in "iub" for y in outputs)
+        least = SAME_DECISIONS if decides else SAME
+        if sqnr >= least:
             self._note("FP32 check", question, score, "It does, up to float32 rounding.")
             return True
-        text = f"No: the outputs differ by {sqnr:.0f} dB, where rounding leaves {SAME:.0f} dB and more."
+        text = f"No: the outputs differ by {sqnr:.0f} dB, where rounding leaves {least:.0f} dB and more."
         self._note("FP32 check", question, score, text, ok=False)
         self._blame("simulation", f"{text} The quantized model was made from another model or changed since: quantize "
                     "this float model anew. If it was not, a layer is traced wrongly, which is a bug.")  # fmt: skip

@@ -288,3 +288,27 @@ def test_integers_are_decisions() -> None:
         make_metric("kl", samples, model)
     with pytest.raises(CalibrationError, match="of integers"):
         make_metric("accuracy", Samples(samples.batches, other[..., 0], ("x",), ("mask",)), model)
+
+
+def test_the_sqnr_of_decisions_is_how_few_differ() -> None:
+    mask = RNG.integers(0, 4, (10, 100))
+    samples = Samples((), None, ("x",), ("mask",))
+    metric = Metric(name="m", samples=samples, reference=(mask,), kind="agreement")
+    other = mask.copy()
+    other[0, 0] += 1
+    assert metric.sqnr([other]) == pytest.approx(30) and metric.sqnr([mask]) == MOST_DB
+    numbers = RNG.normal(size=(10, 5))
+    both = Metric(name="m", samples=samples, reference=(mask, numbers), kind="agreement")
+    assert both.sqnr([mask, numbers * 1.1]) == pytest.approx(20)
+    assert both.sqnr([other, numbers * 1.001]) == pytest.approx(30)
+
+
+def test_chosen_samples_keep_their_labels_and_names() -> None:
+    _, samples, x = several()
+    mask = RNG.uniform(size=40) < 0.3
+    found = samples.chosen(mask)
+    np.testing.assert_array_equal(np.concatenate([b[0] for b in found.batches]), x[mask])
+    assert found.outputs == samples.outputs and len(found) == mask.sum()
+    for name, labels in samples.labels.items():
+        np.testing.assert_array_equal(found.labels[name], labels[mask])
+    assert len(found.flat_labels) == 2 and Samples((), None, ()).flat_labels == []
