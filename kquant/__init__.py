@@ -50,6 +50,7 @@ from kquant.qat.batch_norm import reestimate_batch_norm  # noqa: E402
 from kquant.qat.callbacks import FreezeQuantizers, LogQuantizers  # noqa: E402
 from kquant.qat.distill import Distiller  # noqa: E402
 from kquant.qat.prepare import prepare_qat  # noqa: E402
+from kquant.qat.prune import PruneGradually  # noqa: E402
 from kquant.targets.litert.runtime import TFLiteModel  # noqa: E402
 from kquant.targets.storage.packing.container import pack_tflite, unpack_tflite  # noqa: E402
 from kquant.targets.target import Target, get_target, register_target  # noqa: E402
@@ -77,6 +78,7 @@ __all__ = [
     "PackError",
     "ParityReport",
     "Prune",
+    "PruneGradually",
     "Profile",
     "QuantConfig",
     "QuantSpec",

@@ -19,7 +19,7 @@ def settings_of(weight: UserWeight, keep_zeros: bool) -> dict[str, Any]:
 
     Args:
         weight: of a node.
-        keep_zeros: what is zero in the user's layer stays zero.
+        keep_zeros: what is zero in the user's layer stays zero, and what a callback makes zero.
     """
     asked = {"regularizer": weight.regularizer, "constraint": weight.constraint} if weight.asked else {}
     arrays = {"factor": weight.factor, "offset": weight.offset} if weight.asked else {}
@@ -29,7 +29,7 @@ def settings_of(weight: UserWeight, keep_zeros: bool) -> dict[str, Any]:
         "order": None if weight.order is None else list(weight.order),
         **{k: keras.saving.serialize_keras_object(v) for k, v in asked.items() if v is not None},
         "arrays": [k for k, v in arrays.items() if v is not None],
-        "mask": (weight.zeros if keep_zeros else weight.gaps) is not None,
+        "mask": keep_zeros or weight.gaps is not None,
     }
 
 
@@ -74,7 +74,8 @@ class UserView:
         """Take the arrays of a `UserWeight`."""
         for name, variable in self.arrays.items():
             if name == "mask":
-                variable.assign(1.0 - np.asarray(weight.zeros if keep_zeros else weight.gaps, np.float32))
+                zeros = weight.zeros if keep_zeros else weight.gaps
+                variable.assign(np.ones(variable.shape) if zeros is None else 1.0 - np.asarray(zeros, np.float32))
             else:
                 variable.assign(getattr(weight, name))
 

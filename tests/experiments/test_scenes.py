@@ -1,0 +1,59 @@
+"""Segmentation and detection from the files: scores near float, only integers, parity at every tensor."""
+
+from functools import cache
+
+import keras
+import numpy as np
+import pytest
+
+import kquant
+from experiments import scenes, scenes_training
+from kquant.targets.litert.flatbuffer import only_integer_ops
+from models import camvid
+
+
+@cache
+def float_score(task: str) -> float:
+    return scenes.score(scenes.TASKS[task], scenes.TASKS[task].load().predict_on_batch, camvid.load("test"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "drop"), [("w8a8", 0.5), ("w4a8", 1.5)])
+@pytest.mark.parametrize("task", scenes.TASKS)
+def test_files_keep_the_score_of_the_float_model(task: str, config: str, drop: float) -> None:
+    data, test = scenes.calibration(), camvid.load("test")
+    qmodel = kquant.quantize_model(scenes.TASKS[task].load(), data, config, progress=False)
+    content = kquant.export_tflite(qmodel, allow_float=False).content
+    assert scenes.file_score(scenes.TASKS[task], content, test) >= float_score(task) - drop
+    if config == "w8a8":
+        report = kquant.verify_tflite(qmodel, content, test.inputs[:8], samples=8)
+        assert report.ok and report.reference_max_lsb == 0
+        assert len(report.end_to_end) == (2 if task == "detection" else 1)
+
+
+@pytest.mark.slow
+def test_the_models_that_come_along_are_those_of_their_recipes() -> None:
+    for recipe in scenes_training.RECIPES.values():
+        model, built = keras.saving.load_model(recipe.PATH, compile=False), recipe.build()
+        assert [layer.name for layer in model.layers[1:]] == [layer.name for layer in built.layers[1:]]
+        assert [v.shape for v in model.variables] == [v.shape for v in built.variables]
+        assert recipe.PATH.stat().st_size <= 3e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", scenes_training.RECIPES)
+def test_training_takes_names_of_outputs_and_deploys_what_is_needed(name: str) -> None:
+    """Two steps: the losses find their outputs, and the file returns what is deployed."""
+    recipe = scenes_training.RECIPES[name]
+    source = keras.saving.load_model(recipe.PATH, compile=False)
+    data = camvid.load("train", 16)
+    qat = kquant.prepare_qat(source, data.inputs, "w4a8", progress=False)
+    before = [np.array(w) for w in qat.get_weights()]
+    recipe.fit(qat, 1, limit=16)
+    assert any(not np.array_equal(a, b) for a, b in zip(before, qat.get_weights(), strict=True))
+    deployed = kquant.select_outputs(qat, scenes_training.KEPT[name]) if name in scenes_training.KEPT else qat
+    content = kquant.export_tflite(deployed, allow_float=False).content
+    assert only_integer_ops(content)
+    outputs = kquant.TFLiteModel(content).outputs
+    assert len(outputs) == (1 if name in scenes_training.KEPT else 2)
+    assert kquant.verify_tflite(deployed, content, data.inputs[:4], samples=4).ok
