@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -24,9 +23,10 @@ from . import zoo
 from .tables import OneTable, Options, converted_with
 
 CALIBRATED = 100  # training scenes
-WAYS = {"per channel": "", "per tensor": "-per_tensor"}  # how weights have scales -> suffix of a preset
 PEERS = {"w8a8": "static_wi8_ai8", "w4a8": "static_wi4_ai8"}  # preset -> what aeq_files.py calls it
 PARITY = 8  # scenes
+Cells = Sequence[Any]
+Setting = Callable[[str, keras.Model, str, camvid.Scenes, Options], Cells | None]
 
 
 @dataclass(frozen=True)
@@ -79,52 +79,69 @@ def rows(_: str, options: Options) -> Iterator[Sequence[Any]]:
     """Every setting of both tasks that the options want: kquant's files, the converter's, ai-edge-quantizer's."""
     scenes = camvid.load("test", options.samples)
     for name, task in TASKS.items():
+        wanted = [setting for setting in SETTINGS if options.wants(f"{name}, {setting}")]
+        if not wanted:
+            continue
         model = task.load()
         expected = score(task, model.predict_on_batch, scenes)
-        for way, suffix in WAYS.items():
-            for data in ("data", "no data"):
-                for config in options.configs:
-                    if options.wants(f"{name}, {way}, {data}"):
-                        found = _ours(task, model, f"{config}{suffix}", data == "data", scenes)
-                        yield name, f"{way}, {data}", config, len(scenes), expected, *found
-        for config in options.configs:
-            if options.wants(f"{name}, converter") and config == "w8a8":
-                for way in WAYS:
-                    content = converted_with(model, [calibration()], per_channel=way == "per channel")
-                    cells = _of_peer(task, content, scenes)
-                    yield name, f"converter, {way}", config, len(scenes), expected, *cells
-            if options.wants(f"{name}, ai-edge-quantizer") and options.files is not None and config in PEERS:
-                yield from _theirs(name, task, model, config, scenes, expected, options.files)
+        for setting in wanted:
+            for config in options.configs:
+                cells = SETTINGS[setting](name, model, config, scenes, options)
+                if cells is not None:
+                    yield name, setting, config, len(scenes), expected, *cells
 
 
-def _ours(task: Task, model: keras.Model, config: str, data: bool, scenes: camvid.Scenes) -> Sequence[Any]:
+def _ours(suffix: str, data: bool) -> Setting:
     """Score, bytes, whether all is in integers, and the contract of a file of ours."""
-    try:
-        qmodel = kquant.quantize_model(model, calibration() if data else None, config, progress=False)
-    except KQuantError as error:
-        return f"refused: {str(error).splitlines()[0][:80]}", "-", "-", "-"
-    content = kquant.export_tflite(qmodel).content
-    report = kquant.verify_tflite(qmodel, content, scenes.inputs[:PARITY], samples=PARITY)
-    integer = "yes" if only_integer_ops(content) else "no"
-    return file_score(task, content, scenes), len(content), integer, "holds" if report.ok else "FAILS"
+
+    def cells(name: str, model: keras.Model, config: str, scenes: camvid.Scenes, _: Options) -> Cells:
+        try:
+            qmodel = kquant.quantize_model(model, calibration() if data else None, config + suffix, progress=False)
+        except KQuantError as error:
+            return f"refused: {str(error).splitlines()[0][:80]}", "-", "-", "-"
+        content = kquant.export_tflite(qmodel).content
+        report = kquant.verify_tflite(qmodel, content, scenes.inputs[:PARITY], samples=PARITY)
+        return *_of_file(name, content, scenes), "holds" if report.ok else "FAILS"
+
+    return cells
 
 
-def _theirs(
-    name: str, task: Task, model: keras.Model, config: str, scenes: camvid.Scenes, expected: float, folder: Path
-) -> Iterator[Sequence[Any]]:
-    """What ai-edge-quantizer made of the float file, where it has run; the file is left for it where it has not."""
-    source, made = folder / f"{name}.tflite", folder / f"{name}.{PEERS[config]}.tflite"
+def _converter(per_channel: bool) -> Setting:
+    """TensorFlow's converter, at 8 bits."""
+
+    def cells(name: str, model: keras.Model, config: str, scenes: camvid.Scenes, _: Options) -> Cells | None:
+        if config != "w8a8":
+            return None
+        return *_of_file(name, converted_with(model, [calibration()], per_channel), scenes), "-"
+
+    return cells
+
+
+def _ai_edge(name: str, model: keras.Model, config: str, scenes: camvid.Scenes, options: Options) -> Cells | None:
+    """What ai-edge-quantizer made of the float file, where it has run; that file is left for it where it has not."""
+    if options.files is None or config not in PEERS:
+        return None
+    source, made = options.files / f"{name}.tflite", options.files / f"{name}.{PEERS[config]}.tflite"
     if not source.exists():
         source.write_bytes(float_file(model))
-        np.savez(folder / f"{name}.npz", x=calibration())
-    if made.exists():
-        cells = _of_peer(task, made.read_bytes(), scenes)
-        yield name, "ai-edge-quantizer, per channel", config, len(scenes), expected, *cells
+        np.savez(options.files / f"{name}.npz", x=calibration())
+    return (*_of_file(name, made.read_bytes(), scenes), "-") if made.exists() else None
 
 
-def _of_peer(task: Task, content: bytes, scenes: camvid.Scenes) -> Sequence[Any]:
-    """The cells of a file that another tool made."""
-    return file_score(task, content, scenes), len(content), "yes" if only_integer_ops(content) else "no", "-"
+def _of_file(name: str, content: bytes, scenes: camvid.Scenes) -> Cells:
+    """Score, bytes, and whether all is in integers."""
+    return file_score(TASKS[name], content, scenes), len(content), "yes" if only_integer_ops(content) else "no"
+
+
+SETTINGS: dict[str, Setting] = {
+    "per channel, data": _ours("", True),
+    "per tensor, data": _ours("-per_tensor", True),
+    "per channel, no data": _ours("", False),
+    "per tensor, no data": _ours("-per_tensor", False),
+    "converter, per channel": _converter(True),
+    "converter, per tensor": _converter(False),
+    "ai-edge-quantizer, per channel": _ai_edge,
+}
 
 
 def float_file(model: keras.Model) -> bytes:
