@@ -292,12 +292,13 @@ def test_mobilenet_v1_per_tensor_with_everything_off() -> None:
 
 @pytest.mark.slow
 def test_resnet20_with_report_takes_less_than_three_minutes(tmp_path: Any) -> None:
-    model, started = zoo.load_model("resnet20"), time.monotonic()
+    """Of one core: the time of this process, whatever runs beside it."""
+    model, started = zoo.load_model("resnet20"), time.process_time()
     d = diagnose(
         model, zoo.MODELS["resnet20"].evaluation(500), calibration_data=zoo.calibration("resnet20"), progress=False
     )
     d.save_html(tmp_path / "report.html")
-    assert time.monotonic() - started < 180
+    assert time.process_time() - started < 180
     assert d.culprit == "none"
     assert {(s.node, s.kind) for s in d.sensitivity} == {(t.node, t.kind) for t in d.tensors}  # each quantizer
     assert [t.node for t in d.target] == [n.name for n in prepare_graph(model)]  # each operation
