@@ -25,7 +25,8 @@ import kquant
 from kquant_tools.recipe import recipe
 
 from . import camvid
-from .mobilenet_v2_backbone import features
+from .data import save
+from .mobilenet_v2_backbone import features, with_batch_norm
 
 PATH = Path(__file__).with_suffix(".keras")
 SEED = 1
@@ -225,7 +226,7 @@ def fit(
 
 
 def train(epochs: int = 60, verbose: int = 2, seed: int = SEED, limit: int | None = None) -> keras.Model:
-    """A network trained from the backbone of ImageNet.
+    """A network trained from the backbone of ImageNet, at the end with batch normalizations in that.
 
     Args:
         epochs: passes over the training scenes.
@@ -239,7 +240,7 @@ def train(epochs: int = 60, verbose: int = 2, seed: int = SEED, limit: int | Non
     keras.utils.set_random_seed(seed)
     model = build()
     fit(model, epochs, seed=seed, limit=limit, verbose=verbose)
-    return keras.Model(model.input, model.output, name=model.name)  # without the optimizer's state
+    return with_batch_norm(model, camvid.load("train", limit).inputs)
 
 
 if __name__ == "__main__":
@@ -250,7 +251,7 @@ if __name__ == "__main__":
     def main(argv: list[str]) -> None:
         """Train, print the precision on the scored scenes, write the model."""
         model = train(EPOCHS.value, limit=LIMIT.value)
-        model.save(OUTPUT.value)
+        save(model, OUTPUT.value)
         scenes = camvid.load("test")
         outputs = camvid.predictions(model.predict_on_batch, scenes)
         whole, half = (metric(iou)(scenes.boxes, outputs) for iou in (None, 0.5))

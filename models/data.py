@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 
+import keras
 import numpy as np
 
 from kquant_tools.data import PREPROCESS, jpeg_samples, spread
@@ -27,6 +29,16 @@ def path(name: str) -> Path:
     if not found.is_file():
         raise MissingData(f"needs {name} of the evaluation data; KQUANT_DATA is {str(DATA)!r}")
     return found
+
+
+def save(model: keras.Model, file: str | Path) -> None:
+    """Write a .keras file, packed: Keras itself stores what it zips as it is."""
+    model.save(file)
+    with zipfile.ZipFile(file) as stored:
+        parts = {name: stored.read(name) for name in stored.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as packed:
+        for name, content in parts.items():
+            packed.writestr(name, content)
 
 
 def cifar10(split: str, limit: int | None = None, preprocess: str = "none") -> tuple[np.ndarray, np.ndarray]:

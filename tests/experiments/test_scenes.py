@@ -10,6 +10,7 @@ import kquant
 from experiments import scenes, scenes_training
 from kquant.targets.litert.flatbuffer import only_integer_ops
 from models import camvid
+from models.mobilenet_v2_backbone import with_batch_norm
 
 
 @cache
@@ -33,11 +34,17 @@ def test_files_keep_the_score_of_the_float_model(task: str, config: str, drop: f
 
 @pytest.mark.slow
 def test_the_models_that_come_along_are_those_of_their_recipes() -> None:
+    images = camvid.load("train", 8).inputs
     for recipe in scenes_training.RECIPES.values():
-        model, built = keras.saving.load_model(recipe.PATH, compile=False), recipe.build()
-        assert [layer.name for layer in model.layers[1:]] == [layer.name for layer in built.layers[1:]]
-        assert [v.shape for v in model.variables] == [v.shape for v in built.variables]
+        model = keras.saving.load_model(recipe.PATH, compile=False)
+        built = recipe.build()
+        made = with_batch_norm(built, images)
+        assert [layer.name for layer in model.layers[1:]] == [layer.name for layer in made.layers[1:]]
+        assert [v.shape for v in model.variables] == [v.shape for v in made.variables]
         assert recipe.PATH.stat().st_size <= 3e6
+        outputs = zip(*(keras.tree.flatten(m.predict_on_batch(images)) for m in (built, made)), strict=True)
+        for wanted, found in outputs:
+            assert np.mean(np.abs(found - wanted) <= 1e-3 * max(1, np.abs(wanted).max())) > 0.999
 
 
 @pytest.mark.slow
