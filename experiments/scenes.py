@@ -35,11 +35,13 @@ class Task:
 
     Attributes:
         load: the float model, as it is deployed.
+        peers: the same as TensorFlow's converter takes it.
         metric: of the labels and outputs.
         labels: scenes -> labels.
     """
 
     load: Callable[[], keras.Model]
+    peers: Callable[[], keras.Model]
     metric: kquant.OutputMetric
     labels: Callable[[camvid.Scenes], np.ndarray]
 
@@ -48,13 +50,22 @@ def _segmenter() -> keras.Model:
     return camvid_segmenter.deployed(keras.saving.load_model(camvid_segmenter.PATH, compile=False))
 
 
+def _segmenter_of_tensorflow() -> keras.Model:
+    """With TensorFlow's argmax: that of Keras becomes operations on bits, which no TFLite file has."""
+    import tensorflow as tf
+
+    model = keras.saving.load_model(camvid_segmenter.PATH, compile=False)
+    mask = keras.layers.Lambda(lambda y: tf.argmax(y, -1, output_type=tf.int32), dtype="int32", name="mask")
+    return keras.Model(model.input, mask(model.output["logits"]), name=model.name)
+
+
 def _detector() -> keras.Model:
     return keras.saving.load_model(camvid_detector.PATH, compile=False)
 
 
 TASKS = {
-    "segmentation": Task(_segmenter, camvid_segmenter.metric(), lambda scenes: scenes.masks),
-    "detection": Task(_detector, camvid_detector.metric(), lambda scenes: scenes.boxes),
+    "segmentation": Task(_segmenter, _segmenter_of_tensorflow, camvid_segmenter.metric(), lambda scenes: scenes.masks),
+    "detection": Task(_detector, _detector, camvid_detector.metric(), lambda scenes: scenes.boxes),
 }
 
 
@@ -112,7 +123,7 @@ def _converter(per_channel: bool) -> Setting:
     def cells(name: str, model: keras.Model, config: str, scenes: camvid.Scenes, _: Options) -> Cells | None:
         if config != "w8a8":
             return None
-        return *_of_file(name, converted_with(model, [calibration()], per_channel), scenes), "-"
+        return *_of_file(name, converted_with(TASKS[name].peers(), [calibration()], per_channel), scenes), "-"
 
     return cells
 
@@ -123,7 +134,7 @@ def _ai_edge(name: str, model: keras.Model, config: str, scenes: camvid.Scenes, 
         return None
     source, made = options.files / f"{name}.tflite", options.files / f"{name}.{PEERS[config]}.tflite"
     if not source.exists():
-        source.write_bytes(float_file(model))
+        source.write_bytes(float_file(TASKS[name].peers()))
         np.savez(options.files / f"{name}.npz", x=calibration())
     return (*_of_file(name, made.read_bytes(), scenes), "-") if made.exists() else None
 

@@ -109,7 +109,9 @@ def converted_with(model: keras.Model, batches: Iterable[np.ndarray], per_channe
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     converter.representative_dataset = lambda: ([x[None]] for batch in batches for x in batch)
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
-    converter.inference_input_type = converter.inference_output_type = tf.int8
+    converter.inference_input_type = tf.int8
+    if all(output.dtype == "float32" for output in model.outputs):  # those of decisions are integers anyway
+        converter.inference_output_type = tf.int8
     converter._experimental_disable_per_channel = not per_channel
     with contextlib.redirect_stdout(io.StringIO()):
         return converter.convert()
