@@ -7,6 +7,8 @@ Masks are scored by mean IoU, boxes by mAP (IoU 0.5:0.95), on the 233 test scene
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -156,16 +158,11 @@ SETTINGS: dict[str, Setting] = {
 
 
 def float_file(model: keras.Model) -> bytes:
-    """TensorFlow's float file of a model, for batches of one."""
+    """TensorFlow's float file of a model."""
     import tensorflow as tf
 
-    shape = (1, camvid.HEIGHT, camvid.WIDTH, 3)
-
-    @tf.function(input_signature=[tf.TensorSpec(shape, name="image")])
-    def run(image: Any) -> Any:
-        return model(image, training=False)
-
-    return tf.lite.TFLiteConverter.from_concrete_functions([run.get_concrete_function()], model).convert()
+    with contextlib.redirect_stdout(io.StringIO()):
+        return tf.lite.TFLiteConverter.from_keras_model(model).convert()
 
 
 TABLES = {
