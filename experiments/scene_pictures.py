@@ -1,8 +1,8 @@
-r"""docs/scenes.png: masks of some test scenes, by hand, by the float network, and by files.
+r"""docs/scenes.png: masks of some test scenes, by the float network and by files.
 
 python -m experiments.scene_pictures --output=docs/scenes.png
 
-Only masks are drawn: the scenes themselves are not the project's.
+Only these masks are drawn: scenes and labels are not the project's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     """Quantize, run, draw."""
     scenes, model = camvid.load("test"), TASKS["segmentation"].load()
     inputs = scenes.inputs[list(SCENES)]
-    columns = {"by hand": scenes.masks[list(SCENES)], "float": np.asarray(model.predict_on_batch(inputs))}
+    columns = {"float": np.asarray(model.predict_on_batch(inputs))}
     for config in CONFIGS:
         qmodel = kquant.quantize_model(model, calibration(), config, progress=False)
         file = kquant.TFLiteModel(kquant.export_tflite(qmodel).content)
@@ -52,11 +52,9 @@ def page(columns: dict[str, Any]) -> Image.Image:
 
 
 def painted(mask: np.ndarray, shade: Callable[[int], tuple[int, int, int]] = colour) -> np.ndarray:
-    """Classes [h, w] in their colours on white, void in white."""
-    colours = np.array([shade(k) for k in range(len(camvid.CLASSES))] + [(255, 255, 255)])
-    pale = COVER * colours + (1 - COVER) * 255
-    pale[-1] = 255
-    return np.rint(pale[mask]).astype(np.uint8)
+    """Classes [h, w] in their colours on white."""
+    colours = np.array([shade(k) for k in range(len(camvid.CLASSES))])
+    return np.rint((COVER * colours + (1 - COVER) * 255)[mask]).astype(np.uint8)
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ def draw_boxes(image: Array, boxes: Array) -> Array:
 
 
 def colour(number: int) -> tuple[int, int, int]:
-    """The colour of a class: hues by the golden ratio, so that no two are near; every other one darker."""
-    red, green, blue = colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.85, (1.0, 0.7)[number % 2])
+    """The colour of a class: hues by the golden ratio; after 5, 8 or 13 they are near again, and another shade."""
+    red, green, blue = colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.85, (1.0, 0.75, 0.5)[number // 5 % 3])
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
