@@ -26,7 +26,7 @@ from kquant_tools.recipe import recipe
 
 from . import camvid
 from .data import save
-from .mobilenet_v2_backbone import features, with_batch_norm
+from .mobilenet_v2_backbone import convolution, features, separable, with_batch_norm
 
 PATH = Path(__file__).with_suffix(".keras")
 SEED = 1
@@ -41,24 +41,13 @@ SCORE, OVERLAP, KEPT = 0.05, 0.6, 100  # of `decode`: least score, IoU of two bo
 Array = np.ndarray[Any, Any]
 
 
-def _conv(x: Any, filters: int, name: str) -> Any:
-    x = layers.Conv2D(filters, 1, use_bias=False, name=name)(x)
-    return layers.ReLU(6.0, name=f"{name}_relu")(layers.BatchNormalization(momentum=0.9, name=f"{name}_bn")(x))
-
-
-def _separable(x: Any, filters: int, name: str, stride: int = 1) -> Any:
-    x = layers.DepthwiseConv2D(3, stride, padding="same", use_bias=False, name=f"{name}_depthwise")(x)
-    x = layers.BatchNormalization(momentum=0.9, name=f"{name}_depthwise_bn")(x)
-    return _conv(layers.ReLU(6.0, name=f"{name}_depthwise_relu")(x), filters, name)
-
-
 def _pyramid(seen: dict[int, Any]) -> list[Any]:
     """Features of 64 channels at each stride."""
-    coarse = _conv(seen[16], 64, "lateral16")
-    fine = _conv(seen[8], 64, "lateral8")
+    coarse = convolution(seen[16], 64, "lateral16")
+    fine = convolution(seen[8], 64, "lateral8")
     above = layers.Resizing(*fine.shape[1:3], interpolation="nearest", name="above")(coarse)
-    fine = _separable(layers.Add(name="merge8")([fine, above]), 64, "level8")
-    return [fine, coarse, _separable(coarse, 64, "level32", stride=2)]
+    fine = separable(layers.Add(name="merge8")([fine, above]), 64, "level8")
+    return [fine, coarse, separable(coarse, 64, "level32", stride=2)]
 
 
 def build() -> keras.Model:
@@ -70,11 +59,11 @@ def build() -> keras.Model:
     inputs = keras.Input((camvid.HEIGHT, camvid.WIDTH, 3), name="image")
     boxes, scores = [], []
     for stride, x in zip(STRIDES, _pyramid(features(inputs)), strict=True):
-        x = _separable(x, 64, f"head{stride}")
+        x = separable(x, 64, f"head{stride}")
         bias = keras.initializers.Constant(float(-np.log((1 - PRIOR) / PRIOR)))
-        score = _separable(x, 64, f"score{stride}")
+        score = separable(x, 64, f"score{stride}")
         score = layers.Conv2D(len(camvid.THINGS), 1, bias_initializer=bias, name=f"scores{stride}")(score)
-        box = layers.Conv2D(4, 1, name=f"boxes{stride}")(_separable(x, 64, f"box{stride}"))
+        box = layers.Conv2D(4, 1, name=f"boxes{stride}")(separable(x, 64, f"box{stride}"))
         scores.append(layers.Reshape((-1, len(camvid.THINGS)), name=f"scores{stride}_flat")(score))
         boxes.append(layers.Reshape((-1, 4), name=f"boxes{stride}_flat")(box))
     outputs = {

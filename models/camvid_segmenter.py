@@ -22,7 +22,7 @@ from kquant_tools.recipe import recipe
 
 from . import camvid
 from .data import save
-from .mobilenet_v2_backbone import features, with_batch_norm
+from .mobilenet_v2_backbone import convolution, features, separable, with_batch_norm
 
 PATH = Path(__file__).with_suffix(".keras")
 SEED = 1
@@ -32,24 +32,13 @@ RATES = (2, 4)  # of the atrous pyramid, on features of 12 x 15
 LEARNING_RATE = 5e-4
 
 
-def _conv(x: Any, filters: int, name: str) -> Any:
-    x = layers.Conv2D(filters, 1, use_bias=False, name=name)(x)
-    return layers.ReLU(6.0, name=f"{name}_relu")(layers.BatchNormalization(momentum=0.9, name=f"{name}_bn")(x))
-
-
-def _separable(x: Any, filters: int, name: str, rate: int = 1) -> Any:
-    x = layers.DepthwiseConv2D(3, padding="same", dilation_rate=rate, use_bias=False, name=f"{name}_depthwise")(x)
-    x = layers.BatchNormalization(momentum=0.9, name=f"{name}_depthwise_bn")(x)
-    return _conv(layers.ReLU(6.0, name=f"{name}_depthwise_relu")(x), filters, name)
-
-
 def _pyramid(x: Any) -> Any:
     """Features [n, h, w, c] as seen from near, from afar and from everywhere: [n, h, w, 96]."""
     height, width = x.shape[1:3]
-    whole = _conv(layers.GlobalAveragePooling2D(keepdims=True, name="average")(x), 48, "whole")
+    whole = convolution(layers.GlobalAveragePooling2D(keepdims=True, name="average")(x), 48, "whole")
     whole = layers.UpSampling2D((height, width), name="everywhere")(whole)
-    seen = [_conv(x, 48, "near"), *(_separable(x, 48, f"atrous{rate}", rate) for rate in RATES), whole]
-    return _conv(layers.Concatenate(name="pyramid")(seen), 96, "gather")
+    seen = [convolution(x, 48, "near"), *(separable(x, 48, f"atrous{rate}", rate=rate) for rate in RATES), whole]
+    return convolution(layers.Concatenate(name="pyramid")(seen), 96, "gather")
 
 
 def build() -> keras.Model:
@@ -62,10 +51,10 @@ def build() -> keras.Model:
     """
     inputs = keras.Input((camvid.HEIGHT, camvid.WIDTH, 3), name="image")
     seen = features(inputs)
-    fine = _conv(seen[4], 24, "fine")
+    fine = convolution(seen[4], 24, "fine")
     coarse = layers.Resizing(*fine.shape[1:3], interpolation="bilinear", name="coarse")(_pyramid(seen[16]))
     x = layers.Concatenate(name="both")([coarse, fine])
-    x = _separable(_separable(x, 64, "decode1"), 64, "decode2")
+    x = separable(separable(x, 64, "decode1"), 64, "decode2")
     x = layers.Conv2D(len(camvid.CLASSES), 1, name="classes")(x)
     logits = layers.Resizing(camvid.HEIGHT, camvid.WIDTH, interpolation="bilinear", name="logits")(x)
     outputs = {"logits": logits, "mask": keras.ops.argmax(logits, -1)}

@@ -1,4 +1,4 @@
-"""The first 13 blocks of the ImageNet MobileNetV2 (KQUANT_DATA), as the backbone of dense tasks."""
+"""The first 13 blocks of the ImageNet MobileNetV2 (KQUANT_DATA), as a backbone, and layers to build on it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import layers
 
 from .data import path
 
@@ -38,6 +39,20 @@ def features(inputs: Any) -> dict[int, Any]:
     return dict(zip(LEVELS, copy.outputs, strict=True))
 
 
+def convolution(x: Any, filters: int, name: str) -> Any:
+    """A pointwise convolution with batch normalization and ReLU6."""
+    x = layers.Conv2D(filters, 1, use_bias=False, name=name)(x)
+    return layers.ReLU(6.0, name=f"{name}_relu")(layers.BatchNormalization(momentum=0.9, name=f"{name}_bn")(x))
+
+
+def separable(x: Any, filters: int, name: str, stride: int = 1, rate: int = 1) -> Any:
+    """A depthwise and a pointwise convolution, each with batch normalization and ReLU6."""
+    settings: dict[str, Any] = {"padding": "same", "dilation_rate": rate, "use_bias": False}
+    x = layers.DepthwiseConv2D(3, stride, **settings, name=f"{name}_depthwise")(x)
+    x = layers.BatchNormalization(momentum=0.9, name=f"{name}_depthwise_bn")(x)
+    return convolution(layers.ReLU(6.0, name=f"{name}_depthwise_relu")(x), filters, name)
+
+
 def with_batch_norm(model: keras.Model, images: np.ndarray) -> keras.Model:
     """The same function with a batch normalization behind every convolution of the backbone.
 
@@ -48,7 +63,7 @@ def with_batch_norm(model: keras.Model, images: np.ndarray) -> keras.Model:
         model: with layers of `features`.
         images: its inputs [n, h, w, 3].
     """
-    kinds = keras.layers.Conv2D | keras.layers.DepthwiseConv2D
+    kinds = layers.Conv2D | layers.DepthwiseConv2D
     names = [x.name for x in model.layers if isinstance(x, kinds) and x.name.lower().startswith(PREFIXES)]
     seen = keras.Model(model.inputs, [model.get_layer(name).output for name in names])
     total: list[Any] = [0.0] * (2 * len(names))
@@ -60,7 +75,7 @@ def with_batch_norm(model: keras.Model, images: np.ndarray) -> keras.Model:
 
     def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
         y = layer(*args, **kwargs)
-        return keras.layers.BatchNormalization(momentum=0.9, name=f"{layer.name}_bn")(y) if layer.name in names else y
+        return layers.BatchNormalization(momentum=0.9, name=f"{layer.name}_bn")(y) if layer.name in names else y
 
     copy = keras.models.clone_model(model, call_function=call)
     for layer in model.layers:
