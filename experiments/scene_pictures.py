@@ -18,7 +18,7 @@ import kquant
 from kquant.diagnosis.drawing import COVER, colour
 from models import camvid
 
-from .scenes import TASKS, calibration
+from .scenes import calibration, float_model
 
 OUTPUT = flags.DEFINE_string("output", "docs/scenes.png", "The file to write.")
 SCENES = (20, 90, 160)  # of the test scenes
@@ -28,7 +28,7 @@ CONFIGS = ("w8a8", "w4a8", "w4a4")
 
 def main(argv: list[str]) -> None:
     """Quantize, run, draw."""
-    scenes, model = camvid.load("test"), TASKS["segmentation"].load()
+    scenes, model = camvid.load("test"), float_model("segmentation")
     inputs = scenes.inputs[list(SCENES)]
     columns = {"float": np.asarray(model.predict_on_batch(inputs))}
     for config in CONFIGS:

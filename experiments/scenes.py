@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -31,44 +30,26 @@ Cells = Sequence[Any]
 Setting = Callable[[str, keras.Model, str, camvid.Scenes, Options], Cells | None]
 
 
-@dataclass(frozen=True)
-class Task:
-    """A model and how it is scored.
+TASKS = {"segmentation": camvid_segmenter.RECIPE, "detection": camvid_detector.RECIPE}
 
-    Attributes:
-        load: the float model, as it is deployed.
-        peers: the same as TensorFlow's converter takes it.
-        metric: of the labels and outputs.
-        labels: scenes -> labels.
+
+def float_model(name: str) -> keras.Model:
+    """The float model of a task, as it is deployed."""
+    return TASKS[name].deployed(TASKS[name].load())
+
+
+def for_peers(name: str) -> keras.Model:
+    """The same as TensorFlow's converter takes it.
+
+    With TensorFlow's argmax: that of Keras becomes operations on bits, which no TFLite file has.
     """
-
-    load: Callable[[], keras.Model]
-    peers: Callable[[], keras.Model]
-    metric: kquant.OutputMetric
-    labels: Callable[[camvid.Scenes], np.ndarray]
-
-
-def _segmenter() -> keras.Model:
-    return camvid_segmenter.deployed(keras.saving.load_model(camvid_segmenter.PATH, compile=False))
-
-
-def _segmenter_of_tensorflow() -> keras.Model:
-    """With TensorFlow's argmax: that of Keras becomes operations on bits, which no TFLite file has."""
     import tensorflow as tf
 
-    model = keras.saving.load_model(camvid_segmenter.PATH, compile=False)
+    model = TASKS[name].load()
+    if "logits" not in model.output:
+        return model
     mask = keras.layers.Lambda(lambda y: tf.argmax(y, -1, output_type=tf.int32), dtype="int32", name="mask")
     return keras.Model(model.input, mask(model.output["logits"]), name=model.name)
-
-
-def _detector() -> keras.Model:
-    return keras.saving.load_model(camvid_detector.PATH, compile=False)
-
-
-TASKS = {
-    "segmentation": Task(_segmenter, _segmenter_of_tensorflow, camvid_segmenter.metric(), lambda scenes: scenes.masks),
-    "detection": Task(_detector, _detector, camvid_detector.metric(), lambda scenes: scenes.boxes),
-}
 
 
 def calibration() -> np.ndarray:
@@ -77,26 +58,27 @@ def calibration() -> np.ndarray:
     return scenes.inputs[np.linspace(0, len(scenes) - 1, CALIBRATED).astype(int)]
 
 
-def score(task: Task, predict: Callable[[np.ndarray], Any], scenes: camvid.Scenes) -> float:
-    """The metric of a model on some scenes."""
-    return task.metric(task.labels(scenes), camvid.predictions(predict, scenes))
+def score(name: str, predict: Callable[[np.ndarray], Any], scenes: camvid.Scenes) -> float:
+    """The metric of a task's model on some scenes."""
+    task = TASKS[name]
+    return task.metrics[0](task.labels(scenes), camvid.predictions(predict, scenes))
 
 
-def file_score(task: Task, content: bytes, scenes: camvid.Scenes) -> float:
-    """The metric of a file on LiteRT."""
+def file_score(name: str, content: bytes, scenes: camvid.Scenes) -> float:
+    """The metric of a task's file on LiteRT."""
     model = kquant.TFLiteModel(content, threads=zoo.cpus() if only_integer_ops(content) else 1)
-    return score(task, lambda x: model.predict(x, batch_size=len(x)), scenes)
+    return score(name, lambda x: model.predict(x, batch_size=len(x)), scenes)
 
 
 def rows(_: str, options: Options) -> Iterator[Sequence[Any]]:
     """Every setting of both tasks that the options want: kquant's files, the converter's, ai-edge-quantizer's."""
     scenes = camvid.load("test", options.samples)
-    for name, task in TASKS.items():
+    for name in TASKS:
         wanted = [setting for setting in SETTINGS if options.wants(f"{name}, {setting}")]
         if not wanted:
             continue
-        model = task.load()
-        expected = score(task, model.predict_on_batch, scenes)
+        model = float_model(name)
+        expected = score(name, model.predict_on_batch, scenes)
         for setting in wanted:
             for config in options.configs:
                 cells = SETTINGS[setting](name, model, config, scenes, options)
@@ -125,7 +107,7 @@ def _converter(per_channel: bool) -> Setting:
     def cells(name: str, model: keras.Model, config: str, scenes: camvid.Scenes, _: Options) -> Cells | None:
         if config != "w8a8":
             return None
-        return *_of_file(name, converted_with(TASKS[name].peers(), [calibration()], per_channel), scenes), "-"
+        return *_of_file(name, converted_with(for_peers(name), [calibration()], per_channel), scenes), "-"
 
     return cells
 
@@ -136,14 +118,14 @@ def _ai_edge(name: str, model: keras.Model, config: str, scenes: camvid.Scenes, 
         return None
     source, made = options.files / f"{name}.tflite", options.files / f"{name}.{PEERS[config]}.tflite"
     if not source.exists():
-        source.write_bytes(float_file(TASKS[name].peers()))
+        source.write_bytes(float_file(for_peers(name)))
         np.savez(options.files / f"{name}.npz", x=calibration())
     return (*_of_file(name, made.read_bytes(), scenes), "-") if made.exists() else None
 
 
 def _of_file(name: str, content: bytes, scenes: camvid.Scenes) -> Cells:
     """Score, bytes, and whether all is in integers."""
-    return file_score(TASKS[name], content, scenes), len(content), "yes" if only_integer_ops(content) else "no"
+    return file_score(name, content, scenes), len(content), "yes" if only_integer_ops(content) else "no"
 
 
 SETTINGS: dict[str, Setting] = {

@@ -13,31 +13,30 @@ import keras
 import numpy as np
 
 import kquant
-from models import camvid, camvid_detector, camvid_segmenter
+from models import camvid
 
 from .paper_tables import spread
 from .scenes import PARITY, TASKS, calibration, file_score, score
 from .tables import OneTable, Options
 
 LEARNING_RATE = 2e-4
-RECIPES = {"segmentation": camvid_segmenter, "detection": camvid_detector}
 KEPT = {"segmentation": "mask"}  # the only output of what is deployed
 
 
 def rows(_: str, options: Options) -> Iterator[Sequence[Any]]:
     """For each task a row of the float model trained on, and one of every config."""
     scenes = camvid.load("test", options.samples)
-    for name, recipe in RECIPES.items():
+    for name, task in TASKS.items():
         if not options.wants(name):
             continue
-        source = keras.saving.load_model(recipe.PATH, compile=False)
-        before = score(TASKS[name], _deployed(name, source).predict_on_batch, scenes)
+        source = task.load()
+        before = score(name, task.deployed(source).predict_on_batch, scenes)
         floats, seconds = [], 0.0
         for seed in range(options.seeds):
             model = keras.models.clone_model(source)
             model.set_weights(source.get_weights())
-            seconds = _fit(recipe, model, options.epochs, seed)
-            floats.append(score(TASKS[name], _deployed(name, model).predict_on_batch, scenes))
+            seconds = _fit(name, model, options.epochs, seed)
+            floats.append(score(name, task.deployed(model).predict_on_batch, scenes))
         yield name, "float", options.epochs, len(scenes), before, spread(floats), 0.0, "-", f"{seconds:.0f}"
         for config in options.configs:
             yield _trained(name, source, config, options, scenes, floats)
@@ -56,9 +55,9 @@ def _trained(
     for seed in range(options.seeds):
         model = kquant.prepare_qat(source, calibration(), config, seed=seed, progress=False)
         begun.append(_file_score(name, model, scenes))
-        seconds = _fit(RECIPES[name], model, options.epochs, seed)
+        seconds = _fit(name, model, options.epochs, seed)
         ended.append(_file_score(name, model, scenes))
-        whole = _integer(name, model)
+        whole = in_integers(name, model)
         content = kquant.export_tflite(whole, allow_float=False).content
         ok = ok and kquant.verify_tflite(whole, content, scenes.inputs[:PARITY], samples=PARITY).ok
     difference = float(np.mean(ended) - np.mean(floats))
@@ -69,25 +68,22 @@ def _trained(
     )
 
 
-def _fit(recipe: Any, model: keras.Model, epochs: int, seed: int) -> float:
+def _fit(name: str, model: keras.Model, epochs: int, seed: int) -> float:
     """Train in place; the seconds of an epoch."""
     keras.utils.set_random_seed(seed)
     started = time.perf_counter()
-    recipe.fit(model, epochs, learning_rate=LEARNING_RATE, seed=seed)
+    TASKS[name].fit(model, epochs, learning_rate=LEARNING_RATE, seed=seed)
     return (time.perf_counter() - started) / epochs
 
 
-def _deployed(name: str, model: keras.Model) -> keras.Model:
-    return camvid_segmenter.deployed(model) if name in KEPT else model
-
-
-def _integer(name: str, model: kquant.QuantizedModel) -> kquant.QuantizedModel:
+def in_integers(name: str, model: kquant.QuantizedModel) -> kquant.QuantizedModel:
+    """The quantized model of a task with the outputs that are deployed."""
     return kquant.select_outputs(model, KEPT[name]) if name in KEPT else model
 
 
 def _file_score(name: str, model: kquant.QuantizedModel, scenes: camvid.Scenes) -> float:
-    content = kquant.export_tflite(_integer(name, model), allow_float=False).content
-    return file_score(TASKS[name], content, scenes)
+    content = kquant.export_tflite(in_integers(name, model), allow_float=False).content
+    return file_score(name, content, scenes)
 
 
 TABLES = {

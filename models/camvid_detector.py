@@ -1,6 +1,6 @@
 r"""A single-shot detector without anchors in the manner of FCOS (arXiv 1904.01355): cars and people of CamVid.
 
-python -m models.camvid_detector --epochs=60 --output=models/camvid_detector.keras
+python -m models.camvid_detector --output=models/camvid_detector.keras
 
 trains it anew on the training scenes of the evaluation data (KQUANT_DATA). The file holds weights trained on CamVid,
 whose terms are CC BY-NC.
@@ -18,20 +18,14 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import app, flags
 from keras import layers
 
 import kquant
-from kquant_tools.recipe import recipe
 
 from . import camvid
-from .data import save
-from .mobilenet_v2_backbone import convolution, features, separable, with_batch_norm
+from .camvid_training import BATCH_SIZE, Recipe
+from .mobilenet_v2_backbone import convolution, features, separable
 
-PATH = Path(__file__).with_suffix(".keras")
-SEED = 1
-BATCH_SIZE = 8
-LEARNING_RATE = 5e-4
 STRIDES = (8, 16, 32)
 FARTHEST = (36.0, 80.0, np.inf)  # pixels from a place to the farthest side of its box, at most, by level
 RADIUS = 1.5  # strides from a box's centre within which places are its own
@@ -152,9 +146,6 @@ def _area(distances: Any) -> Any:
     return (left + right) * (top + bottom)
 
 
-LOSSES = {"boxes": box_loss, "scores": score_loss}
-
-
 def decode(outputs: Sequence[Array]) -> list[Array]:
     """Boxes of the network's outputs, without those that overlap a better one of their class.
 
@@ -183,68 +174,22 @@ def metric(iou: float | None = None) -> kquant.OutputMetric:
     return kquant.mean_average_precision(len(camvid.THINGS), decode, iou=iou)
 
 
-def batches(epochs: int, seed: int = SEED, limit: int | None = None) -> Iterator[tuple[Array, dict[str, Array]]]:
+def batches(epochs: int, seed: int, limit: int | None = None) -> Iterator[tuple[Array, dict[str, Array]]]:
     """Training batches (images, targets) of the augmented training scenes."""
     return camvid.batches(camvid.load("train", limit), targets, BATCH_SIZE, epochs, seed)
 
 
-def fit(
-    model: keras.Model,
-    epochs: int,
-    *,
-    learning_rate: float = LEARNING_RATE,
-    seed: int = SEED,
-    limit: int | None = None,
-    verbose: int = 0,
-) -> None:
-    """Train a network in place, in float or quantized: both losses, Adam, cosine to zero after a warm-up.
-
-    Args:
-        model: of `build`, or what `kquant.prepare_qat` made of it.
-        epochs: passes over the training scenes.
-        learning_rate: the highest.
-        seed: of the order of the scenes and their changes.
-        limit: train on that many scenes only.
-        verbose: as in `keras.Model.fit`.
-    """
-    steps = len(camvid.load("train", limit)) // BATCH_SIZE
-    optimizer = recipe(epochs * steps, "adam", learning_rate)
-    optimizer.global_clipnorm = 5.0
-    model.compile(optimizer, LOSSES, jit_compile=False)
-    model.fit(batches(epochs, seed, limit), steps_per_epoch=steps, epochs=epochs, shuffle=False, verbose=verbose)
-
-
-def train(epochs: int = 60, verbose: int = 2, seed: int = SEED, limit: int | None = None) -> keras.Model:
-    """A network trained from the backbone of ImageNet, at the end with batch normalizations in that.
-
-    Args:
-        epochs: passes over the training scenes.
-        verbose: as in `keras.Model.fit`.
-        seed: of the weights, the order of the scenes and their changes.
-        limit: train on that many scenes only.
-
-    Raises:
-        MissingData: the evaluation data is not there.
-    """
-    keras.utils.set_random_seed(seed)
-    model = build()
-    fit(model, epochs, seed=seed, limit=limit, verbose=verbose)
-    return with_batch_norm(model, camvid.load("train", limit).inputs)
-
+RECIPE = Recipe(
+    path=Path(__file__).with_suffix(".keras"),
+    build=build,
+    deployed=lambda model: model,
+    losses={"boxes": box_loss, "scores": score_loss},
+    batches=batches,
+    metrics=(metric(), metric(0.5)),
+    labels=lambda scenes: scenes.boxes,
+    epochs=40,
+    clipnorm=5.0,
+)
 
 if __name__ == "__main__":
-    EPOCHS = flags.DEFINE_integer("epochs", 60, "Passes over the training scenes.", 1)
-    OUTPUT = flags.DEFINE_string("output", str(PATH), "The file to write.")
-    LIMIT = flags.DEFINE_integer("limit", None, "Train on that many scenes only.", 1)
-
-    def main(argv: list[str]) -> None:
-        """Train, print the precision on the scored scenes, write the model."""
-        model = train(EPOCHS.value, limit=LIMIT.value)
-        save(model, OUTPUT.value)
-        scenes = camvid.load("test")
-        outputs = camvid.predictions(model.predict_on_batch, scenes)
-        whole, half = (metric(iou)(scenes.boxes, outputs) for iou in (None, 0.5))
-        size = Path(OUTPUT.value).stat().st_size
-        print(f"{model.count_params():,} parameters, mAP {whole:.2f} %, at IoU 0.5 {half:.2f} %, {size:,} bytes")
-
-    app.run(main)
+    RECIPE.run()

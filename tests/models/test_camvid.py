@@ -103,13 +103,13 @@ def test_scenes_of_the_evaluation_data() -> None:
 
 
 def test_batches_of_both_recipes() -> None:
-    images, classes, weights = next(camvid_segmenter.batches(1, limit=8))
+    images, classes, weights = next(camvid_segmenter.batches(1, 1, limit=8))
     assert images.shape == (8, 180, 240, 3) and classes["logits"].max() < 11
     assert weights["logits"].shape == classes["logits"].shape
     assert np.unique(weights["logits"]).size <= 12 and (weights["logits"] == 0).any()
-    again = next(camvid_segmenter.batches(1, limit=8))
+    again = next(camvid_segmenter.batches(1, 1, limit=8))
     np.testing.assert_array_equal(images, again[0])
-    images, targets = next(camvid_detector.batches(1, limit=8))
+    images, targets = next(camvid_detector.batches(1, 1, limit=8))
     assert {name: y.shape for name, y in targets.items()} == {"boxes": (8, 918, 5), "scores": (8, 918, 4)}
 
 
