@@ -80,10 +80,11 @@ class Metric:
 
     def of_outputs(self, outputs: Sequence[Array]) -> float:
         """The score of outputs that a model gave to the samples; not for a user's function."""
-        if not np.isfinite(outputs[0]).all():
-            raise ModelError(
-                "The first output of the model holds NaN or infinite values: check its weights and the data."
-            )
+        for k, output in enumerate(outputs if self.kind == "outputs" else outputs[:1]):
+            if not np.isfinite(output).all():
+                raise ModelError(
+                    f"Output {k} of the model holds NaN or infinite values: check its weights and the data."
+                )
         return _finite(_SCORES[self.kind](self, outputs), self.name)
 
     def by_output(self, outputs: Sequence[Array]) -> dict[str, float]:

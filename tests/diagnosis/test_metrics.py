@@ -271,6 +271,14 @@ def test_an_output_metric_sees_all_labels_and_outputs() -> None:
     assert seen[0][0] is samples.labels and seen[0][1] == [(40, 3), (40, 1)]
 
 
+def test_an_output_metric_refuses_any_output_that_is_not_finite() -> None:
+    model, samples, x = several()
+    metric = make_metric(kquant.OutputMetric("one", lambda labels, outputs: 1.0), samples, model)
+    outputs = [np.zeros((40, 3)), np.full((40, 1), np.nan)]
+    with pytest.raises(ModelError, match="Output 1 of the model"):
+        metric.of_outputs(outputs)
+
+
 def test_integers_are_decisions() -> None:
     inputs = keras.Input((8, 6, 3), name="x")
     model = keras.Model(inputs, keras.ops.argmax(inputs, -1))
