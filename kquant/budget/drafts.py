@@ -19,7 +19,7 @@ from kquant.config.quant_config import QuantConfig
 from kquant.errors import ConfigError
 from kquant.graph.ir import Graph
 from kquant.graph.ops import bias_of, op_of
-from kquant.quantize.calibrate import make_grids, observe, weight_grids
+from kquant.quantize.calibrate import activation_ranges, make_grids, observe, weight_grids
 from kquant.quantize.data import CalibrationData
 from kquant.quantize.inputs import declare_ranges
 from kquant.quantize.kernels import choose_kernels
@@ -74,7 +74,7 @@ class Drafts:
         plan, _ = declare_ranges(plan, statistics, self.data.byte_inputs)
         if biases:
             plan = replace(plan, graph=_with_own_biases(plan.graph))
-        qgraph = make_grids(plan, weights, statistics)
+        qgraph = make_grids(plan, weights, activation_ranges(plan, statistics))
         return write_tflite(qgraph, target=plan.target)[0]
 
     def costs(self, content: bytes) -> Costs:

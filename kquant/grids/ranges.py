@@ -20,7 +20,6 @@ from kquant.grids.observers import Histogram, MinMax, Rows
 
 Array = np.ndarray[Any, Any]
 Range = tuple[Array, Array]
-Cost = Callable[[Array], Array]
 
 
 @runtime_checkable
@@ -138,7 +137,7 @@ def _best_ratio(rows: Array, low: Array, high: Array, spec: QuantSpec) -> Array:
         error -= rows
         return np.square(error, out=error).sum(axis=1, dtype=np.float64)
 
-    return _search(cost, len(rows))
+    return _search(lambda ratios: np.stack([cost(ratio) for ratio in ratios]), len(rows))
 
 
 def _activation_min_max(observer: Observer, spec: QuantSpec) -> Range:
@@ -164,9 +163,10 @@ def _activation_mse(observer: Observer, spec: QuantSpec) -> Range:
     values, counts = histogram.nonzero()
     values = values.astype(np.float32)
 
-    def cost(low: Array, high: Array) -> float:
-        error = fake_quantize(values, grid_from_range(low, high, spec)) - values
-        return float(np.dot(counts, np.square(error, dtype=np.float64)))
+    def cost(low: Array, high: Array) -> Array:
+        error = fake_quantize(np.broadcast_to(values, (len(low), len(values))), grid_from_range(low, high, spec, axis=0))
+        error -= values
+        return np.square(error, dtype=np.float64) @ counts
 
     return _shrink(cost, low, high, spec)
 
@@ -190,23 +190,25 @@ def _activation_cross_entropy(observer: Observer, spec: QuantSpec) -> Range:
 
     floor = cross_entropy(logits) + _NEGLIGIBLE
 
-    def cost(low: Array, high: Array) -> float:
-        return max(floor, cross_entropy(fake_quantize(logits, grid_from_range(low, high, spec))))
+    def cost(low: Array, high: Array) -> Array:
+        grids = (grid_from_range(*edges, spec) for edges in zip(low, high, strict=True))
+        return np.array([max(floor, cross_entropy(fake_quantize(logits, q))) for q in grids])
 
     return _shrink(cost, *_contain_zero(observer.low, observer.high), spec)
 
 
-def _shrink(error: Callable[[Array, Array], float], low: Array, high: Array, spec: QuantSpec) -> Range:
-    """The range within [low, high] of the smallest error(low, high).
+def _shrink(cost: Callable[[Array, Array], Array], low: Array, high: Array, spec: QuantSpec) -> Range:
+    """The range within [low, high] of the smallest cost(lows, highs), which compares several ranges at once.
 
     Both edges are shrunk together, and for an asymmetric grid one after the other then.
     """
 
     def shrink(low: Array, high: Array, at_low: bool, at_high: bool) -> Range:
         def edges(ratio: Array) -> Range:
-            return low * ratio if at_low else low, high * ratio if at_high else high
+            kept = np.ones_like(ratio)
+            return low * (ratio if at_low else kept), high * (ratio if at_high else kept)
 
-        return edges(_search(lambda ratio: np.asarray([error(*edges(ratio[0]))]), 1)[0])
+        return edges(_search(lambda ratios: cost(*edges(ratios[:, 0]))[:, None], 1)[0])
 
     low, high = shrink(low, high, True, True)
     if not spec.symmetric and low < 0 < high:
@@ -231,32 +233,31 @@ def _histogram(observer: Observer) -> Histogram:
     return observer
 
 
-def _search(cost: Cost, rows: int) -> Array:
+def _search(cost: Callable[[Array], Array], rows: int) -> Array:
     """The factor in (0, 1] with the smallest cost, for each row on its own.
 
     A coarse grid finds the valley and a golden-section search its bottom; the best factor of all
     that were tried wins, 1 among ties with it.
 
     Args:
-        cost: (rows,) factors -> (rows,) costs.
+        cost: (tried, rows) factors -> (tried, rows) costs.
         rows: number of independent searches.
 
     Returns:
         (rows,) float32.
     """
-    best = np.ones(rows, np.float32)
-    least = cost(best)
+    step = np.float32(1 / _COARSE)
+    ratios = np.arange(_COARSE, 0, -1, np.float32) * step
+    costs = cost(np.broadcast_to(ratios[:, None], (_COARSE, rows)))
+    best, least = ratios[costs.argmin(axis=0)], costs.min(axis=0)
 
     def attempt(ratio: Array) -> Array:
         nonlocal best, least
-        found = cost(ratio)
+        found = cost(ratio[None])[0]
         better = found < least
         best, least = np.where(better, ratio, best), np.where(better, found, least)
         return found
 
-    step = np.float32(1 / _COARSE)
-    for i in range(_COARSE - 1, 0, -1):
-        attempt(np.full(rows, i * step, np.float32))
     a, b = np.maximum(best - step, step / _COARSE), np.minimum(best + step, np.float32(1))
     inner = [b - _GOLDEN * (b - a), a + _GOLDEN * (b - a)]
     values = [attempt(x.astype(np.float32)) for x in inner]

@@ -30,6 +30,7 @@ from kquant.quantize.data import CalibrationData
 from kquant.quantize.plan import Plan
 
 Observers = dict[str, Any]  # what `ranges.activation_range` reads: observers of the data, or moments
+Ranges = Mapping[str, tuple[float, float]]  # what grids of activations cover, by the first tensor of each
 
 _DRAWN = 2**13  # values of a sample that a histogram counts; all for small tensors
 _LARGEST_FACTOR = 128.0  # XNNPACK takes less than 256, and crashes with more
@@ -46,7 +47,8 @@ def quantize_graph(plan: Plan, data: CalibrationData | None, progress: bool = Tr
     Raises:
         CalibrationError: the data is empty or does not fit the model, or a tensor is not finite.
     """
-    return make_grids(plan, weight_grids(plan), {} if data is None else observe(plan, data, progress))
+    statistics = {} if data is None else observe(plan, data, progress)
+    return make_grids(plan, weight_grids(plan), activation_ranges(plan, statistics))
 
 
 def observe(plan: Plan, data: CalibrationData, progress: bool = True) -> Observers:
@@ -171,21 +173,20 @@ def weight_grids(plan: Plan) -> dict[str, Grid]:
 def make_grids(
     plan: Plan,
     weights: Mapping[str, Grid],
-    statistics: Mapping[str, Any],
+    ranges: Ranges,
     integers: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> QuantizedGraph:
-    """All grids: those of activations from statistics, and those of weights, where a bias must fit its accumulator.
+    """All grids: those of activations from ranges, and those of weights, where a bias must fit its accumulator.
 
     Args:
         plan: what is quantized.
         weights: from `weight_grids`.
-        statistics: tensor -> its observer, or its moments for "batch_norm".
+        ranges: from `activation_ranges`.
         integers: node -> the integers of its weight on that grid, where a step has decided them; others are the nearest
             ones. They are decided anew only where the bias leaves no room for them.
     """
-    ranges = {leader: _range(plan, leader, statistics) for leader in plan.sources}
     leaders = {n: place(grid_from_range(*r, plan.activations[n])) for n, r in ranges.items()} | plan.fixed
-    leaders = _as_around(plan, leaders, all_zero(plan, statistics))
+    leaders = _as_around(plan, leaders, all_zero(ranges))
     leaders = _above_operands(plan, leaders, weights)
     activations: dict[str, Grid | None] = {n.name: None for n in plan.graph}
     activations.update({name: leaders[leader] for name, leader in plan.groups.items()})
@@ -195,9 +196,19 @@ def make_grids(
     return QuantizedGraph(plan.graph, activations, chosen, decided)
 
 
-def all_zero(plan: Plan, statistics: Mapping[str, Any]) -> tuple[str, ...]:
+def activation_ranges(plan: Plan, statistics: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """What each grid of activations covers, by its first tensor.
+
+    Args:
+        plan: what is quantized.
+        statistics: tensor -> its observer, or its moments for "batch_norm".
+    """
+    return {leader: _range(plan, leader, statistics) for leader in plan.sources}
+
+
+def all_zero(ranges: Ranges) -> tuple[str, ...]:
     """The first tensors of the grids whose range has no width: any scale holds a zero."""
-    return tuple(leader for leader in plan.sources if not any(_range(plan, leader, statistics)))
+    return tuple(leader for leader, edges in ranges.items() if not any(edges))
 
 
 def _as_around(plan: Plan, leaders: Mapping[str, Grid], zero: Sequence[str]) -> dict[str, Grid]:

@@ -27,7 +27,7 @@ from kquant.grids.grid import Grid, fake_quantize
 from kquant.quantize.adaround import LayerRounding, adaround
 from kquant.quantize.analytic_correction import correct_biases_analytically
 from kquant.quantize.bias_correction import correct_biases
-from kquant.quantize.calibrate import all_zero, make_grids, observe, smallest_outputs, weight_grids
+from kquant.quantize.calibrate import activation_ranges, all_zero, make_grids, observe, smallest_outputs, weight_grids
 from kquant.quantize.channel_scales import prepare_channels
 from kquant.quantize.data import CalibrationData
 from kquant.quantize.input_moments import estimate_inputs
@@ -115,8 +115,9 @@ def quantize_after_training(
         log.note("inputs", note)
     for note in notes:
         log.note("activation ranges", note)
-    record = replace(record_of(plan, config, seed, log.steps), zero=all_zero(plan, statistics))
-    return make_grids(plan, weights, statistics, integers), record, reference
+    ranges = activation_ranges(plan, statistics)
+    record = replace(record_of(plan, config, seed, log.steps), zero=all_zero(ranges))
+    return make_grids(plan, weights, ranges, integers), record, reference
 
 
 def _round(

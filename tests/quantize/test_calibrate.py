@@ -14,7 +14,7 @@ from kquant.graph.ops import evaluate
 from kquant.grids.grid import Grid, dequantize, grid_from_range, quantize_bias
 from kquant.grids.observers import Histogram, MinMax, Rows
 from kquant.keras.model import extract
-from kquant.quantize.calibrate import make_grids, observe, place, quantize_graph, weight_grids
+from kquant.quantize.calibrate import activation_ranges, make_grids, observe, place, quantize_graph, weight_grids
 from kquant.quantize.data import CalibrationData
 from kquant.quantize.plan import make_plan
 from tests.support.toy import calibration, config, toy_data, toy_graph
@@ -67,7 +67,7 @@ def test_a_shared_grid_is_the_hull_of_what_is_observed():
         for j, name in enumerate(n for n in names if plan.graph[n].op != "const"):
             observers[name] = MinMax(name)
             observers[name].update(np.float32([-1.0 - k - j, 2.0 + 3 * k - j]))
-    found = make_grids(plan, weight_grids(plan), observers).activations
+    found = make_grids(plan, weight_grids(plan), activation_ranges(plan, observers)).activations
     for leader, names in plan.observed.items():
         seen = [(float(observers[n].low), float(observers[n].high)) for n in names if n in observers]
         seen += [(-9.0, 2.0) for n in names if plan.graph[n].op == "const"]
@@ -213,7 +213,7 @@ def test_a_group_covers_fixed_and_observed_ranges():
     observers = {n: MinMax(n) for names in plan.observed.values() for n in names if plan.graph[n].op != "const"}
     for observer in observers.values():
         observer.update(np.float32([-1, 2]))
-    found = make_grids(plan, weight_grids(plan), observers).activations["m"]
+    found = make_grids(plan, weight_grids(plan), activation_ranges(plan, observers)).activations["m"]
     assert "m" not in observers
     assert dequantize(np.asarray(found.qmin), found) <= -19.9
 
