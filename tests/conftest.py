@@ -15,7 +15,7 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 import hypothesis
 import pytest
 
-_EAGER = frozenset({"verify", "diagnosis", "keras"})
+_EAGER = frozenset({"verify", "diagnosis", "keras", "targets", "litert", "tflm", "ethos_u"})
 
 # the machines of CI are shared: a slow example is no failure
 hypothesis.settings.register_profile("kquant", deadline=None)

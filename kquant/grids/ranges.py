@@ -164,8 +164,8 @@ def _activation_mse(observer: Observer, spec: QuantSpec) -> Range:
     values = values.astype(np.float32)
 
     def cost(low: Array, high: Array) -> Array:
-        error = fake_quantize(np.broadcast_to(values, (len(low), len(values))), grid_from_range(low, high, spec, axis=0))
-        error -= values
+        tried = np.broadcast_to(values, (len(low), len(values)))
+        error = fake_quantize(tried, grid_from_range(low, high, spec, axis=0)) - values
         return np.square(error, dtype=np.float64) @ counts
 
     return _shrink(cost, low, high, spec)
@@ -247,7 +247,7 @@ def _search(cost: Callable[[Array], Array], rows: int) -> Array:
         (rows,) float32.
     """
     step = np.float32(1 / _COARSE)
-    ratios = np.arange(_COARSE, 0, -1, np.float32) * step
+    ratios = np.arange(_COARSE, 0, -1, dtype=np.float32) * step
     costs = cost(np.broadcast_to(ratios[:, None], (_COARSE, rows)))
     best, least = ratios[costs.argmin(axis=0)], costs.min(axis=0)
 

@@ -93,9 +93,9 @@ def outlier_weight(q: QuantizedGraph) -> QuantizedGraph:
     "fault, name",
     [
         (stretched, "add:activations"),
-        (saturating, "c1:activations"),
-        (coarse_logits, "fc:activations"),
         (outlier_weight, "dw:weights"),
+        pytest.param(saturating, "c1:activations", marks=pytest.mark.slow),
+        pytest.param(coarse_logits, "fc:activations", marks=pytest.mark.slow),
     ],
 )
 def test_a_planted_fault_is_the_worst_alone_on_and_the_best_alone_off(fault: Callable, name: str) -> None:

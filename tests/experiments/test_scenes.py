@@ -62,6 +62,7 @@ def test_the_models_that_come_along_are_those_of_their_recipes() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("eagerly")
 @pytest.mark.parametrize("name", scenes.TASKS)
 def test_training_takes_names_of_outputs_and_deploys_what_is_needed(name: str) -> None:
     """Two steps: the losses find their outputs, and the file returns what is deployed."""

@@ -49,10 +49,12 @@ def cells(table: tables.Table, **options: object) -> dict[str, dict[str, str]]:
     [
         ("1", "^mse, per channel", ["mse, per channel"]),
         ("2", "^batch", ["batch_norm"]),
-        ("3", "activations . abs", ["CLE, dead channels, activations + absorption"]),
+        pytest.param(
+            "3", "activations . abs", ["CLE, dead channels, activations + absorption"], marks=pytest.mark.slow
+        ),
         ("4", "^CLE$", ["CLE"]),
-        ("5", "^nearest$|^descent, a", ["nearest", "descent, asymmetric"]),
-        ("6", "no data$", ["per tensor, no data", "per channel, no data"]),
+        pytest.param("5", "^nearest$|^descent, a", ["nearest", "descent, asymmetric"], marks=pytest.mark.slow),
+        pytest.param("6", "no data$", ["per tensor, no data", "per channel, no data"], marks=pytest.mark.slow),
     ],
 )
 def test_a_table_has_the_wanted_variants_and_sane_cells(digits_zoo, key, variants, expected):

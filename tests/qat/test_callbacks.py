@@ -64,8 +64,10 @@ def moves(values: list[np.ndarray]) -> list[bool]:
     ("at", "optimizer"),
     [
         ({"at_step": 4}, keras.optimizers.SGD(0.05, momentum=0.9, nesterov=True)),
-        ({"at_epoch": 1}, keras.optimizers.AdamW(0.01, weight_decay=0.1)),
-        ({"at_step": 2}, keras.optimizers.Adam(0.01, gradient_accumulation_steps=2)),
+        pytest.param({"at_epoch": 1}, keras.optimizers.AdamW(0.01, weight_decay=0.1), marks=pytest.mark.slow),
+        pytest.param(
+            {"at_step": 2}, keras.optimizers.Adam(0.01, gradient_accumulation_steps=2), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_frozen_grids_stay_while_weights_go_on(at, optimizer):

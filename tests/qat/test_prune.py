@@ -42,7 +42,7 @@ def fit(model: keras.Model, *callbacks: keras.callbacks.Callback, epochs: int = 
     model.fit(X, Y, batch_size=16, epochs=epochs, callbacks=list(callbacks), verbose=0)
 
 
-@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("relative", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_zeros_follow_the_schedule_and_stay(relative: bool, tmp_path) -> None:
     model, watch = prepared(relative_weights=relative), Watch()
     prune = kquant.PruneGradually(0.75, end_step=9, begin_step=1, every=2, keep="depthwise")

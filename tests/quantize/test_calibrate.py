@@ -281,7 +281,7 @@ def _model(function, *shapes):
         lambda x, y: (x + 1e-5 * y) - x,  # finer than what either tells
     ],
 )
-@pytest.mark.parametrize("preset", ["w8a8", "w8a16"])
+@pytest.mark.parametrize("preset", ["w8a8", pytest.param("w8a16", marks=pytest.mark.slow)])
 def test_sums_have_steps_that_kernels_take(function, preset):
     """A zero has the scale of what is around it; LiteRT aborts where a sum is 2^14 times finer than an operand."""
     data = [np.random.default_rng(k).normal(size=(32, 3, 3)).astype(np.float32) for k in range(2)]

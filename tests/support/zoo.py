@@ -132,7 +132,7 @@ def text_average() -> keras.Model:
 
 
 def _recurrent(kind: type) -> keras.Model:
-    x = inputs = keras.Input((8, 4))
+    x = inputs = keras.Input((5, 4))
     x = layers.Conv1D(6, 3, padding="causal", activation="relu")(x)
     return keras.Model(inputs, layers.Dense(3)(kind(5)(x)))
 
@@ -149,7 +149,7 @@ def gru() -> keras.Model:
 
 @entry
 def bidirectional() -> keras.Model:
-    x = inputs = keras.Input((8, 4))
+    x = inputs = keras.Input((4, 4))
     x = layers.Bidirectional(layers.LSTM(4, return_sequences=True))(layers.Dense(4)(x))
     return keras.Model(inputs, layers.TimeDistributed(layers.Dense(3))(x))
 

@@ -25,6 +25,7 @@ CONFIGS = {
     "16 centroids, nearest": {**ALL, "weights": {"bits": 4, "format": "kmeans"}, "adaround": False},
     "16 centroids, 16 bits": {"preset": "w8a16", "weights": {"bits": 4, "format": "kmeans"}},
 }
+FAST = ("ternary", "16 centroids", "blocks of 32")
 LEAST_DB = {"ternary": 8, "binary": 5, "ternary blocks of 32": 8, "4 centroids, one scale": 8}
 
 
@@ -38,7 +39,7 @@ def network() -> keras.Model:
     return keras.Model(inputs, layers.Dense(5, name="dense")(x))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in CONFIGS])
 def test_integers_are_allowed_ones_and_the_file_computes_what_is_simulated(name, tmp_path):
     model = network()
     qmodel = kquant.quantize_model(model, X, CONFIGS[name], progress=False)

@@ -59,7 +59,7 @@ def test_graph_computes_what_keras_computes(name: str) -> None:
     assert "float" not in ops(graph)
 
 
-@pytest.mark.parametrize("config", ["w8a8", "w4a8"])
+@pytest.mark.parametrize("config", ["w8a8", pytest.param("w4a8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["conv3d same", "conv3d transposed", "average pooling", "frames", "windows"])
 def test_the_file_computes_it_in_integers(name: str, config: str) -> None:
     function, shape = CASES[name]
