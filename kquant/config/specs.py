@@ -14,7 +14,7 @@ from kquant.errors import ConfigError
 
 WEIGHT_METHODS = ("min_max", "percentile", "mse")
 METHODS = (*WEIGHT_METHODS, "cross_entropy", "batch_norm", "auto")
-POSITIONS = ("first", "last", "small_last", "depthwise")
+POSITIONS = ("first", "last", "small_last", "depthwise", "outputs")
 SOLVERS = ("descent", "gram", "stochastic")
 # format of weights -> smallest and largest number of bits of a code of fixed length for its values
 FORMATS: Mapping[str, tuple[int, int]] = MappingProxyType(
@@ -200,7 +200,8 @@ class Rule:
             ^ and $ for the whole name.
         layer_type: regular expression for the layer's whole class name, e.g. "Conv2D|Dense".
         position: "first" or "last" among the layers with weights; "small_last", the last where it has less than a
-            tenth of all weights; "depthwise", those whose outputs read one channel each.
+            tenth of all weights; "depthwise", those whose outputs read one channel each; "outputs", what
+            the model returns and the layers that decide it: boxes, or probabilities and logits (`graph.decisions`).
         weights: fields of the weights' `QuantSpec` to change.
         activations: fields of the `QuantSpec` of the layer's output to change.
         float: True leaves the layer in float, False takes back what an earlier rule said.

@@ -84,12 +84,6 @@ def grids(qgraph: QuantizedGraph, quantizers: Sequence[Quantizer]) -> dict[str, 
     return {q.name: (qgraph.weights if q.kind == WEIGHTS else qgraph.activations).get(q.node) for q in quantizers}
 
 
-def decisive(qgraph: QuantizedGraph) -> list[str]:
-    """The tensors that make the decision: outputs, and what a final softmax reads."""
-    graph = qgraph.graph
-    return [graph[o].inputs[0] if graph[o].op == "softmax" else o for o in graph.outputs]
-
-
 def extremes(samples: Samples) -> list[tuple[float, float]]:
     """The smallest and largest value of each input."""
     return [

@@ -11,7 +11,9 @@ from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import Rule
 from kquant.diagnosis.records import Sensitivity, TensorRecord
 from kquant.diagnosis.switches import ACTIVATIONS, WEIGHTS
+from kquant.graph.decisions import decisive
 from kquant.graph.ir import Graph
+from kquant.quantize.layer_specs import resolve
 from kquant.quantize.plan import is_final
 from kquant.targets.target import get_target
 
@@ -73,6 +75,21 @@ def _not_taken(step: str) -> Applies:
 
 def _has_logits(graph: Graph) -> bool:
     return any(n.op == "softmax" and is_final(graph, n) for n in graph)
+
+
+def _bits_of_outputs(bits: int) -> dict[str, Any]:
+    """Fields of a trial of more bits for what decides: logits and boxes."""
+
+    def applies(config: QuantConfig, taken: Mapping[str, bool], graph: Graph) -> bool:
+        target = get_target(config.target)
+        if bits > 8 and bits not in target.mixed_activation_bits:
+            return False
+        specs = resolve(graph, config)
+        found = [specs[n].activations for n in decisive(graph) if graph[n].op not in target.fixed_outputs]
+        return any(spec is not None and spec.bits < bits for spec in found)
+
+    rule = Rule(position="outputs", activations={"bits": bits})
+    return {"of": ACTIVATIONS, "applies": applies, "change": lambda c: replace(c, rules=(*c.rules, rule))}
 
 
 TRIALS = (
@@ -142,6 +159,8 @@ TRIALS = (
         applies=_not_taken("equalize"),
         change=lambda config: replace(config, equalize=True),
     ),
+    Trial(name="8 bits for the outputs", question="Do outputs of 8 bits help?", **_bits_of_outputs(8)),
+    Trial(name="16 bits for the outputs", question="Do outputs of 16 bits help?", **_bits_of_outputs(16)),
 )
 
 

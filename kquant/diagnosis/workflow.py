@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from kquant.config.quant_config import QuantConfig
 from kquant.diagnosis import findings as rules
 from kquant.diagnosis.analysis import tensor_records
-from kquant.diagnosis.case import Case, Results, decisive, extremes, grids, majority
+from kquant.diagnosis.case import Case, Results, extremes, grids, majority
 from kquant.diagnosis.experiments import Measured, Outcome
 from kquant.diagnosis.records import Finding, Sensitivity, Stage, TensorRecord
 from kquant.diagnosis.samples import Samples, predict
@@ -25,6 +25,7 @@ from kquant.diagnosis.switches import ACTIVATIONS, WEIGHTS, Switches
 from kquant.diagnosis.target import compare_with_target
 from kquant.diagnosis.trials import TRIALS, Trial, more_bits
 from kquant.errors import CalibrationError, ConfigError, ExportError
+from kquant.graph.decisions import decisive
 
 SAME_DECISIONS = 30.0  # dB: one in a thousand, which are ties but for rounding
 SAME = 60.0  # dB: float32 rounding, and folding in another order, stay far below -60 dB of the output
@@ -275,7 +276,7 @@ class Workflow:
         """Findings about the tensors of what is to blame, those of the most sensitive first."""
         found = self.results
         costly = self._costly(guilty)
-        outputs = decisive(self.case.qgraph)
+        outputs = decisive(self.case.qgraph.graph)
         new = rules.few_bits(found.tensors, costly, outputs)
         new += rules.of_tensors(found.tensors, guilty, self.one_scale, self.fixed)
         if WEIGHTS in guilty:
@@ -297,7 +298,7 @@ class Workflow:
         return costly
 
     def _costly_logits(self) -> list[str]:
-        names = [f"{n}:{ACTIVATIONS}" for n in decisive(self.case.qgraph)]
+        names = [f"{n}:{ACTIVATIONS}" for n in decisive(self.case.qgraph.graph)]
         names = [n for n in names if n in self.plain.names]
         measured = self._switched(self.plain, names)
         return names if self.lab.worse(self.lab.float_model, measured) else []

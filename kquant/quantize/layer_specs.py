@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from kquant.config.quant_config import QuantConfig
 from kquant.config.specs import LayerSpec
+from kquant.graph.decisions import at_outputs
 from kquant.graph.ir import Graph, Node
 from kquant.graph.ops import linear_of, op_of, weight_view
 from kquant.targets.target import Target, get_target
@@ -18,6 +19,7 @@ def resolve(graph: Graph, config: QuantConfig) -> dict[str, LayerSpec]:
     linear = [n.origin for n in graph if op_of(n).matrix]
     first, last = (linear[0], linear[-1]) if linear else (None, None)
     cautious = any(op_of(n).products for n in graph)
+    outputs = at_outputs(graph)
     small = _share_of(graph, last) < _SMALL
     specs: dict[str, LayerSpec] = {}
     matched: set[int] = set()
@@ -29,6 +31,7 @@ def resolve(graph: Graph, config: QuantConfig) -> dict[str, LayerSpec]:
             last=node.origin == last,
             small_last=small and node.origin == last,
             depthwise=op_of(node).matrix and linear_of(node).channelwise,
+            outputs=node.name in outputs,
         )
         matched.update(spec.matched)
         if node.op == "input":

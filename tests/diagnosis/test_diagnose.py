@@ -262,6 +262,8 @@ def test_a_trial_changes_the_config_and_then_has_nothing_left(trial: Any) -> Non
     )
     if trial.name == "per channel":
         config = kquant.QuantConfig.load({"preset": "w8a8", "weights": {"per_channel": False}})
+    if trial.name == "8 bits for the outputs":
+        config = kquant.QuantConfig.load({"preset": "w8a8", "activations": {"bits": 4}})
     inputs = keras.Input((4,))
     graph = prepare_graph(keras.Model(inputs, keras.layers.Dense(3, "softmax")(inputs)))
     assert trial.applies(config, {}, graph)

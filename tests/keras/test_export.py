@@ -62,6 +62,21 @@ def test_float_operations_have_reasons_or_are_refused(mixed):
         export_tflite(mixed, allow_float=False)
 
 
+def test_what_returns_integers_of_floats_computes_in_float():
+    """TensorFlow Lite Micro has no argmax of 16 bits; LiteRT takes it in 32."""
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, keras.ops.argmax(keras.layers.Dense(5, name="logits")(inputs), -1))
+    data = np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32)
+    micro, lite = (
+        kquant.quantize_model(model, data, {"preset": "w8a16", "target": t}, progress=False) for t in ("tflm", "litert")
+    )
+    with pytest.raises(ExportError, match="(?s)allow_float=False.*argmax"):
+        export_tflite(micro, allow_float=False)
+    content = export_tflite(lite, allow_float=False).content
+    assert only_integer_ops(content)
+    assert kquant.verify_tflite(lite, content, data).ok
+
+
 def test_a_refused_file_is_not_written(mixed, tmp_path):
     with pytest.raises(ExportError):
         export_tflite(mixed, tmp_path / "m.tflite", allow_float=False)

@@ -131,7 +131,14 @@ def _write_reduction(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> Non
 
 
 def _write_place(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
+    """ARG_MAX and ARG_MIN take no int16."""
     builtin = {"argmax": "ARG_MAX", "argmin": "ARG_MIN"}[node.op]
+    if e.builder.dtype(x[0]) == "INT16":
+        wide = e.builder.tensor(
+            f"{node.name}/wide", e.builder.shape(x[0]), "INT32", batch=e.graph[node.inputs[0]].batch
+        )
+        e.op("CAST", [x[0]], [wide])
+        x = [wide]
     e.op(builtin, [x[0], e.indices(node, "axis", node.attrs["axis"])], [out.tensor], outputType=_INT32)
 
 
@@ -218,7 +225,7 @@ KERNELS = (
     ),
     Kernel(
         op="argmax",
-        arithmetic={8: move},  # int16 is dequantized
+        arithmetic={8: move, 16: move},
         write=_write_place,
         operators={
             "ARG_MAX": Builtin(
@@ -230,7 +237,7 @@ KERNELS = (
     ),
     Kernel(
         op="argmin",
-        arithmetic={8: move},  # int16 is dequantized
+        arithmetic={8: move, 16: move},
         write=_write_place,
         operators={
             "ARG_MIN": Builtin(

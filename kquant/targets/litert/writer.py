@@ -49,6 +49,7 @@ class Row:
         dtype: type of its tensor.
         weights: type of its weights, "" if it has none.
         bytes: size of its constants.
+        in_float: whether it returns floats or reads them, as an argmax of what has no integer kernel does.
     """
 
     node: str
@@ -57,6 +58,7 @@ class Row:
     dtype: str
     weights: str
     bytes: int
+    in_float: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,9 +137,7 @@ def write_tflite(
     content = serialize(model)
     operators = Counter(writer.emitter.builder.operator_names)
     reasons = float_reasons or {}
-    floats = {
-        r.node: reasons.get(r.node, "") for r in rows if r.dtype.startswith("FLOAT") and r.op not in ("const", "input")
-    }
+    floats = {r.node: reasons.get(r.node, "") for r in rows if r.in_float}
     return content, WriteReport(tuple(rows), dict(operators), floats, len(content), stored)
 
 
@@ -177,6 +177,7 @@ class _Writer:
 
     def __init__(self, emitter: Emitter) -> None:
         self.emitter = emitter
+        self.reads_float: set[str] = set()
 
     def write_input(self, node: Node, io_type: str | None) -> int:
         """The input's tensor, and behind it the change to the node's own grid. Returns what the user feeds."""
@@ -247,11 +248,19 @@ class _Writer:
             dtype=e.builder.dtype(e.tensors[node.name]),
             weights=e.weight_types.get(node.name, ""),
             bytes=e.constant_bytes - constants,
+            in_float=node.op != "const" and self._in_float(node),
         )
+
+    def _in_float(self, node: Node) -> bool:
+        e = self.emitter
+        reads = e.grid(node.name) is None and node.name in self.reads_float
+        return reads or e.builder.dtype(e.tensors[node.name]).startswith("FLOAT")
 
     def _write_operation(self, node: Node) -> None:
         e, q = self.emitter, self.emitter.grid(node.name)
         inputs = [e.read(name, q is not None or self._orders_integers(node, name)) for name in node.inputs]
+        if q is None and any(e.builder.dtype(x) == "FLOAT32" for x in inputs):
+            self.reads_float.add(node.name)
         clamp = self._clamp(node, q)
         out = e.new_tensor(node, node.name, e.shape(node), q, node.dtype.upper())
         e.tensors[node.name] = out

@@ -63,6 +63,8 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
     "leaky_relu": {"arithmetic": _both(_leaky_relu)},
     "softmax": {"arithmetic": {**_only_8("softmax"), 16: softmax_16(RECIPROCAL)}},
     "rsqrt": {"arithmetic": {**_only_8("rsqrt"), 16: rsqrt_by_table(RECIPROCAL_ROOTS, tf.float64)}},
+    "argmax": {"arithmetic": _only_8("argmax")},
+    "argmin": {"arithmetic": _only_8("argmin")},
     "reduce_max": {"arithmetic": _only_8("reduce_max")},
     "resize": {"arithmetic": _only_8("resize")},
     "reduce_min": {"arithmetic": _only_8("reduce_min")},
