@@ -27,7 +27,8 @@ Array = np.ndarray[Any, Any]
 InputSpec = tuple[str, tuple[int | None, ...], str]  # name, shape with None for the batch, dtype
 Open = Callable[[], Iterator[Any]]  # starts a pass
 
-_SAMPLE = 4
+_SAMPLE = 4  # samples kept at most,
+_KEPT = 2**18  # of about so many values together: large images show as much alone
 
 _REMEDY = "Pass an array, a dict of arrays by input name, a tf.data.Dataset, a PyDataset or an iterable of batches."
 
@@ -119,7 +120,7 @@ class CalibrationData:
                 )
                 converted = [_convert(x[:count], spec, where) for x, spec in zip(inputs, self._specs, strict=True)]
                 if self.sample is None:
-                    self.sample = [x[:_SAMPLE].copy() for x in converted]
+                    self.sample = _first(converted)
                 yield converted
             seen += count
             if seen == self._limit:
@@ -183,6 +184,13 @@ def _check_finite(finite: bool, limit: int | None) -> None:
 def _slices(arrays: list[Array], rows: int, size: int) -> Iterator[tuple[list[Array]]]:
     for start in range(0, rows, size):
         yield ([a[start : min(start + size, rows)] for a in arrays],)
+
+
+def _first(batch: Sequence[Array]) -> list[Array]:
+    """The first samples: a few, fewer of large ones."""
+    values = sum(x[:1].size for x in batch)
+    few = min(_SAMPLE, max(1, _KEPT // max(values, 1)))
+    return [x[:few].copy() for x in batch]
 
 
 def _inputs_of(batch: Any, specs: tuple[InputSpec, ...], where: str) -> list[Array]:

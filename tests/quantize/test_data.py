@@ -135,6 +135,17 @@ def test_nothing_is_read_before_it_is_needed():
     assert read == [0]
 
 
+@pytest.mark.parametrize(("shape", "kept"), [((3, 3, 1), 4), ((300, 300, 1), 2), ((800, 800, 1), 1)])
+def test_a_few_samples_are_kept_fewer_of_large_ones(shape, kept):
+    x = np.random.default_rng(0).random((6, *shape), np.float32)
+    data = CalibrationData(x, [("x", (None, *shape), "float32")], batch_size=5)
+    assert data.sample is None
+    for _ in data:
+        pass
+    assert data.sample is not None
+    np.testing.assert_array_equal(data.sample[0], x[:kept])
+
+
 def test_integer_inputs():
     ids = [("ids", (None, 3), "int32")]
     for x in (np.ones((2, 3), np.int64), np.ones((2, 3), np.uint8), np.ones((2, 3), np.float32)):
