@@ -187,7 +187,7 @@ def make_grids(
     """
     leaders = {n: place(grid_from_range(*r, plan.activations[n])) for n, r in ranges.items()} | plan.fixed
     leaders = _as_around(plan, leaders, all_zero(ranges))
-    leaders = _above_operands(plan, leaders, weights)
+    leaders = _beside_powers(plan, _above_operands(plan, leaders, weights))
     activations: dict[str, Grid | None] = {n.name: None for n in plan.graph}
     activations.update({name: leaders[leader] for name, leader in plan.groups.items()})
     chosen: dict[str, Grid | None] = {n: _with_room(plan.graph[n], q, activations) for n, q in weights.items()}
@@ -246,6 +246,21 @@ def _above_operands(plan: Plan, leaders: Mapping[str, Grid], weights: Mapping[st
         least = step / _LARGEST_FACTOR
         if float(found[leader].scale) < least:
             found[leader] = replace(found[leader], scale=np.full_like(found[leader].scale, least))
+    return found
+
+
+def _beside_powers(plan: Plan, leaders: Mapping[str, Grid]) -> dict[str, Grid]:
+    """The grids, wider by a thousandth where a kernel reads one that it computes differently elsewhere."""
+    found = dict(leaders)
+    for node in plan.graph:
+        leader = plan.groups.get(node.inputs[0]) if node.inputs else None
+        if leader is None or leader in plan.fixed or plan.activations[leader].power_of_two:
+            continue
+        exponent = float(np.log2(found[leader].scale))
+        distance = plan.target.beside_powers(node.op, found[leader].container)
+        if abs(exponent - round(exponent)) < distance:
+            scale = np.full_like(found[leader].scale, 2.0 ** (round(exponent) + 1.5 * distance))
+            found[leader] = replace(found[leader], scale=scale)
     return found
 
 

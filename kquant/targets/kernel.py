@@ -49,6 +49,8 @@ class Kernel:
         output: container of the activations -> the (scale, zero point) that it insists on for its output.
         headroom: container of the activations -> by what factor the range of its output has to exceed its values, since
             it interpolates between samples that saturate.
+        beside_powers: container of the activations -> how far, as a binary logarithm, the scale of its input has to be from
+            a power of two, near which its builds compute different things.
         centered: inputs that it multiplies many times faster with zero point 0.
         fuses: activations that it applies itself.
         saturates: what it makes lies within the output's grid.
@@ -67,6 +69,7 @@ class Kernel:
     weights: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     output: Mapping[int, tuple[float, int]] = field(default_factory=dict)
     headroom: Mapping[int, float] = field(default_factory=dict)
+    beside_powers: Mapping[int, float] = field(default_factory=dict)
     centered: tuple[int, ...] = ()
     fuses: tuple[str, ...] = ("NONE",)
     saturates: bool = False

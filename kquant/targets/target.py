@@ -126,6 +126,10 @@ class Target:
         """By what factor the range of the output of `op` has to exceed its values."""
         return self.kernels[op].headroom.get(container, 1.0) if op in self.kernels else 1.0
 
+    def beside_powers(self, op: str, container: int) -> float:
+        """How far the scale of what `op` reads has to be from a power of two, as a binary logarithm."""
+        return self.kernels[op].beside_powers.get(container, 0.0) if op in self.kernels else 0.0
+
     def float_only(self, op: str, container: int) -> bool:
         """Whether `op` has no integer kernel for activations in this container."""
         if op in _NOT_COMPUTED:

@@ -301,3 +301,20 @@ def test_a_zero_beside_a_tensor_costs_it_nothing():
     qmodel = quantize_model(model, data, "w8a16", progress=False)
     found = TFLiteModel(export_tflite(qmodel).content).predict(data)[0]
     np.testing.assert_allclose(found, data[0], rtol=0, atol=1.1 * np.abs(data[0]).max() / 32767)
+
+
+@pytest.mark.parametrize("function", ["tanh", "sigmoid"])
+@pytest.mark.parametrize("reach", [8.0, 8.005, 16.0])
+def test_curves_of_16_bits_read_scales_on_which_all_kernels_agree(function, reach):
+    """LiteRT's builds compute them differently within a thousandth of 2^-12."""
+    x = keras.Input((40,))
+    model = keras.Model(x, keras.layers.Activation(function)(keras.layers.Dense(30, name="dense")(x)))
+    rule = {"name": "dense", "activations": {"range": (-reach, reach)}}
+    data = 4 * np.random.default_rng(0).normal(size=(64, 40)).astype(np.float32)
+    qmodel = quantize_model(model, data, {"preset": "w8a16", "rules": [rule]}, progress=False)
+    (scale,) = (float(q.scale) for n, q in extract(qmodel).activations.items() if n == "dense" and q is not None)
+    assert abs(np.log2(scale) - round(np.log2(scale))) >= 1e-3
+    assert scale == pytest.approx(reach / 32767, rel=2e-3)
+    report = verify_tflite(qmodel, export_tflite(qmodel).content, data)
+    assert report.ok, report
+    assert max(row.max_lsb for row in report.end_to_end) <= 1

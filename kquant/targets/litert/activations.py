@@ -215,6 +215,7 @@ KERNELS = (
         write=_write_plain,
         operators={"LOGISTIC": Builtin(versions=(1, 2, 3), reference=Reference(compute=activations.logistic))},
         output=_UNIT,
+        beside_powers={16: 1e-3},
     ),
     Kernel(
         op="tanh",
@@ -222,6 +223,7 @@ KERNELS = (
         write=_write_plain,
         operators={"TANH": Builtin(versions=(1, 2, 3), reference=Reference(compute=activations.tanh))},
         output={8: (1 / 128, 0), 16: (1 / 32768, 0)},
+        beside_powers={16: 1e-3},
     ),
     Kernel(
         op="softmax",
