@@ -33,6 +33,7 @@ _ALONE_DB = 8.0  # a single cause that leaves less than this is the cause
 _OUTSHONE = 20.0  # a channel of an output is lost beside others that are so much larger
 _SHOWN = 8  # in the warning
 Finding = tuple[str, str, str]  # cause, remedy, and the tensor that 16 bits mend ("" for none)
+_ROUNDING = 2.0**-21  # of float32, a few times
 _CHANNELS = 256  # outputs with more are judged as a whole
 
 
@@ -130,10 +131,18 @@ class _Walk:
             return float("inf")
         if op_of(node).grid is Tie.OF_INPUT:
             return known[node.inputs[0]]
+        if node.op in ("add", "sub") and _cancels(exact[node.name], [exact[i] for i in node.inputs]):
+            return float("inf")
         return sqnr(np.asarray(exact[node.name]), np.asarray(simulated[node.name]))
 
     def _begins(self, node: Node, decibels: Mapping[str, float]) -> bool:
         return not _fine(decibels, node.name) and _fine(decibels, *node.inputs)
+
+
+def _cancels(result: Any, terms: Sequence[Any]) -> bool:
+    """Whether a sum is zero up to the rounding of float32: there is nothing to be lost."""
+    largest = max(float(np.max(np.abs(x), initial=0.0)) for x in terms)
+    return float(np.max(np.abs(result), initial=0.0)) <= _ROUNDING * largest
 
 
 def _spreads(graph: Graph, name: str, decibels: Mapping[str, float]) -> bool:

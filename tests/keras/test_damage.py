@@ -125,6 +125,18 @@ def test_what_is_lost_and_missed_by_nobody_is_not_reported() -> None:
     assert not qmodel.quantization.damage
 
 
+def test_a_sum_that_cancels_is_not_lost() -> None:
+    """What is left is the rounding of float32, and no signal."""
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(6, 3, activation="relu")(inputs)
+    zero = (x * 1.1 + x * 0.3) - x * 1.4
+    assert np.any(keras.Model(inputs, zero).predict(images(), verbose=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", kquant.QuantizationWarning)
+        qmodel = kquant.quantize_model(keras.Model(inputs, [x, zero + 0.0]), images(), progress=False)
+    assert not qmodel.quantization.damage
+
+
 def test_sqnr_is_that_of_uniform_noise() -> None:
     x = np.random.default_rng(0).uniform(-1, 1, 100_000).astype(np.float32)
     step = 2 / 256
