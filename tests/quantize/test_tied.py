@@ -14,20 +14,20 @@ from kquant.graph.transforms import prepare_graph
 from kquant.quantize.tied import inputs_of, tied_weights
 from kquant.targets.litert.flatbuffer import summary
 
-RNG = np.random.default_rng(0)
-
 
 def recurrent(kind: Any = layers.LSTM, steps: int = 4) -> tuple[keras.Model, np.ndarray]:
     keras.utils.set_random_seed(0)
     x = keras.Input((steps, 4))
-    return keras.Model(x, layers.Dense(3)(kind(16)(x))), RNG.normal(size=(64, steps, 4)).astype(np.float32)
+    return keras.Model(x, layers.Dense(3)(kind(16)(x))), np.random.default_rng(0).normal(size=(64, steps, 4)).astype(
+        np.float32
+    )
 
 
 def shared() -> tuple[keras.Model, np.ndarray]:
     keras.utils.set_random_seed(0)
     x = keras.Input((8, 8, 3))
     conv = layers.Conv2D(3, 3, padding="same", activation="relu", name="conv")
-    return keras.Model(x, conv(conv(x))), RNG.normal(size=(32, 8, 8, 3)).astype(np.float32)
+    return keras.Model(x, conv(conv(x))), np.random.default_rng(0).normal(size=(32, 8, 8, 3)).astype(np.float32)
 
 
 def test_steps_and_calls_of_one_weight_are_found() -> None:

@@ -30,6 +30,13 @@ def integers(x: Operand) -> Tensor:
 
 def scaled(x: Tensor, ratio: Tensor) -> Tensor:
     """x * ratio for int64 and a float64 factor: `scale_twice` with the factor's multiplier."""
+    y = _scaled_by(x, ratio)
+    y.set_shape(tf.broadcast_static_shape(x.shape, ratio.shape))
+    return y
+
+
+@tf.function(autograph=False, input_signature=[tf.TensorSpec(None, tf.int64), tf.TensorSpec(None, tf.float64)])
+def _scaled_by(x: Tensor, ratio: Tensor) -> Tensor:
     return scale_twice(x, *multiplier(ratio))
 
 
