@@ -99,6 +99,7 @@ def test_a_float_model_that_does_not_work() -> None:
     assert d.recommendation is None
 
 
+@pytest.mark.slow
 def test_a_quantized_model_of_another_float_model() -> None:
     other = with_readout(features())
     kernel, bias = other.get_layer("pw").get_weights()

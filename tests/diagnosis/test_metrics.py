@@ -69,6 +69,7 @@ def test_agreement_without_labels() -> None:
     assert kl(qmodel) < kl(model) == 0 and sqnr(qmodel) < 40 < sqnr(model) == MOST_DB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "metric, name",
     [

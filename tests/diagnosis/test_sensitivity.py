@@ -203,6 +203,7 @@ def test_a_function_that_cannot_be_pickled_names_the_remedy() -> None:
         workload.__reduce__()
 
 
+@pytest.mark.slow
 def test_more_bits_cost_less() -> None:
     _, metric = toy()
     table = bits_sensitivity(toy_graph(), calibration(toy_data()), metric, (3, 8), progress=False)

@@ -43,6 +43,7 @@ def test_weights_in_another_order_are_found_at_their_layer() -> None:
         assert by_name[node].alone <= 1 and by_name[node].propagated > 0.5 and by_name[node].equal < 0.9
 
 
+@pytest.mark.slow
 def test_channels_swapped_in_a_trained_model() -> None:
     digits = digits_cnn.load_split()
     model = keras.saving.load_model(digits_cnn.PATH)

@@ -103,6 +103,7 @@ def test_calibration_subsets_depend_on_the_seed_alone(digits_zoo):
     assert (a != b).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["w3", "w4-per_tensor"])
 def test_the_file_with_rounded_weights_computes_what_the_simulation_does(preset):
     digits = digits_cnn.load_split()

@@ -101,6 +101,7 @@ def test_a_run_that_goes_on_after_the_step_starts_frozen(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_the_student_of_a_distiller_is_frozen():
     record = trained(Distiller(prepared(), network()), FreezeQuantizers(at_epoch=1))
     assert any(moves(record.grids)[:3]) and not any(moves(record.grids)[3:])

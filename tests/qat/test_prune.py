@@ -83,6 +83,7 @@ def test_the_schedule_is_cubic() -> None:
     assert prune.share(60) == pytest.approx(0.8 * (1 - 0.125))
 
 
+@pytest.mark.slow
 def test_a_distilled_student_is_pruned() -> None:
     student = prepared()
     teacher = keras.Sequential([keras.Input((8, 8, 3)), layers.GlobalAveragePooling2D(), layers.Dense(4)])

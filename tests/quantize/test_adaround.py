@@ -20,6 +20,9 @@ from kquant.quantize.adaround import SOLVERS, AdaRound, adaround
 from tests.support.toy import toy_data, toy_graph
 
 QUICK = {"iterations": 300}
+SOLVERS_AND_TIME = [
+    pytest.param(s, marks=[pytest.mark.slow] * (s == "gram")) for s in SOLVERS
+]  # it compiles for seconds
 
 
 def grids(graph: Graph, **spec: Any) -> dict[str, Grid]:
@@ -51,7 +54,7 @@ def batches(x: np.ndarray) -> list[tuple[np.ndarray]]:
     return [(x[k : k + 32],) for k in range(0, len(x), 32)]
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SOLVERS_AND_TIME)
 def test_held_out_error_is_below_that_of_nearest_rounding(solver: str) -> None:
     graph, held_out = toy_graph(), toy_data(256, seed=5)
     weights = grids(graph)
@@ -105,7 +108,7 @@ def odd_graph() -> Graph:
     return Graph({n.name: n for n in nodes}, ("in",), ("fc",), ("x",), ("y",), "odd")
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SOLVERS_AND_TIME)
 def test_every_kind_of_layer(solver: str) -> None:
     graph, weights = odd_graph(), grids(odd_graph(), bits=4)
     x = np.random.default_rng(1).normal(size=(64, 8, 8, 4)).astype(np.float32)

@@ -108,6 +108,7 @@ def test_integers_take_a_byte_each_in_memory():
     assert layer.integers.dtype == "int8" and layer.integers.shape == (3, 3, 3, 8)
 
 
+@pytest.mark.slow
 def test_solvers_that_relax_refuse_a_table():
     model, data = network(0)
     config = {"preset": "w4a8-kmeans", "adaround": {"solver": "gram"}}

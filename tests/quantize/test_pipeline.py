@@ -448,7 +448,7 @@ def test_a_generator_is_enough_for_one_pass(preset):
     run(preset, batches())
 
 
-@pytest.mark.parametrize("size", [1, 7, 48])
+@pytest.mark.parametrize("size", [7, pytest.param(1, marks=pytest.mark.slow), pytest.param(48, marks=pytest.mark.slow)])
 def test_the_cutting_into_batches_changes_next_to_nothing(size):
     def kernels(cut: int) -> dict[str, np.ndarray]:
         return integers(kquant.export_tflite(run("w8a8-per_tensor", [*batches(cut)])).content)

@@ -71,6 +71,7 @@ def test_uniform_errors_of_the_steps_cost_about_the_divergence_that_is_allowed()
     assert 0.5e-3 < np.mean(costs) < 2e-3
 
 
+@pytest.mark.slow
 def test_what_decides_an_output_of_integers_is_what_counts() -> None:
     """As long as the seed draws the same, a mask of classes allows what the scores behind it do."""
     scores = network(softmax=False)

@@ -132,6 +132,7 @@ def test_the_mask_keeps_its_meaning_where_the_data_has_other_numbers() -> None:
     check(model_of(ATTENTION["layer, boolean mask"], (T, C), (S, C), (S,)), [QUERY, MEMORY, mask], "w8a8", 27)
 
 
+@pytest.mark.slow
 def test_masked_attention_trains() -> None:
     model, data = model_of(ATTENTION["added"], (T, C), (S, C), (S,)), [QUERY, MEMORY, SEEN]
     qat = kquant.prepare_qat(model, data, "w8a8", progress=False)

@@ -404,7 +404,9 @@ def quantized(model: keras.Model, x: np.ndarray, config: Any) -> QuantizedModel:
     return insert(quantize_graph(plan, data, progress=False), record_of(plan, config, 0, []))
 
 
-@pytest.mark.parametrize("config", ["w8a8-per_tensor", "w4a4", "w8a16"])
+@pytest.mark.parametrize(
+    "config", ["w8a8-per_tensor", *(pytest.param(c, marks=pytest.mark.slow) for c in ("w4a4", "w8a16"))]
+)
 def test_caps_per_channel_run_on_the_target_as_simulated(config: str, tmp_path: Any) -> None:
     layers = [
         *(L.Conv2D(6, 3), L.ReLU(6.0), L.DepthwiseConv2D(3, padding="same"), L.ReLU(6.0), L.Conv2D(5, 1)),
@@ -431,6 +433,7 @@ def test_caps_above_the_grid_cost_no_operator() -> None:
     assert counts["CONV_2D"] == 2 and "MINIMUM" not in counts
 
 
+@pytest.mark.slow
 def test_w8_per_tensor_loses_less() -> None:
     layers = [
         L.Conv2D(8, 3),

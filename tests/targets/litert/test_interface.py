@@ -34,7 +34,9 @@ def file_of(model: keras.Model, data: Any) -> tuple[TFLiteModel, kquant.Quantize
 NESTED = {"z": 1, "deep": {"y": 0, "list": [1, 2]}}
 
 
-@pytest.mark.parametrize("outputs", [0, [0, 1], {"z": 0, "a": 1}, NESTED, [0, 1, 0, 2]])
+@pytest.mark.parametrize(
+    "outputs", [0, NESTED, *(pytest.param(o, marks=pytest.mark.slow) for o in ([0, 1], {"z": 0, "a": 1}, [0, 1, 0, 2]))]
+)
 def test_a_file_returns_the_structure_of_the_model(outputs: Any) -> None:
     model, data = two_inputs(outputs)
     file, quantized = file_of(model, data)
