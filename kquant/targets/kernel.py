@@ -49,8 +49,8 @@ class Kernel:
         output: container of the activations -> the (scale, zero point) that it insists on for its output.
         headroom: container of the activations -> by what factor the range of its output has to exceed its values, since
             it interpolates between samples that saturate.
-        beside_powers: container of the activations -> how far, as a binary logarithm, the scale of its input has to be from
-            a power of two, near which its builds compute different things.
+        beside_powers: container of the activations -> how far, as a binary logarithm, the scale of its input has to be
+            from a power of two, near which its builds compute different things.
         centered: inputs that it multiplies many times faster with zero point 0.
         fuses: activations that it applies itself.
         saturates: what it makes lies within the output's grid.
