@@ -69,6 +69,7 @@ def test_a_step_of_the_pipeline_stays_where_it_costs_no_more_than_noise() -> Non
     assert d.recommendation["correct_bias"] is True and d.recommendation["equalize"] is True
 
 
+@pytest.mark.slow
 def test_the_recommended_config_reaches_what_is_said() -> None:
     d = wide()
     assert d.recommendation is not None and d.recommendation["equalize"] is True

@@ -95,6 +95,7 @@ def test_a_users_function_gets_the_model() -> None:
     assert metric(model) == model.count_params() and metric.kind == "function"
 
 
+@pytest.mark.slow
 def test_metrics_can_be_pickled() -> None:
     model, qmodel, _, _ = digits()
     for metric in ("accuracy", keras.metrics.SparseTopKCategoricalAccuracy(2)):

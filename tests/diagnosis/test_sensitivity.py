@@ -52,6 +52,7 @@ def whole() -> dict[str, Sensitivity]:
     return measured(*toy())
 
 
+@pytest.mark.slow
 def test_records_are_what_the_switches_give() -> None:
     switches, metric = toy()
     found = whole()

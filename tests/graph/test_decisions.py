@@ -62,6 +62,7 @@ def test_a_rule_gives_their_bits_to_them_alone(make, bits) -> None:
     assert kquant.verify_tflite(qmodel, content, DATA[:8]).ok
 
 
+@pytest.mark.slow
 def test_16_bits_bring_outputs_nearer() -> None:
     model = two_tasks()
     rule = {"position": "outputs", "activations": {"bits": 16}}

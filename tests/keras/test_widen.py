@@ -35,6 +35,7 @@ def with_outliers() -> keras.Model:
     return model
 
 
+@pytest.mark.slow
 def test_a_joined_tensor_gets_16_bits_and_the_file_holds_it() -> None:
     model = beside_larger_values()
     with pytest.warns(kquant.QuantizationWarning, match=r"have 16 now: .*'joined' .* dB in 8 bits"):
