@@ -96,6 +96,7 @@ def shown(page: Any) -> list[str]:
     return page.locator("#tensors-table tbody tr:visible td:first-child").all_inner_texts()
 
 
+@pytest.mark.slow
 def test_charts_are_drawn(visit: Any) -> None:
     page, d = visit().page, example.diagnosis()
     bars = {name: page.evaluate(BARS.replace("{}", name)) for name in CHARTS}

@@ -90,6 +90,7 @@ def test_evaluate_measures_any_metric(files, capsys, metric, name):
     assert scores[2] == pytest.approx(scores[0], rel=0.05, abs=0.1)
 
 
+@pytest.mark.slow
 def test_verify_accepts_its_own_file_and_rejects_another(files, capsys):
     options = {"model": files.q_keras, "data": files.test_npz, "limit": 40}
     assert run_app(verify, tflite=files.q_tflite, **options) == 0
