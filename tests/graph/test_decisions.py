@@ -52,10 +52,8 @@ def test_a_rule_gives_their_bits_to_them_alone(make, bits) -> None:
     qgraph = extract(qmodel)
     graph, found = qgraph.graph, {n: q.bits for n, q in qgraph.activations.items() if q is not None}
     assert {found[name] for name in decisive(graph)} == {bits}
-    assert {found[name] for name in at_outputs(graph) & found.keys()} == {
-        bits,
-        max(bits, 8),
-    }  # probabilities have 8 at least
+    of_probabilities = max(bits, 8)
+    assert {found[name] for name in at_outputs(graph) & found.keys()} == {bits, of_probabilities}
     assert {found[n.name] for n in graph if n.name not in at_outputs(graph) and n.op != "requantize"} == {8}
     content = kquant.export_tflite(qmodel, allow_float=False).content
     assert only_integer_ops(content)

@@ -18,9 +18,8 @@ from kquant.targets.litert.flatbuffer import summary
 def recurrent(kind: Any = layers.LSTM, steps: int = 4) -> tuple[keras.Model, np.ndarray]:
     keras.utils.set_random_seed(0)
     x = keras.Input((steps, 4))
-    return keras.Model(x, layers.Dense(3)(kind(16)(x))), np.random.default_rng(0).normal(size=(64, steps, 4)).astype(
-        np.float32
-    )
+    data = np.random.default_rng(0).normal(size=(64, steps, 4)).astype(np.float32)
+    return keras.Model(x, layers.Dense(3)(kind(16)(x))), data
 
 
 def shared() -> tuple[keras.Model, np.ndarray]:

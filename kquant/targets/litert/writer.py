@@ -253,8 +253,7 @@ class _Writer:
 
     def _in_float(self, node: Node) -> bool:
         e = self.emitter
-        reads = e.grid(node.name) is None and node.name in self.reads_float
-        return reads or e.builder.dtype(e.tensors[node.name]).startswith("FLOAT")
+        return node.name in self.reads_float or e.builder.dtype(e.tensors[node.name]).startswith("FLOAT")
 
     def _write_operation(self, node: Node) -> None:
         e, q = self.emitter, self.emitter.grid(node.name)
