@@ -46,6 +46,7 @@ class Kernel:
         operators: operators of the file that it is written with, or that compute it in files made elsewhere.
         layout: how its quantized weight is stored, if it has one.
         weights: container of the activations -> the containers below 8 bits that its weights may have.
+        discrete: containers whose integers it reads where it makes no numbers of them, but places or truth values.
         output: container of the activations -> the (scale, zero point) that it insists on for its output.
         headroom: container of the activations -> by what factor the range of its output has to exceed its values, since
             it interpolates between samples that saturate.
@@ -67,6 +68,7 @@ class Kernel:
     operators: Mapping[str, Builtin] = field(default_factory=dict)
     layout: Layout | None = None
     weights: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    discrete: tuple[int, ...] = ()
     output: Mapping[int, tuple[float, int]] = field(default_factory=dict)
     headroom: Mapping[int, float] = field(default_factory=dict)
     beside_powers: Mapping[int, float] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def built(function: Callable[[Any], Any]) -> tuple[keras.Model, np.ndarray]:
     return model, np.random.default_rng(0).normal(size=(32, *SHAPE)).astype(np.float32)
 
 
-def quantized(function: Callable[[Any], Any], config: str = "w8a8") -> tuple[Any, Any, np.ndarray, list[np.ndarray]]:
+def quantized(function: Callable[[Any], Any], config: Any = "w8a8") -> tuple[Any, Any, np.ndarray, list[np.ndarray]]:
     """(quantized model, export report, data, outputs of the float model), parity checked."""
     model, data = built(function)
     q = kquant.quantize_model(model, data, config=config, progress=False)
@@ -149,3 +150,41 @@ def test_a_bound_at_the_floor_of_16_bits_is_that_of_the_kernel(lo: float, hi: fl
     q = kquant.quantize_model(model, data, "w8a16", progress=False)
     parity = kquant.verify_tflite(q, kquant.export_tflite(q).content, data)
     assert parity.ok and parity.op_by_op_max_lsb == 0
+
+
+TRUTHS: dict[str, Callable[[Any], Any]] = {
+    "above": lambda x: x > 0.25,
+    "equal": lambda x: k.equal(k.relu(x), 0.0),
+    "between": lambda x: k.logical_and(x > -0.5, x < 0.5),
+    "always": lambda x: k.relu(x) >= -3.0,
+    "never": lambda x: k.relu(x) < -3.0,
+    "of two": lambda x: k.logical_or(x > 0.25, k.flip(x, 1) > 0.25),
+    "choice": lambda x: k.where(k.flip(x, 1) > 0.1, x, k.tanh(x)),
+}
+
+
+@pytest.mark.parametrize(("config", "target"), [("w8a8", "litert"), ("w8a16", "litert"), ("w8a8", "tflm")])
+def test_truth_values_in_integers(config: str, target: str) -> None:
+    q, report, data, expected = quantized(lambda x: [f(x) for f in TRUTHS.values()], on(target, config))
+    assert not report.float_ops and "DEQUANTIZE" not in report.op_counts
+    for name, real, ours in zip(TRUTHS, expected, q.predict(data, verbose=0), strict=True):
+        assert ours.dtype == real.dtype and (name == "choice" or np.mean(ours == real) > 0.97), name
+
+
+@pytest.mark.parametrize("target", ["litert", "tflm"])
+def test_numbers_of_truth_values_in_integers(target: str) -> None:
+    def numbers(x: Any) -> list[Any]:
+        both = k.logical_and(x > 0.0, k.flip(x, 1) > 0.0)
+        return [k.where(both, 0.75, -0.25), k.cast(both, "float32") * x, k.cast(k.any(both, axis=2), "float32")]
+
+    q, report, data, expected = quantized(numbers, on(target))
+    assert not report.float_ops
+    for real, ours in zip(expected, q.predict(data, verbose=0), strict=True):
+        assert np.mean(np.abs(ours - real) < 0.03) > 0.97  # one step
+
+
+def on(target: str, config: str = "w8a8") -> kquant.QuantConfig:
+    """A preset for a target, which is installed."""
+    if target == "tflm":
+        pytest.importorskip("tflite_micro", reason="tflite-micro is not installed: pip install .[tflm]")
+    return replace(kquant.QuantConfig.preset(config), target=target)

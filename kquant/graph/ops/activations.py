@@ -174,6 +174,7 @@ RECORDS = collect(
         "function",
         lambda n, xs, w: run(n.attrs["steps"], xs),
         _function,
+        selects=True,
         merge=_merge_functions,
         program=lambda node: tuple(map(tuple, node.attrs["steps"])),
     ),

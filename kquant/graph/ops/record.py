@@ -54,8 +54,7 @@ class Op:
         bias: name of the weight that is added to the accumulator, if there is one.
         values: name of the weight whose entries are the values of its output, if there is one.
         parameters: names of its other weights.
-        selects: inputs that are no numbers (ids, truth values) choose among the values of the others.
-        ordinal: integers that depend on the order of the values alone, which those of a grid have, too.
+        selects: inputs that are no numbers (ids, truth values) choose among the values of the others, or among its own.
         given: its values are given: by the user, or by a weight; no data is needed to know their range.
         linear: the layout of its weight, where it is linear in one input with a weight of constants.
         grid: how the output's grid is tied.
@@ -84,7 +83,6 @@ class Op:
     values: str | None = None
     parameters: tuple[str, ...] = ()
     selects: bool = False
-    ordinal: bool = False
     given: bool = False
     linear: Linear | None = None
     grid: Tie = Tie.OWN

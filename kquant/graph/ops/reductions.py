@@ -198,13 +198,11 @@ RECORDS = collect(
     Op(
         name="argmax",
         compute=lambda n, xs, w: tf.argmax(xs[0], n.attrs["axis"], tf.int32),
-        ordinal=True,
         moments=_places,
     ),
     Op(
         name="argmin",
         compute=lambda n, xs, w: tf.argmin(xs[0], n.attrs["axis"], tf.int32),
-        ordinal=True,
         moments=_places,
     ),
     Op(
@@ -216,7 +214,6 @@ RECORDS = collect(
     Op(
         name="top_k_indices",
         compute=lambda n, xs, w: tf.math.top_k(xs[0], n.attrs["k"]).indices,
-        ordinal=True,
         moments=_places,
     ),
 )

@@ -50,6 +50,8 @@ def _merge(graph: Graph, node: Node) -> Graph | None:
     first = graph[node.inputs[0]]
     if first.op != node.op or (record.elementwise and graph.sole_consumer(first.name) is None):
         return None  # both are computed anyway, and a merged function is no simpler than its own
+    if len(first.inputs) > 1 and first.dtype != node.dtype:
+        return None  # a number of several truth values: targets choose it by one
     merged = record.merge(first, node)
     return graph.rebuild([merged if n.name == node.name else n for n in graph])
 

@@ -165,7 +165,7 @@ KERNELS = (
         write=_write_extremum,
         operators={
             "MAXIMUM": Builtin(
-                versions=(1, 2, 4), reference=Reference(compute=elementwise.extremum(np.maximum), any_type=True)
+                versions=(1, 2, 4), reference=Reference(compute=elementwise.pointwise(np.maximum), any_type=True)
             )
         },
     ),
@@ -175,7 +175,7 @@ KERNELS = (
         write=_write_extremum,
         operators={
             "MINIMUM": Builtin(
-                versions=(1, 2, 4), reference=Reference(compute=elementwise.extremum(np.minimum), any_type=True)
+                versions=(1, 2, 4), reference=Reference(compute=elementwise.pointwise(np.minimum), any_type=True)
             )
         },
     ),

@@ -19,10 +19,10 @@ from kquant.targets.litert import activations, elementwise, functions, layout, l
 
 _FAMILIES = (linear, elementwise, activations, functions, normalization, reductions, layout)
 KERNELS: Mapping[str, Kernel] = MappingProxyType({k.op: k for family in _FAMILIES for k in family.KERNELS})
-_ROUNDING = {op: arithmetic for family in _FAMILIES for op, arithmetic in family.REFERENCE.items()}
+_ROUNDING = {op: {8: arithmetic} for family in _FAMILIES for op, arithmetic in family.REFERENCE.items()}
 REFERENCE_KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {
-        op: replace(k, arithmetic={**k.arithmetic, 8: _ROUNDING.get(op, k.arithmetic[8])}, slowdown={}, variants={})
+        op: replace(k, arithmetic={**k.arithmetic, **_ROUNDING.get(op, {})}, slowdown={}, variants={})
         for op, k in KERNELS.items()
     }
 )

@@ -225,7 +225,8 @@ KERNELS = (
     ),
     Kernel(
         op="argmax",
-        arithmetic={8: move, 16: move},
+        arithmetic={},
+        discrete=(8, 16),
         write=_write_place,
         operators={
             "ARG_MAX": Builtin(
@@ -237,7 +238,8 @@ KERNELS = (
     ),
     Kernel(
         op="argmin",
-        arithmetic={8: move, 16: move},
+        arithmetic={},
+        discrete=(8, 16),
         write=_write_place,
         operators={
             "ARG_MIN": Builtin(
@@ -255,5 +257,5 @@ KERNELS = (
             "TOPK_V2": Builtin(versions=(1, 2, 3), reference=Reference(compute=elementwise.top_k, any_type=True))
         },
     ),
-    Kernel(op="top_k_indices", arithmetic={8: move, 16: move}, write=_write_top_k),
+    Kernel(op="top_k_indices", arithmetic={}, discrete=(8, 16), write=_write_top_k),
 )

@@ -257,7 +257,7 @@ class _Writer:
 
     def _write_operation(self, node: Node) -> None:
         e, q = self.emitter, self.emitter.grid(node.name)
-        inputs = [e.read(name, q is not None or self._orders_integers(node, name)) for name in node.inputs]
+        inputs = [e.read(name, q is not None or self._reads_integers(node, name)) for name in node.inputs]
         if q is None and any(e.builder.dtype(x) == "FLOAT32" for x in inputs):
             self.reads_float.add(node.name)
         clamp = self._clamp(node, q)
@@ -272,10 +272,10 @@ class _Writer:
         if bounded:
             e.clamp(node, clamp, result, Sink(out, q))
 
-    def _orders_integers(self, node: Node, source: str) -> bool:
-        """Whether an operation that makes places of extremes reads its input as the integers that it is."""
+    def _reads_integers(self, node: Node, source: str) -> bool:
+        """Whether an operation that makes places or truth values reads its input as the integers that it is."""
         e, q = self.emitter, self.emitter.grid(source)
-        return op_of(node).ordinal and q is not None and q.container in e.kernel(node).arithmetic
+        return node.dtype != "float32" and q is not None and q.container in e.kernel(node).discrete
 
     def _clamp(self, node: Node, q: Grid | None) -> Clamp:
         """What bounds the output of a node."""

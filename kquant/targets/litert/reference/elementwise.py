@@ -66,9 +66,9 @@ def mul(op: Operator, x: Values) -> np.ndarray:
     return _activate(op, multiply_double_rounding(_centered(a, x[0]) * _centered(b, x[1]), by) + out.z)
 
 
-def extremum(function: np.ufunc) -> Compute:
-    """MAXIMUM or MINIMUM of the stored integers: operands and result share one grid."""
-    return lambda op, x: function(x[0], x[1])
+def pointwise(function: np.ufunc) -> Compute:
+    """A function of the stored integers: MAXIMUM on one grid, comparisons, what makes one truth value of several."""
+    return lambda op, x: function(*x)
 
 
 def select(op: Operator, x: Values) -> np.ndarray:
