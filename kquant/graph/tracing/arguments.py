@@ -8,9 +8,12 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from kquant.graph.ir import Node
-from kquant.graph.tracing.keras_graph import inlined, loses_sizes
+from kquant.graph.tracing.builder import NotLowered
+from kquant.graph.tracing.keras_graph import inlined, loses_sizes, recorded_calls, variables_meet_tensors
+from kquant.graph.tracing.tensorflow_calls import tensorflow_on_symbols
 
 
 def bind(operation: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -60,6 +63,9 @@ def symbolic(
     What computes with the size of the batch, or loses other sizes where that is open, runs with one sample; where Keras
     cannot record the calls of custom layers inside of `owner`, these run in place. Results that depend on no input are
     no part of the function, which is None where there is no other.
+
+    Raises:
+        NotLowered: with one sample, it computes other constants each time: random numbers.
     """
     nodes = nodes_in(list(args), kwargs)
 
@@ -69,9 +75,17 @@ def symbolic(
         symbolic_args, symbolic_kwargs = keras.tree.map_structure(
             lambda a: inputs[a.name] if isinstance(a, Node) else a, (list(args), dict(kwargs))
         )
-        results = keras.tree.flatten(function(*symbolic_args, **symbolic_kwargs))
+        with variables_meet_tensors(), tensorflow_on_symbols():
+            results = keras.tree.flatten(function(*symbolic_args, **symbolic_kwargs))
         computed = [r for r in results if isinstance(r, keras.KerasTensor)]
         return keras.Function(list(inputs.values()), computed) if computed else None, results
+
+    def of_one_sample() -> tuple[Any, list[Any]]:
+        once, again = attempt(1), attempt(1)
+        arrays, others = _constants(*once), _constants(*again)
+        if len(arrays) != len(others) or not all(map(np.array_equal, arrays, others)):
+            raise NotLowered("it computes with random numbers")
+        return once
 
     try:
         first = attempt(None)
@@ -79,14 +93,24 @@ def symbolic(
             return first
     except Exception as error:
         try:
-            return attempt(1)
+            return of_one_sample()
+        except NotLowered:
+            raise
         except Exception:
             try:
                 with inlined(owner):
-                    return attempt(1)
+                    return of_one_sample()
             except Exception:
                 raise error from None
     try:
-        return attempt(1)
+        return of_one_sample()
     except Exception:
         return first
+
+
+def _constants(function: Any, results: Sequence[Any]) -> list[np.ndarray]:
+    """The arrays that a traced function reads or returns."""
+    calls = [] if function is None else recorded_calls(function)
+    read = [value for _, args, kwargs, _ in calls for value in keras.tree.flatten((args, kwargs))]
+    kinds = np.ndarray, tf.Tensor
+    return [np.asarray(v) for v in (*read, *results) if isinstance(v, kinds)]

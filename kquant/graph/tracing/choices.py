@@ -37,6 +37,8 @@ def _comparison(name: str) -> Callable[[Builder, Any, Any, Any], Node]:
     def lower(b: Builder, op: Any, x1: Any, x2: Any) -> Node:
         if compares_ids(b, x1, x2):
             return ids_compared(b, x1, name, number_of(x2, "a bound"))
+        if isinstance(x1, Node) and x1.dtype == "bool" and not isinstance(x2, Node):
+            return _truth_compared(b, x1, name, number_of(x2, "a bound"))
         if any(isinstance(x, Node) and x.dtype != "float32" for x in (x1, x2)):
             raise NotLowered("it compares integers")
         if isinstance(x1, Node) and isinstance(x2, Node):
@@ -47,6 +49,14 @@ def _comparison(name: str) -> Callable[[Builder, Any, Any, Any], Node]:
         return function(b, x, lambda t: t.call(kind, t, bound), dtype="bool")
 
     return lower
+
+
+def _truth_compared(b: Builder, truth: Node, name: str, bound: float) -> Node:
+    """A comparison of truth values as zeros and ones: they themselves, or their opposite."""
+    no, yes = (bool(getattr(np, name)(value, bound)) for value in (0.0, 1.0))
+    if no == yes:
+        raise NotLowered(f"all truth values compare alike with {bound:g}")
+    return truth if yes else b.emit("function", truth, steps=(("logical_not", 0),), dtype="bool")
 
 
 def compares_ids(b: Builder, x: Any, bound: Any) -> bool:
@@ -223,13 +233,37 @@ def cast(b: Builder, op: Any, x: Node) -> Node:
     return _from_truth(b, x, 1.0, 0.0) if x.dtype == "bool" else x
 
 
-@lowers_op("Any")
-def any_true(b: Builder, op: Any, x: Node) -> Node:
-    """Whether the largest of zeros and ones is above 0."""
-    if x.dtype != "bool":
-        raise NotLowered("of numbers")
-    largest = reduce(b, op, _from_truth(b, x, 1.0, 0.0), "reduce_max", "largest")
-    return b.emit("function", largest, steps=_ABOVE, dtype="bool")
+def _of_all(kind: str, suffix: str) -> Callable[..., Node]:
+    """Whether the largest (any), or the smallest (all), of zeros and ones is above 0."""
+
+    def lower(b: Builder, op: Any, x: Node) -> Node:
+        if x.dtype != "bool":
+            raise NotLowered("of numbers")
+        extreme = reduce(b, op, _from_truth(b, x, 1.0, 0.0), kind, suffix)
+        return b.emit("function", extreme, steps=_ABOVE, dtype="bool")
+
+    return lower
+
+
+lowers_op("Any")(_of_all("reduce_max", "largest"))
+lowers_op("All")(_of_all("reduce_min", "smallest"))
+
+
+def _filled(value: float | None) -> Callable[..., np.ndarray]:
+    """A constant of the shape of a tensor, with one entry for the batch."""
+
+    def lower(b: Builder, op: Any, x: Node, fill: Any = value, dtype: Any = None, **_: Any) -> np.ndarray:
+        if x.batch != 1:
+            raise NotLowered("a constant for several entries of a sample")
+        kind = str(dtype or op.dtype or x.dtype)
+        sizes = [int(d or 0) for d in x.shape[1:]]
+        return np.full((1, *sizes), number_of(fill, "a value"), "float32" if "float" in kind else kind)
+
+    return lower
+
+
+for _name, _value in {"ZerosLike": 0.0, "OnesLike": 1.0, "FullLike": None}.items():
+    lowers_op(_name)(_filled(_value))
 
 
 @lowers_layer(keras.layers.Masking)

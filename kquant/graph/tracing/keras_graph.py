@@ -150,6 +150,32 @@ def untouched(owner: Any) -> Iterator[None]:
 
 
 @contextmanager
+def variables_meet_tensors() -> Iterator[None]:
+    """Let `variable * tensor` and its like be computed as `tensor * variable` is, where the tensor is symbolic.
+
+    Operators of Keras' variables pass their value to TensorFlow, which takes no symbolic tensor of Keras.
+    """
+    owner = keras.src.backend.common.variables.Variable
+    kinds = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+    names = [f"__{kind}__" for kind in (*kinds, "lt", "le", "gt", "ge", "and", "or", "xor")]
+    before = {name: getattr(owner, name) for name in names}
+
+    def meeting(own: Any) -> Any:
+        def operator(self: Any, other: Any) -> Any:
+            return NotImplemented if isinstance(other, keras.KerasTensor) else own(self, other)
+
+        return operator
+
+    for name, own in before.items():
+        setattr(owner, name, meeting(own))
+    try:
+        yield
+    finally:
+        for name, own in before.items():
+            setattr(owner, name, own)
+
+
+@contextmanager
 def inlined(owner: Any) -> Iterator[None]:
     """Let custom layers inside of another run their `call` in place, as plain functions.
 

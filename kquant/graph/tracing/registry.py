@@ -15,13 +15,13 @@ def register_layer(layer_class: type, lower: LayerLowering | None = None) -> Any
     """Tell kquant how a custom layer is written with layers and operations that it knows.
 
     Most custom layers need no registration: their `call` is traced. Register one whose `call`
-    cannot be traced (it uses raw TensorFlow, say), or that has a better integer form.
+    cannot be traced (it looks at values, say), or that has a better integer form.
 
     >>> class Scale(keras.layers.Layer):
     ...     def build(self, shape):
     ...         self.factor = self.add_weight(shape=(shape[-1],), name="factor")
     ...     def call(self, x):
-    ...         return tf.multiply(x, self.factor)
+    ...         return tf.numpy_function(np.multiply, [x, self.factor], tf.float32)
     >>> @kquant.register_layer(Scale)
     ... def lower_scale(layer, x):
     ...     return x * layer.factor

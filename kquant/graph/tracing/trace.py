@@ -56,7 +56,6 @@ from kquant.graph.tracing.keras_graph import (
     untouched,
 )
 from kquant.graph.tracing.operations import check_moved
-from kquant.graph.tracing.raw_functions import raw_program
 from kquant.graph.tracing.registry import registered_lowering
 from kquant.graph.tracing.wrappers import channels_first
 
@@ -70,9 +69,11 @@ _COUNTS = {"Minimum", "Maximum", "Multiply"}
 _READS_INTEGERS = {"Rescaling", "Normalization", "Cast", "Softmax"} | _COUNTS | _READS_IDS | _ATTENTION | COMPARISONS
 # or truth values
 _MASKED = {"LSTM", "GRU", "SimpleRNN", "RNN", "Bidirectional", "GlobalAveragePooling1D"} | _ATTENTION
-_READS_TRUTHS = {"Cast", "Where", "LogicalAnd", "LogicalOr", "LogicalNot", "Any", "Softmax"} | _COUNTS | _MASKED
-# or values of any type that was computed, which they move
+_LOGICAL = {"LogicalAnd", "LogicalOr", "LogicalNot", "Any", "All"} | COMPARISONS
+_READS_TRUTHS = {"Cast", "Where", "Softmax"} | _LOGICAL | _COUNTS | _MASKED
+# or values of any type that was computed, which they move, or whose shape alone they want
 _MOVES = {"Reshape", "Squeeze", "ExpandDims", "Transpose", "Swapaxes", "Moveaxis", "GetItem", "Slice", "Flatten"}
+_MOVES |= {"ZerosLike", "OnesLike", "FullLike"}
 
 
 def trace_model(
@@ -271,10 +272,7 @@ class _Tracer:
             try:
                 traced, results = symbolic(function, args, kwargs, owner)
             except Exception as error:
-                steps = raw_program(function, nodes[0]) if len(nodes) == 1 and not kwargs else None
-                if steps is None:
-                    raise NotLowered(f"its computation cannot be traced: {first_line(error)}") from error
-                return [builder.emit("function", nodes[0], steps=steps)]
+                raise NotLowered(f"its computation cannot be traced: {first_line(error)}") from error
         constant = not all(isinstance(r, keras.KerasTensor) for r in results)
         if constant and builder.scope.trainable and builder.training:
             raise NotLowered("it returns what depends on its weights alone")

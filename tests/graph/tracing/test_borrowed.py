@@ -29,7 +29,7 @@ class Unwritable(L.Layer):
         self.built = True
 
     def call(self, x: Any) -> Any:
-        return tf.math.cumsum(self.inner(x), 1) * self.factor + self.function(x)[..., :3]
+        return tf.math.cumsum(self.inner(x), 1, reverse=True) * self.factor + self.function(x)[..., :3]
 
 
 class Forgetful(L.Layer):
@@ -40,7 +40,7 @@ class Forgetful(L.Layer):
         self.factor = factor
 
     def call(self, x: Any) -> Any:
-        return tf.math.cumsum(x, 1) * self.factor
+        return tf.math.cumsum(x, 1, reverse=True) * self.factor
 
     def get_config(self) -> dict[str, Any]:
         return L.Layer.get_config(self)
