@@ -64,6 +64,20 @@ def _reads_bytes(reader: Node, source: Node) -> bool:
     return all((low <= values).all() and (values <= high).all() for values, (low, high) in known)
 
 
+def _behind_moves(graph: Graph, name: str) -> tuple[list[Node], list[Node]]:
+    """The nodes that only move an input of integers, one behind the other, and all others that read it or them."""
+    moved: list[Node] = []
+    ends: list[Node] = []
+    for node in graph.consumers(name):
+        if op_of(node).grid is Tie.OWN or node.dtype != "int32":
+            ends.append(node)
+        else:
+            further, behind = _behind_moves(graph, node.name)
+            moved += [node, *further]
+            ends += behind
+    return moved, ends
+
+
 def _typed(graph: Graph) -> Graph:
     """Type each input by how it is read: ids are int32, numbers float32."""
     nodes = dict(graph.nodes)
@@ -72,12 +86,13 @@ def _typed(graph: Graph) -> Graph:
         # a mask compares the ids with zero, in any type
         places = [n for n in readers if n.op == "take_along" and n.inputs[0] != name]
         compares = [n for n in readers if n.op == "float" and n.origin_type == "NotEqual"]
-        moves = [n for n in readers if op_of(n).grid is not Tie.OWN and n.dtype == "int32"]
-        ids = [*places, *(n for n in readers if op_of(n).lookup or n in compares or n in moves)]
-        casts = [n for n in readers if n.op == "float" and n.origin_type == "Cast" and n.dtype == "float32"]
+        moved, ends = _behind_moves(graph, name)
+        ids = [*places, *(n for n in readers if op_of(n).lookup or n in compares or n in moved)]
+        casts = [n for n in ends if n.op == "float" and n.origin_type == "Cast" and n.dtype == "float32"]
         numbers = [n for n in readers if n not in ids and n.op != "float"]
-        if len(casts) + len(numbers) == len(readers):
+        if ends and len(casts) + len(numbers) == len(ends):
             nodes |= {n.name: n.with_(op="reshape", attrs={}, call=None) for n in casts}
+            nodes |= {n.name: n.with_(dtype="float32") for n in moved}
             numbers = list(readers)
         if name in graph.outputs or not ids + numbers:
             continue

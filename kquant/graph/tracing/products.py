@@ -44,7 +44,8 @@ def contract(
     """einsum(equation, x, w) + bias with a constant second operand, as a dense operation.
 
     Every label is either free in x, free in w, or summed over in both; x is permuted and reshaped to
-    [batch, free, summed], w to [summed, free], and the product back to the order of the output.
+    [batch, free, summed], w to [summed, free], and the product back to the order of the output. Labels of all three
+    are groups, each with a matrix of its own.
 
     Args:
         b: the builder.
@@ -55,12 +56,15 @@ def contract(
         variables: the user's "kernel" and "bias", where w and bias are those.
 
     Raises:
-        NotLowered: a label is shared by x, w and the output, or the equation has another form.
+        NotLowered: the batch is not first, or the equation has another form.
     """
     xs, ws, out = _labels(equation, len(x.shape))
     summed = [c for c in xs if c in ws and c not in out]
     free_x, free_w = [c for c in xs if c not in summed], [c for c in ws if c not in summed]
-    if set(xs) & set(ws) & set(out) or set(free_x + free_w) != set(out) or out[0] != xs[0] or not summed:
+    if set(xs) & set(ws) & set(out):
+        y = _contract_groups(b, xs, ws, out, x, w, (variables or {}).get("kernel"))
+        return y if bias is None else b.emit("add", y, b.const(bias, (variables or {}).get("bias")), suffix="bias")
+    if set(free_x + free_w) != set(out) or out[0] != xs[0] or not summed:
         raise NotLowered(f"the equation {equation!r} is not a matrix product with a constant")
     sizes = {**dict(zip(ws, w.shape, strict=True)), **dict(zip(xs, x.shape, strict=True))}
     x = transpose(b, x, [xs.index(c) for c in free_x + summed])
@@ -186,9 +190,36 @@ def einsum(b: Builder, op: Any, *operands: Any) -> Node:
         raise NotLowered("it is not a product of two")
     if all(isinstance(o, Node) for o in operands):
         return contract_two(b, op.subscripts, *operands)
-    if isinstance(operands[0], Node):
-        return contract(b, op.subscripts, operands[0], as_array(operands[1]), variables=constant_kernel(operands[1]))
-    left, _, out = op.subscripts.partition("->")
-    first, second = left.split(",")
-    equation, w = f"{second},{first}->{out}", as_array(operands[0])
-    return contract(b, equation, operands[1], w, variables=constant_kernel(operands[0]))
+    left, _, out = op.subscripts.replace(" ", "").partition("->")
+    first, _, second = left.partition(",")
+    x, w = operands if isinstance(operands[0], Node) else operands[::-1]
+    equation = f"{left}->{out}" if x is operands[0] else f"{second},{first}->{out}"
+    return contract(b, equation, x, as_array(w), variables=constant_kernel(w))
+
+
+def _contract_groups(b: Builder, xs: str, ws: str, out: str, x: Node, w: np.ndarray, variable: Any) -> Node:
+    """einsum("xs,ws->out", x, w) with a constant of a matrix for each of some groups: heads, say.
+
+    Raises:
+        NotLowered: it differs between samples, or the equation has another form.
+    """
+    if ws[:1] == xs[0] and w.shape[0] == 1:
+        ws, w, variable = ws[1:], w[0], None
+    summed = [c for c in xs if c in ws and c not in out]
+    groups = [c for c in xs if c in ws and c in out]
+    free_x, free_w = [c for c in xs[1:] if c not in ws], [c for c in ws if c not in xs]
+    if xs[0] in ws or out[0] != xs[0] or set(out) != {xs[0], *groups, *free_x, *free_w} or not summed:
+        raise NotLowered(f"the equation '{xs},{ws}->{out}' is not a matrix product with a constant")
+    sizes = {**dict(zip(ws, w.shape, strict=True)), **dict(zip(xs, x.shape, strict=True))}
+
+    def size(labels: Sequence[str]) -> int:
+        return math.prod(int(sizes[c] or 1) for c in labels)
+
+    x = transpose(b, x, [xs.index(c) for c in (xs[0], *groups, *free_x, *summed)])
+    x = reshape(b, x, (None, *map(size, (groups, free_x, summed))))
+    order = tuple(ws.index(c) for c in (*groups, *summed, *free_w))
+    matrices = w.transpose(order).reshape([size(part) for part in (groups, summed, free_w)])
+    own = None if variable is None else UserWeight.of(variable, matrices, b.scope.learns, order=order)
+    y = b.emit("batch_matmul", x, b.const(matrices, own), suffix="groups")
+    made = [xs[0], *groups, *free_x, *free_w]
+    return transpose(b, reshape(b, y, [sizes[c] for c in made], "split"), [made.index(c) for c in out], "order")

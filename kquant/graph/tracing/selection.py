@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from kquant.graph.ir import Node
-from kquant.graph.tracing.builder import Builder, NotLowered, axis_last, lowers_op, pad, reshape, transpose
+from kquant.graph.tracing.builder import Builder, NotLowered, as_array, axis_last, lowers_op, pad, reshape, transpose
 from kquant.graph.tracing.linear import look_up, pair
 
 
@@ -43,8 +44,10 @@ def take(b: Builder, op: Any, x: Any, indices: Any) -> Node:
 
 @lowers_op("TakeAlongAxis")
 def take_along_axis(b: Builder, op: Any, x: Any, indices: Any) -> Node:
-    if not (isinstance(x, Node) and isinstance(indices, Node)) or op.axis is None or x.dtype != "float32":
-        raise NotLowered("it selects with constants, or in a flat tensor")
+    if not isinstance(x, Node) or op.axis is None or x.dtype != "float32":
+        raise NotLowered("it selects from a constant, or in a flat tensor")
+    if not isinstance(indices, Node):
+        return _take_along_constants(b, x, op.axis % len(x.shape), as_array(indices))
     axis, rank = op.axis % len(x.shape), len(x.shape)
     there, back = axis_last(rank, axis)
     single = indices.shape[axis] == 1  # an axis of one entry moves by a reshape, of any type
@@ -56,6 +59,24 @@ def take_along_axis(b: Builder, op: Any, x: Any, indices: Any) -> Node:
         raise NotLowered(f"indices of shape {indices.shape} into shape {x.shape}")
     taken = b.emit("take_along", values, places)
     return reshape(b, taken, indices.shape) if single else transpose(b, taken, back)
+
+
+def _take_along_constants(b: Builder, x: Node, axis: int, places: np.ndarray) -> Node:
+    """Each row at places of its own: those of all rows in a long one, side by side."""
+    if axis == 0 or places.ndim != len(x.shape) or places.shape[0] != 1:
+        raise NotLowered(f"indices of shape {places.shape} into shape {x.shape}")
+    there, back = axis_last(len(x.shape), axis)
+    values = transpose(b, x, there, "last")
+    *rows, size = (int(d or 1) for d in values.shape[1:])
+    places = np.broadcast_to(places.transpose(there)[0].astype(int) % size, (*rows, places.shape[axis]))
+    alike = 0  # axes in front, along which the places are the same
+    while alike < len(rows) and (places == places[:1]).all():
+        places, alike = places[0], alike + 1
+    count = math.prod(rows[alike:])
+    long = reshape(b, values, (None, *rows[:alike], count * size), "rows")
+    first = np.arange(count).reshape(*rows[alike:], 1) * size
+    taken = gather(b, long, len(long.shape) - 1, places + first, "taken")
+    return transpose(b, reshape(b, taken, (None, *rows, places.shape[-1]), "split"), back)
 
 
 @lowers_op("Flip")

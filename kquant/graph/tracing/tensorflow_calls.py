@@ -182,9 +182,12 @@ def _strided_slice(op: Any, x: Any, begin: Any, end: Any, strides: Any) -> Any:
 
 
 def _gather(op: Any, x: Any, indices: Any, axis: Any) -> Any:
-    if op.get_attr("batch_dims"):
+    axis, rows = int(np.asarray(axis)), op.get_attr("batch_dims")
+    if not rows:
+        return k.take(x, indices, axis=axis)
+    if not rows == axis == len(x.shape) - 1 == len(indices.shape) - 1:
         raise _Unreadable
-    return k.take(x, indices, axis=int(np.asarray(axis)))
+    return k.take_along_axis(x, indices, axis=axis)
 
 
 def _matmul(op: Any, a: Any, b: Any) -> Any:

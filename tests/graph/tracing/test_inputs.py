@@ -50,6 +50,20 @@ def test_ids_that_are_moved_first_are_ids(moved: Any) -> None:
     np.testing.assert_allclose(found, model(IDS), rtol=0, atol=0.001)
 
 
+def test_integers_that_are_moved_and_cast_are_numbers() -> None:
+    """A mask, as transformers take it: weights of what is hidden."""
+    mask, x = keras.Input((3,), dtype="int32", name="mask"), keras.Input((3, 3))
+    hidden = (1.0 - K.cast(mask[:, None, :], "float32")) * -1e9
+    model = keras.Model([mask, x], L.Softmax()(x + hidden) + K.cast(K.reshape(mask, (-1, 3, 1)), "float32"))
+    graph = trace_model(model)
+    assert graph[graph.inputs[0]].dtype == "float32" and "float" not in {n.op for n in graph}
+    data = [np.asarray([[1, 0, 1], [1, 1, 0]]), np.random.default_rng(0).normal(size=(2, 3, 3)).astype("float32")]
+    np.testing.assert_allclose(evaluate(graph, [data[0].astype("float32"), data[1]])[0], model(data), atol=1e-6)
+    qmodel = kquant.quantize_model(model, data, "w8a8", progress=False)
+    found = kquant.TFLiteModel(kquant.export_tflite(qmodel, allow_float=False).content).predict(data)[0]
+    np.testing.assert_allclose(found, model(data), atol=0.02)
+
+
 def test_ids_that_are_numbers_too_are_read_as_numbers_in_float() -> None:
     ids = keras.Input((3,), dtype="float32")
     model = keras.Model(ids, L.Embedding(10, 4)(ids) * L.Dense(3)(ids)[:, :, None])

@@ -134,9 +134,20 @@ def test_einsum_dense_is_a_dense(
     assert "dense" in ops(graph) and "float" not in ops(graph)
 
 
-def test_einsum_dense_with_a_batched_kernel_stays_float() -> None:
-    graph = traced(build(L.EinsumDense("abc,bcd->abd", output_shape=(5, 6)), (5, 4)))
-    assert ops(graph) == ["float"]
+@pytest.mark.parametrize(
+    ("equation", "output", "bias_axes", "shape"),
+    [
+        ("abc,bcd->abd", (5, 6), None, (5, 4)),
+        ("abc,bcd->abd", (5, 6), "bd", (5, 4)),
+        ("abcd,cde->abce", (5, 3, 6), "e", (5, 3, 4)),
+        ("abcd,ecd->aebc", (6, 5, 3), None, (5, 3, 4)),
+    ],
+)
+def test_einsum_dense_with_a_kernel_for_each_group(
+    equation: str, output: tuple[int, ...], bias_axes: str | None, shape: tuple[int, ...]
+) -> None:
+    computed = ops(traced(build(L.EinsumDense(equation, output_shape=output, bias_axes=bias_axes), shape)))
+    assert "batch_matmul" in computed and "float" not in computed
 
 
 def test_embedding_makes_its_input_ids() -> None:
@@ -187,6 +198,16 @@ def test_products_with_constants_are_dense() -> None:
     ):
         computed = ops(traced(build(function, (5, 4))))
         assert "dense" in computed and "float" not in computed
+
+
+def test_products_with_a_constant_matrix_for_each_head() -> None:
+    k = keras.ops
+    keys = np.random.default_rng(0).normal(size=(6, 3, 4)).astype("float32")  # [keys, heads, size]
+    for equation in ("abcd,ecd->acbe", "abcd,ecd->abce"):
+        computed = ops(traced(build(lambda x, e=equation: k.einsum(e, x, keys), (5, 3, 4))))
+        assert "batch_matmul" in computed and "float" not in computed
+    flipped = build(lambda x: k.einsum("ecd,abcd->acbe", keys, x), (5, 3, 4))
+    assert "batch_matmul" in ops(traced(flipped))
 
 
 def test_product_of_two_tensors_is_a_batch_matmul() -> None:

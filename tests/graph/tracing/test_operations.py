@@ -19,6 +19,7 @@ BOUNDED = ("arcsin", "arccos", "arctanh")
 ROWS = np.random.default_rng(0).normal(size=(6, 1, 3)).astype("float32")
 
 
+PLACES = np.random.default_rng(0).integers(-3, 3, (1, 6, 8, 3))
 BLOCKS = ["reshape", "transpose", "reshape"]
 NEWER = {  # than the oldest Keras that is supported
     "ptp": (lambda x: k.ptp(x, axis=-1), ["reduce_max", "reduce_min", "sub"]),
@@ -72,6 +73,9 @@ def test_newer_operations(name: str) -> None:
         (lambda x: k.sort(x, axis=-1), ["top_k", "gather"]),
         (lambda x: k.argmax(x, axis=1, keepdims=True)[:, 0], ["argmax", "reshape", "reshape"]),
         (lambda x: k.take_along_axis(x, k.argmin(x, -1, keepdims=True), -1), ["argmin", "reshape", "take_along"]),
+        (lambda x: k.take_along_axis(x, PLACES[:, :, :, :1], -1), ["reshape", "gather", "reshape"]),
+        (lambda x: k.take_along_axis(x, PLACES[:, :1], -1), ["reshape", "gather", "reshape"]),
+        (lambda x: k.take_along_axis(x, PLACES[:, :2], 1), ["transpose", "reshape", "gather", "reshape", "transpose"]),
         (lambda x: k.min(x, axis=(1, 2), keepdims=True), ["reduce_min"]),
         (lambda x: k.cumsum(x, axis=2), ["transpose", "const", "batch_matmul", "transpose"]),
         (lambda x: k.round(x, 1), ["function"]),
