@@ -94,6 +94,43 @@ def unbounded_masks(graph: Graph) -> Iterator[str]:
                 yield node.name
 
 
+def part_masks(graph: Graph) -> Graph:
+    """The same graph, where a sum of a mask and numbers is added to others one after the other.
+
+    T5 and its like add the mask to the bias of the positions once, and that sum to the scores of every layer: no grid
+    holds it. As (scores + bias) + mask each reader bounds the mask by itself.
+    """
+    for name in list(unbounded_masks(graph)):
+        node = graph[name]
+        masks = [i for i in node.inputs if _leaves(graph, i, UNBOUNDED)]
+        readers = graph.consumers(name)
+        if len(masks) != 1 or not readers or name in graph.outputs:
+            continue
+        if all(r.op == "add" and "clip" not in r.attrs and _other(graph, r, name).shape == r.shape for r in readers):
+            graph = _parted(graph, name, _other(graph, node, masks[0]).name, masks[0])
+    return graph
+
+
+def _other(graph: Graph, node: Node, name: str) -> Node:
+    """The other input of a node with two."""
+    first, second = node.inputs
+    return graph[second if first == name else first]
+
+
+def _parted(graph: Graph, name: str, numbers: str, mask: str) -> Graph:
+    """The graph without the sum `name` of numbers and a mask."""
+    nodes = []
+    for node in graph:
+        if node.name == name:
+            continue
+        if name in node.inputs:
+            inner = node.with_(name=f"{node.name}/numbers", inputs=(_other(graph, node, name).name, numbers))
+            nodes += [inner, node.with_(inputs=(inner.name, mask))]
+        else:
+            nodes.append(node)
+    return graph.rebuild(nodes)
+
+
 def _of_truth(graph: Graph, node: Node) -> bool:
     return graph[node.inputs[0]].dtype == "bool"
 

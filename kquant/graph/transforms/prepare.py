@@ -9,6 +9,7 @@ import keras
 
 from kquant.graph.ir import Graph
 from kquant.graph.tracing.trace import trace_model
+from kquant.graph.transforms.bound_masks import part_masks
 from kquant.graph.transforms.fold_batch_norm import fold_batch_norm
 from kquant.graph.transforms.fuse_activations import fuse_activations
 from kquant.graph.transforms.fuse_functions import fuse_functions
@@ -34,4 +35,4 @@ def prepare_graph(
     """
     graph = simplify(settle_padding(trace_model(model, for_training, shapes)))
     graph = fold_batch_norm(simplify(recognize_normalization(graph)))
-    return fuse_functions(fuse_activations(absorb_padding(simplify(graph))))
+    return fuse_functions(part_masks(fuse_activations(absorb_padding(simplify(graph)))))

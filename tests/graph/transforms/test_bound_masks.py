@@ -90,6 +90,22 @@ def test_a_mask_that_two_read_serves_both() -> None:
     np.testing.assert_allclose(evaluate(bounded, [X, MASK])[0], evaluate(graph, [X, MASK])[0], atol=1e-4)
 
 
+def test_a_mask_and_numbers_that_layers_add_in_one_are_parted() -> None:
+    """As T5 has them: the bias of the positions and the mask, for every layer."""
+    positions = RNG.normal(size=(T, T)).astype(np.float32)
+
+    def function(x: Any, m: Any) -> Any:
+        both = (1 - m) * -1e9 + positions
+        return K.softmax(x + both) + K.softmax(both + 2.0 * x)
+
+    model = build(function, (T, T), (1, T))
+    graph = prepare_graph(model)
+    assert len(masked_scores(graph)) == 2 and not list(unbounded_masks(bound_masks(graph)))
+    np.testing.assert_allclose(evaluate(bound_masks(graph), [X, MASK])[0], model([X, MASK]), atol=2e-5)
+    kept = prepare_graph(build(lambda x, m: [function(x, m), (1 - m) * -1e9 + positions], (T, T), (1, T)))
+    assert list(unbounded_masks(kept))  # what is an output stays
+
+
 @pytest.mark.parametrize("function", [lambda x: K.max(x, axis=-1), lambda x: K.amax(x, 1)])
 def test_in_front_of_a_maximum_the_smallest_that_is_seen_is_enough(function: Any) -> None:
     graph = prepare_graph(build(lambda x, m: function(x + (1 - m) * -1e9), (T, T), (1, T)))
