@@ -8,7 +8,7 @@
 | pad | paddings (full rank), mode constant / reflect / symmetric, value | |
 | concat | axis (positive) | |
 | gather | axis (positive, not the batch), indices: of the entries along it | |
-| take_along | two inputs: the second has, for every entry of the output, the index of one in its row of the first | |
+| take_along | two inputs: the last axis of the second has indices along that axis of the first | |
 | resize | size (h, w), method nearest / bilinear, half_pixel_centers | |
 """
 
@@ -173,7 +173,13 @@ def _gather_unchanged(node: Node, source: Shape) -> bool:
 
 
 def _take_along(n: Node, xs: Sequence[Tensor], w: Mapping[str, Tensor]) -> Tensor:
-    return tf.gather(xs[0], tf.cast(xs[1], tf.int32), axis=-1, batch_dims=len(n.shape) - 1)
+    axis = len(xs[1].shape) - 1
+    return tf.gather(xs[0], tf.cast(xs[1], tf.int32), axis=axis, batch_dims=axis)
+
+
+def _taken(node: Node, sources: Sequence[Node], xs: Sequence[Moments]) -> Moments:
+    rows = len(sources[1].shape) < len(node.shape)
+    return xs[0] if rows else regroup(xs[0], 1, node.shape[-1])
 
 
 RECORDS = collect(
@@ -244,7 +250,7 @@ RECORDS = collect(
         compute=_take_along,
         selects=True,
         grid=Tie.OF_INPUT,
-        moments=lambda node, sources, xs: regroup(xs[0], 1, node.shape[-1]),
+        moments=_taken,
     ),
     Op(name="resize", compute=_resize, grid=Tie.OF_INPUT, averages=True, channels=AVERAGE, moments=same_moments),
 )

@@ -106,6 +106,7 @@ for _name, _kind in _COMPARED.items():
 
 def _logical(name: str, count: int) -> Callable[..., Node]:
     def lower(b: Builder, op: Any, *xs: Any) -> Node:
+        xs = tuple(_truth(b, x) if isinstance(x, Node) and x.dtype == "int32" else x for x in xs)
         if any(isinstance(x, Node) and x.dtype != "bool" for x in xs):
             raise NotLowered("operands that are no truth values")
         if all(isinstance(x, Node) and x.shape == xs[0].shape for x in xs):
@@ -151,7 +152,7 @@ def _truth(b: Builder, x: Any) -> Any:
             return x
         if not compares_ids(b, x, 1.0):
             raise NotLowered("it computes with integers")
-        return ids_compared(b, x, "greater_equal", 1.0)
+        return ids_compared(b, x, "greater_equal", 1.0, suffix="truth")
     if not np.isin(as_array(x), (0, 1)).all():
         raise NotLowered("it computes with integers")
     return as_array(x) != 0
@@ -170,6 +171,8 @@ lowers_op("LogicalNot")(_logical("logical_not", 1))
 
 @lowers_op("Where")
 def where(b: Builder, op: Any, condition: Any, x1: Any = None, x2: Any = None) -> Node:
+    if x1 is not None and x2 is not None and not isinstance(condition, Node):
+        return _constant_choice(b, as_array(condition) != 0, x1, x2)
     if x1 is None or x2 is None or not isinstance(condition, Node) or condition.dtype != "bool":
         raise NotLowered("a choice without a computed condition, or without values")
     for scores, hidden, seen in ((x1, x2, 1.0), (x2, x1, 0.0)):
@@ -180,6 +183,27 @@ def where(b: Builder, op: Any, condition: Any, x1: Any = None, x2: Any = None) -
         numbers = [number_of(v.weights["value"], "a choice between constants") for v in values]
         return _from_truth(b, condition, numbers[0], numbers[1])
     return b.emit("select", condition, *values)
+
+
+def _constant_choice(b: Builder, condition: np.ndarray, x1: Any, x2: Any) -> Node:
+    """A choice that is the same for every sample: what is not chosen times zero, or a mask in front of a softmax."""
+    sides = ((x1, condition), (x2, ~condition))
+    computed = [(x, chosen) for x, chosen in sides if isinstance(x, Node)]
+    if any(x.dtype != "float32" for x, _ in computed):
+        raise NotLowered("a choice between integers")
+    filled = [
+        sample_constant(computed[0][0], np.where(chosen, np.maximum(as_array(x), -HIDDEN), 0.0))
+        for x, chosen in sides
+        if not isinstance(x, Node)
+    ]
+    if filled and filled[0].min() <= -LARGE:  # nothing is left of the scores beside it
+        return b.emit("add", computed[0][0], b.const(filled[0]))
+    terms = [
+        b.emit("mul", x, b.const(sample_constant(x, chosen)), suffix=f"of_{k}")
+        for k, (x, chosen) in enumerate(computed)
+    ]
+    terms += [b.const(value) for value in filled if value.any()]
+    return terms[0] if len(terms) == 1 else b.emit("add", *terms)
 
 
 def _hide(b: Builder, scores: Node, seen: Node) -> Node:

@@ -10,7 +10,7 @@ import numpy as np
 
 from kquant.graph.ir import Node
 from kquant.graph.tracing.builder import Builder, NotLowered, as_array, axis_last, lowers_op, pad, reshape, transpose
-from kquant.graph.tracing.linear import look_up, pair
+from kquant.graph.tracing.linear import look_up, output_shape, pair
 
 
 def gather(b: Builder, x: Node, axis: int, indices: Any, suffix: str = "") -> Node:
@@ -49,6 +49,10 @@ def take_along_axis(b: Builder, op: Any, x: Any, indices: Any) -> Node:
     if not isinstance(indices, Node):
         return _take_along_constants(b, x, op.axis % len(x.shape), as_array(indices))
     axis, rank = op.axis % len(x.shape), len(x.shape)
+    if 0 < axis < rank - 1 and indices.shape[axis + 1 :] == (1,) * (rank - axis - 1):  # whole rows
+        if indices.shape[1:axis] != x.shape[1:axis]:
+            raise NotLowered(f"indices of shape {indices.shape} into shape {x.shape}")
+        return b.emit("take_along", x, reshape(b, indices, indices.shape[: axis + 1]))
     there, back = axis_last(rank, axis)
     single = indices.shape[axis] == 1  # an axis of one entry moves by a reshape, of any type
     values = transpose(b, x, there, "last")
@@ -77,6 +81,18 @@ def _take_along_constants(b: Builder, x: Node, axis: int, places: np.ndarray) ->
     first = np.arange(count).reshape(*rows[alike:], 1) * size
     taken = gather(b, long, len(long.shape) - 1, places + first, "taken")
     return transpose(b, reshape(b, taken, (None, *rows, places.shape[-1]), "split"), back)
+
+
+@lowers_op("BroadcastTo")
+def broadcast_to(b: Builder, op: Any, x: Node) -> Node:
+    """Axes of one entry repeat it."""
+    shape = output_shape(b)
+    if len(shape) != len(x.shape):
+        raise NotLowered("it puts axes in front of the batch")
+    for axis, (have, want) in enumerate(zip(x.shape[1:], shape[1:], strict=True), 1):
+        if have != want:
+            x = gather(b, x, axis, np.zeros(int(want or 1), int), f"axis_{axis}")
+    return x
 
 
 @lowers_op("Flip")

@@ -66,14 +66,14 @@ _DECLARE_THEIR_INPUT = {"Activation", "DotProductAttention"}
 # They read integers: ids, or pixels that they turn into numbers
 _READS_IDS = {"Embedding", "ReversibleEmbedding", "TakeAlongAxis", "OneHot"}
 _COUNTS = {"Minimum", "Maximum", "Multiply"}
-_READS_INTEGERS = {"Rescaling", "Normalization", "Cast", "Softmax"} | _COUNTS | _READS_IDS | _ATTENTION | COMPARISONS
+_LOGICAL = {"LogicalAnd", "LogicalOr", "LogicalNot"} | COMPARISONS
+_READS_INTEGERS = {"Rescaling", "Normalization", "Cast", "Softmax"} | _COUNTS | _READS_IDS | _ATTENTION | _LOGICAL
 # or truth values
 _MASKED = {"LSTM", "GRU", "SimpleRNN", "RNN", "Bidirectional", "GlobalAveragePooling1D"} | _ATTENTION
-_LOGICAL = {"LogicalAnd", "LogicalOr", "LogicalNot", "Any", "All"} | COMPARISONS
-_READS_TRUTHS = {"Cast", "Where", "Softmax"} | _LOGICAL | _COUNTS | _MASKED
+_READS_TRUTHS = {"Cast", "Where", "Softmax", "Any", "All"} | _LOGICAL | _COUNTS | _MASKED
 # or values of any type that was computed, which they move, or whose shape alone they want
 _MOVES = {"Reshape", "Squeeze", "ExpandDims", "Transpose", "Swapaxes", "Moveaxis", "GetItem", "Slice", "Flatten"}
-_MOVES |= {"ZerosLike", "OnesLike", "FullLike"}
+_MOVES |= {"ZerosLike", "OnesLike", "FullLike", "BroadcastTo", "ConvertToTensor"}
 
 
 def trace_model(

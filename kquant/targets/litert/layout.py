@@ -156,8 +156,8 @@ def _write_gather(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
 
 
 def _write_take_along(e: Emitter, node: Node, x: Sequence[int], out: Sink) -> None:
-    last = len(node.shape) - 1
-    e.op("GATHER", x, [out.tensor], axis=last, batchDims=last)
+    axis = len(e.builder.shape(x[1])) - 1
+    e.op("GATHER", x, [out.tensor], axis=axis, batchDims=axis)
 
 
 def _moved(compute: Callable[..., object]) -> Reference:

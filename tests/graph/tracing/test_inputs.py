@@ -80,3 +80,27 @@ def test_numbers_that_an_inner_model_takes_for_ids_are_refused_by_name() -> None
     model = keras.Model(ids, table(ids) * L.Dense(3)(ids)[:, :, None])
     with pytest.raises(ModelError, match="tokens.*ids and as numbers.*two inputs"):
         trace_model(model)
+
+
+def test_rows_at_places_that_are_an_input() -> None:
+    """As the head of a masked language model has them."""
+    places, x = keras.Input((2,), dtype="int32", name="places"), keras.Input((5, 4))
+    model = keras.Model([places, x], L.Dense(3)(K.take_along_axis(x, places[:, :, None], axis=1)))
+    graph = trace_model(model)
+    assert "take_along" in {n.op for n in graph} and "float" not in {n.op for n in graph}
+    data = [np.asarray([[3, 0], [4, 4]], "int32"), np.random.default_rng(0).normal(size=(2, 5, 4)).astype("float32")]
+    np.testing.assert_allclose(evaluate(graph, data)[0], model(data), atol=1e-6)
+    qmodel = kquant.quantize_model(model, data, "w8a8", progress=False)
+    content = kquant.export_tflite(qmodel, allow_float=False).content
+    assert kquant.verify_tflite(qmodel, content, data).ok
+    np.testing.assert_allclose(kquant.TFLiteModel(content).predict(data)[0], model(data), atol=0.05)
+
+
+def test_masks_of_integers_are_joined_as_truth_values() -> None:
+    first, second = (keras.Input((3,), dtype="int32", name=name) for name in ("first", "second"))
+    both = K.logical_and(first, K.logical_not(second))
+    model = keras.Model([first, second], K.cast(both, "float32"))
+    graph = trace_model(model)
+    assert "float" not in {n.op for n in graph}
+    data = [np.asarray([[1, 0, 1], [1, 1, 0]], "int32"), np.asarray([[0, 0, 1], [1, 0, 0]], "int32")]
+    np.testing.assert_array_equal(evaluate(graph, data)[0], model(data))

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.tracing import build, ops, traced
 
-k = keras.ops
+k, L = keras.ops, keras.layers
 IMAGE = (6, 8, 3)
 VECTOR = np.array([0.5, -1.0, 2.0], np.float32)
 POSITIVE = ("log", "log1p", "log2", "log10", "sqrt", "rsqrt")
@@ -19,6 +19,7 @@ BOUNDED = ("arcsin", "arccos", "arctanh")
 ROWS = np.random.default_rng(0).normal(size=(6, 1, 3)).astype("float32")
 
 
+CHOSEN = np.random.default_rng(1).uniform(size=(1, 6, 8, 3)) > 0.5
 PLACES = np.random.default_rng(0).integers(-3, 3, (1, 6, 8, 3))
 BLOCKS = ["reshape", "transpose", "reshape"]
 NEWER = {  # than the oldest Keras that is supported
@@ -89,6 +90,15 @@ def test_newer_operations(name: str) -> None:
         (lambda x: k.where(k.logical_and(x > 0, x < 1), x, 0.0), ["function"] * 3 + ["const", "select"]),
         (lambda x: k.cast(k.logical_not(x != 0.0), "float32"), ["function", "function", "function"]),
         (lambda x: k.cast(x * x > x, "float32"), ["mul", "sub", "function", "function"]),
+        (lambda x: k.where(CHOSEN, x, 0.0), ["const", "mul"]),
+        (lambda x: k.where(CHOSEN, 0.5, x), ["const", "mul", "const", "add"]),
+        (lambda x: k.where(CHOSEN, x, -x), ["affine", "const", "mul", "const", "mul", "add"]),
+        (lambda x: k.where(CHOSEN, x, -1e9), ["const", "add"]),
+        (lambda x: k.all(x > 0, axis=2), ["function", "function", "reduce_min", "function"]),
+        (lambda x: k.cast(k.equal(x > 0, 0), "float32"), ["function", "function", "function"]),
+        (lambda x: x + k.ones_like(x) - k.zeros_like(x), ["const", "add"]),
+        (L.Lambda(lambda x: k.broadcast_to(x[:, :1], k.shape(x))), ["slice", "gather"]),
+        (lambda x: k.convert_to_tensor(x), []),
         (lambda x: k.stop_gradient(x), []),
         (lambda x: k.cast(x, "float32"), []),
     ],

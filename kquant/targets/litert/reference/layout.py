@@ -84,13 +84,15 @@ def cast(op: Operator, x: Values) -> np.ndarray:
 
 
 def gather(op: Operator, x: Values) -> np.ndarray:
-    """GATHER; batch dimensions are those in front of the last axis."""
+    """GATHER; batch dimensions are those in front of the axis of the indices."""
     value, indices, axis, batch = np.asarray(x[0]), np.asarray(x[1]), op.option("axis"), op.option("batchDims", 0)
     if not batch:
         return np.take(value, indices, axis=axis)
-    if not batch == axis == value.ndim - 1 == indices.ndim - 1:
-        raise ExportError(f"{op}: batch dimensions other than all but the last are not in the integer reference")
-    return np.take_along_axis(value, indices, -1)
+    if not batch == axis == indices.ndim - 1:
+        raise ExportError(
+            f"{op}: batch dimensions other than all in front of the axis are not in the integer reference"
+        )
+    return np.take_along_axis(value, indices.reshape(*indices.shape, *[1] * (value.ndim - indices.ndim)), axis)
 
 
 def concatenation(op: Operator, x: Values) -> np.ndarray:
