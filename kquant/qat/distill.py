@@ -44,9 +44,11 @@ class Distiller(keras.Model):
 
     Args:
         student: what is trained, e.g. from `prepare_qat`.
-        teacher: the float model, with the same inputs and outputs. Both end in scores of two or more classes on the
-            last axis, as logits or as probabilities (their logarithm is the same up to a constant).
+        teacher: the float model, with the same inputs and outputs. What is compared are scores of two or more classes
+            on the last axis, as logits or as probabilities (their logarithm is the same up to a constant).
         temperature: T, above 0. Higher ones tell more of the classes that the teacher rules out.
+        outputs: names of the outputs that are compared, by default all but integers (a mask of classes, say). The others
+            learn by the loss of `compile` alone.
         alpha: the share of the teacher, 0 to 1. The default of equal shares at T = 1 is LSQ's (arXiv 1902.08153).
         features: inner tensors to match, student's -> teacher's, by the names of layers (of nodes, for a quantized
             model, whose activations are fused and belong to the node in front). Of equal shape, and not among those
@@ -54,7 +56,8 @@ class Distiller(keras.Model):
         feature_weight: what their squared errors count, at least 0.
 
     Raises:
-        ModelError: the models' outputs do not match or are no class scores, or a feature does not exist or fit.
+        ModelError: the models' outputs do not match or are no class scores, or an output or a feature does not exist
+            or fit.
         ConfigError: a number is out of bounds.
     """
 
@@ -65,6 +68,7 @@ class Distiller(keras.Model):
         *,
         temperature: float = 1.0,
         alpha: float = 0.5,
+        outputs: Sequence[str] | None = None,
         features: Mapping[str, str] | None = None,
         feature_weight: float = 1.0,
         **kwargs: Any,
@@ -74,11 +78,12 @@ class Distiller(keras.Model):
         _check("alpha", alpha, 0.0, 1.0)
         _check("feature_weight", feature_weight, 0.0, math.inf)
         graphs = _graph(student), _graph(teacher)
-        _check_outputs(*graphs)
+        self.outputs_compared = None if outputs is None else tuple(outputs)
+        self._compared = _compared(*graphs, self.outputs_compared)
         self.student, self.teacher = student, teacher
         self.temperature, self.alpha, self.feature_weight = float(temperature), float(alpha), float(feature_weight)
         self.features = dict(features or {})
-        self._probabilities = tuple(tuple(is_softmax(g, name) for name in g.outputs) for g in graphs)
+        self._probabilities = tuple(tuple(is_softmax(g, g.outputs[k]) for k in self._compared) for g in graphs)
         self._views = _views(student, teacher, self.features)
         self._distillation_loss = keras.metrics.Mean(name="distillation_loss")
         self._feature_loss = keras.metrics.Mean(name="feature_loss") if features else None
@@ -128,10 +133,9 @@ class Distiller(keras.Model):
         return {name: value for name, value in super().test_step(data).items() if name not in trained_on}
 
     def _divergence(self, targets: Any, scores: Any) -> Tensor:
-        """T^2 KL(softmax(z_t / T) || softmax(z_s / T)), summed over outputs."""
-        pairs = zip(
-            keras.tree.flatten(targets), keras.tree.flatten(scores), *reversed(self._probabilities), strict=True
-        )
+        """T^2 KL(softmax(z_t / T) || softmax(z_s / T)), summed over the outputs that are compared."""
+        wanted, found = ([keras.tree.flatten(z)[k] for k in self._compared] for z in (targets, scores))
+        pairs = zip(wanted, found, *reversed(self._probabilities), strict=True)
         return tf.add_n([divergence(_logits(t, pt), _logits(s, ps), self.temperature) for t, s, pt, ps in pairs])
 
     @property
@@ -157,7 +161,8 @@ class Distiller(keras.Model):
     def get_config(self) -> dict[str, Any]:
         numbers = {k: getattr(self, k) for k in ("temperature", "alpha", "feature_weight")}
         models = {k: keras.saving.serialize_keras_object(getattr(self, k)) for k in ("student", "teacher")}
-        return {"name": self.name, **models, **numbers, "features": dict(self.features)}
+        names = {"features": dict(self.features), "outputs": self.outputs_compared}
+        return {"name": self.name, **models, **numbers, **names}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Distiller:
@@ -226,20 +231,34 @@ def _graph(model: keras.Model) -> Graph:
     return extract(model).graph if isinstance(model, QuantizedModel) else prepare_graph(model)
 
 
-def _check_outputs(student: Graph, teacher: Graph) -> None:
-    """Refuse models whose outputs cannot be compared as class scores."""
+def _compared(student: Graph, teacher: Graph, names: Sequence[str] | None) -> tuple[int, ...]:
+    """The places of the outputs that are compared; models that cannot be as class scores are refused."""
+    for name in names or ():
+        if name not in student.output_names:
+            raise ModelError(f"{student.name!r} has no output {name!r}{suggest(name, student.output_names)}.")
     shapes = [[graph[name].shape[1:] for name in graph.outputs] for graph in (student, teacher)]
     if shapes[0] != shapes[1]:
         raise ModelError(
             f"The outputs of the student {student.name!r} have shapes {shapes[0]} and those of the teacher "
             f"{teacher.name!r} {shapes[1]} (without the batch): a teacher scores the same classes."
         )
-    for name, shape in zip(student.outputs, shapes[0], strict=True):
+    wanted = student.output_names if names is None else names
+    places = tuple(
+        k
+        for k, name in enumerate(student.output_names)
+        if name in wanted and (names is not None or student[student.outputs[k]].dtype == "float32")
+    )
+    if not places:
+        raise ModelError(f"{student.name!r} returns nothing that could be compared: no output holds scores.")
+    for k in places:
+        name, shape = student.output_names[k], shapes[0][k]
         if not shape or (shape[-1] or 0) < 2:
             raise ModelError(
                 f"The output {name!r} of {student.name!r} has shape {shape} (without the batch): distillation compares "
-                "scores of two or more classes on the last axis. Train on labels instead."
+                "scores of two or more classes on the last axis. Name the outputs to be compared in `outputs`, or train on "
+                "labels instead."
             )
+    return places
 
 
 # --- inner tensors -------------------------------------------------------------------------------------------------

@@ -188,6 +188,43 @@ def test_jit_gives_the_same_losses():
     assert logs[0] == pytest.approx(logs[1], rel=1e-5)
 
 
+def scored(seed: int) -> keras.Model:
+    """Scores, the class that they say, and a number beside them."""
+    model = network(seed)
+    scores = model.output
+    side = layers.Dense(1, name="number")(model.get_layer("hidden").output)
+    outputs = {"scores": scores, "best": keras.ops.argmax(scores, -1), "number": side}
+    return keras.Model(model.input, outputs, name=f"scored{seed}")
+
+
+def test_outputs_that_are_no_scores_learn_by_their_own_loss_or_not_at_all():
+    teacher = scored(1)
+    with pytest.raises(kquant.ModelError, match="'number'.*outputs"):
+        Distiller(quantized(scored(2)), teacher)
+    student = quantized(scored(2))
+    distiller = Distiller(student, teacher, alpha=0.25, outputs=["scores"])
+    distiller.compile(keras.optimizers.SGD(0.0), {"scores": LABELS(from_logits=True), "number": "mse"})
+    labels = {"scores": Y, "number": np.ones((len(X), 1), np.float32)}
+    found, targets = student(X, training=True), teacher.predict(X, verbose=0)
+    own = float(LABELS(from_logits=True)(Y, found["scores"]) + keras.ops.mean((found["number"] - 1.0) ** 2))
+    kl = numpy_divergence(targets["scores"], np.asarray(found["scores"]), 1.0)
+    assert first_loss(distiller, X, labels)["loss"] == pytest.approx(0.75 * own + 0.25 * kl, rel=1e-4)
+
+
+def test_integers_are_left_out(tmp_path):
+    def two(seed: int) -> keras.Model:
+        model = scored(seed)
+        return keras.Model(model.input, {k: model.output[k] for k in ("scores", "best")}, name=f"two{seed}")
+
+    distiller = Distiller(quantized(two(2)), two(1), alpha=1.0)
+    distiller.compile(keras.optimizers.SGD(0.1))
+    losses = distiller.fit(X, epochs=20, verbose=0).history["loss"]
+    assert losses[-1] < 0.7 * losses[0]
+    distiller.save(tmp_path / "distiller.keras")
+    again = keras.models.load_model(tmp_path / "distiller.keras")
+    np.testing.assert_array_equal(again.predict(X, verbose=0)["best"], distiller.predict(X, verbose=0)["best"])
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -198,6 +235,7 @@ def test_jit_gives_the_same_losses():
         ({"alpha": 1.5}, kquant.ConfigError, "alpha of a Distiller must be a number at least 0 and at most 1"),
         ({"alpha": True}, kquant.ConfigError, "alpha"),
         ({"feature_weight": float("nan")}, kquant.ConfigError, "feature_weight"),
+        ({"outputs": ["scoers"]}, kquant.ModelError, "no output 'scoers'.*'scores'"),
         ({"features": {"hiden": "hidden"}}, kquant.ModelError, "student 'network1' has no layer 'hiden'.*'hidden'"),
         ({"features": {"hidden": "x1"}}, kquant.ModelError, "teacher 'network2' has no layer 'x1'"),
         ({"features": {"hidden": "scores"}}, kquant.ModelError, r"shape \(None, 8\).*'scores'.*\(None, 3\)"),
