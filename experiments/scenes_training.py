@@ -1,6 +1,7 @@
 """Segmentation and detection of street scenes trained with quantization, against the float model trained alike.
 
 Both go on from the float model with its own recipe and losses; what is scored is the exported file, on all test scenes.
+"Distilled" learns from the float model that comes along, too, where an output has a score for every class.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ from .tables import OneTable, Options
 
 LEARNING_RATE = 1e-3
 KEPT = {"segmentation": "mask"}  # the only output of what is deployed
+TAUGHT = {"segmentation": ("logits",)}  # the outputs that learn from the float model
+TEMPERATURE, ALPHA = 2.0, 0.7  # of the distillation
 
 
 def rows(_: str, options: Options) -> Iterator[Sequence[Any]]:
     """For each task a row of the float model trained on, and one of every config."""
     scenes = camvid.load("test", options.samples)
     for name, task in TASKS.items():
-        if not options.wants(name):
+        taught = [f"{config}, distilled" for config in options.configs if name in TAUGHT]
+        wanted = [v for v in (*options.configs, *taught) if options.wants(f"{name}, {v}")]
+        if not wanted:
             continue
         source = task.load()
         before = score(name, task.deployed(source).predict_on_batch, scenes)
@@ -38,24 +43,26 @@ def rows(_: str, options: Options) -> Iterator[Sequence[Any]]:
             seconds = _fit(name, model, options.epochs, seed)
             floats.append(score(name, task.deployed(model).predict_on_batch, scenes))
         yield name, "float", options.epochs, len(scenes), before, spread(floats), 0.0, "-", f"{seconds:.0f}"
-        for config in options.configs:
-            yield _trained(name, source, config, options, scenes, floats)
+        for variant in wanted:
+            yield _trained(name, source, variant, options, scenes, floats)
 
 
 def _trained(
     name: str,
     source: keras.Model,
-    config: str,
+    variant: str,
     options: Options,
     scenes: camvid.Scenes,
     floats: Sequence[float],
 ) -> Sequence[Any]:
-    """The row of a config: scores before and after training, and the contract of the last file."""
+    """The row of a variant: scores before and after training, and the contract of the last file."""
+    config, _, distilled = variant.partition(", ")
     begun, ended, seconds, ok = [], [], 0.0, True
     for seed in range(options.seeds):
         model = kquant.prepare_qat(source, calibration(), config, seed=seed, progress=False)
         begun.append(_file_score(name, model, scenes))
-        seconds = _fit(name, model, options.epochs, seed)
+        fitted = _learner(name, model, source) if distilled else model
+        seconds = _fit(name, fitted, options.epochs, seed)
         ended.append(_file_score(name, model, scenes))
         whole = in_integers(name, model)
         content = kquant.export_tflite(whole, allow_float=False).content
@@ -63,9 +70,14 @@ def _trained(
     difference = float(np.mean(ended) - np.mean(floats))
     contract = "holds" if ok else "FAILS"
     return (
-        *(name, config, options.epochs, len(scenes), spread(begun)),
+        *(name, variant, options.epochs, len(scenes), spread(begun)),
         *(spread(ended), difference, contract, f"{seconds:.0f}"),
     )
+
+
+def _learner(name: str, model: kquant.QuantizedModel, teacher: keras.Model) -> keras.Model:
+    """What is fitted where the float model teaches."""
+    return kquant.Distiller(model, teacher, temperature=TEMPERATURE, alpha=ALPHA, outputs=TAUGHT[name])
 
 
 def _fit(name: str, model: keras.Model, epochs: int, seed: int) -> float:
@@ -90,6 +102,6 @@ TABLES = {
     "scenes_training": OneTable(
         rows,
         ("task", "variant", "epochs", "frames", "before", "after", "difference", "contract", "s per epoch"),
-        ("task", "variant"),
+        ("task", "variant", "epochs"),
     )
 }

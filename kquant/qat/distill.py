@@ -47,8 +47,8 @@ class Distiller(keras.Model):
         teacher: the float model, with the same inputs and outputs. What is compared are scores of two or more classes
             on the last axis, as logits or as probabilities (their logarithm is the same up to a constant).
         temperature: T, above 0. Higher ones tell more of the classes that the teacher rules out.
-        outputs: names of the outputs that are compared, by default all but integers (a mask of classes, say). The others
-            learn by the loss of `compile` alone.
+        outputs: names of the outputs that are compared, by default all but integers (a mask of classes, say). The
+            others learn by the loss of `compile` alone.
         alpha: the share of the teacher, 0 to 1. The default of equal shares at T = 1 is LSQ's (arXiv 1902.08153).
         features: inner tensors to match, student's -> teacher's, by the names of layers (of nodes, for a quantized
             model, whose activations are fused and belong to the node in front). Of equal shape, and not among those
@@ -255,8 +255,8 @@ def _compared(student: Graph, teacher: Graph, names: Sequence[str] | None) -> tu
         if not shape or (shape[-1] or 0) < 2:
             raise ModelError(
                 f"The output {name!r} of {student.name!r} has shape {shape} (without the batch): distillation compares "
-                "scores of two or more classes on the last axis. Name the outputs to be compared in `outputs`, or train on "
-                "labels instead."
+                "scores of two or more classes on the last axis. Name outputs to be compared in `outputs`, or train "
+                "on labels instead."
             )
     return places
 

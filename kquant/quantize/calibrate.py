@@ -187,7 +187,7 @@ def make_grids(
     """
     leaders = {n: place(grid_from_range(*r, plan.activations[n])) for n, r in ranges.items()} | plan.fixed
     leaders = _as_around(plan, leaders, all_zero(ranges))
-    leaders = _beside_powers(plan, _above_operands(plan, leaders, weights))
+    leaders = _readable(plan, _above_operands(plan, leaders, weights))
     activations: dict[str, Grid | None] = {n.name: None for n in plan.graph}
     activations.update({name: leaders[leader] for name, leader in plan.groups.items()})
     chosen: dict[str, Grid | None] = {n: _with_room(plan.graph[n], q, activations) for n, q in weights.items()}
@@ -249,12 +249,17 @@ def _above_operands(plan: Plan, leaders: Mapping[str, Grid], weights: Mapping[st
     return found
 
 
-def _beside_powers(plan: Plan, leaders: Mapping[str, Grid]) -> dict[str, Grid]:
-    """The grids, wider by a thousandth where a kernel reads one that it computes differently elsewhere."""
+def _readable(plan: Plan, leaders: Mapping[str, Grid]) -> dict[str, Grid]:
+    """The grids, wider where the kernel that reads one wants that: see `Kernel.least_scale` and `beside_powers`."""
     found = dict(leaders)
     for node in plan.graph:
         leader = plan.groups.get(node.inputs[0]) if node.inputs else None
-        if leader is None or leader in plan.fixed or plan.activations[leader].power_of_two:
+        if leader is None or leader in plan.fixed:
+            continue
+        least = plan.target.least_scale(node.op, found[leader].container)
+        if found[leader].scale < least:  # a power of two
+            found[leader] = replace(found[leader], scale=np.full_like(found[leader].scale, least))
+        if plan.activations[leader].power_of_two:
             continue
         exponent = float(np.log2(found[leader].scale))
         distance = plan.target.beside_powers(node.op, found[leader].container)

@@ -52,6 +52,7 @@ class Kernel:
             it interpolates between samples that saturate.
         beside_powers: container of the activations -> how far, as a binary logarithm, the scale of its input has to be
             from a power of two, near which its builds compute different things.
+        least_scale: container of the activations -> the scale of its input below which its builds abort.
         centered: inputs that it multiplies many times faster with zero point 0.
         fuses: activations that it applies itself.
         saturates: what it makes lies within the output's grid.
@@ -72,6 +73,7 @@ class Kernel:
     output: Mapping[int, tuple[float, int]] = field(default_factory=dict)
     headroom: Mapping[int, float] = field(default_factory=dict)
     beside_powers: Mapping[int, float] = field(default_factory=dict)
+    least_scale: Mapping[int, float] = field(default_factory=dict)
     centered: tuple[int, ...] = ()
     fuses: tuple[str, ...] = ("NONE",)
     saturates: bool = False

@@ -130,6 +130,10 @@ class Target:
         """How far the scale of what `op` reads has to be from a power of two, as a binary logarithm."""
         return self.kernels[op].beside_powers.get(container, 0.0) if op in self.kernels else 0.0
 
+    def least_scale(self, op: str, container: int) -> float:
+        """The smallest scale of what `op` reads."""
+        return self.kernels[op].least_scale.get(container, 0.0) if op in self.kernels else 0.0
+
     def float_only(self, op: str, container: int) -> bool:
         """Whether `op` has no integer kernel for activations in this container."""
         if op in _NOT_COMPUTED:

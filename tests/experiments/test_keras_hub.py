@@ -5,9 +5,9 @@ import pytest
 
 pytest.importorskip("keras_hub", reason="keras-hub is in the extra dev only")
 
-from experiments.keras_hub import passage  # noqa: E402
 from experiments.keras_hub_models import MODELS  # noqa: E402
 from experiments.keras_hub_small import samples  # noqa: E402
+from experiments.passages import passage  # noqa: E402
 
 TASKS = (
     "ViTImageClassifier",

@@ -188,3 +188,20 @@ def on(target: str, config: str = "w8a8") -> kquant.QuantConfig:
     if target == "tflm":
         pytest.importorskip("tflite_micro", reason="tflite-micro is not installed: pip install .[tflm]")
     return replace(kquant.QuantConfig.preset(config), target=target)
+
+
+@pytest.mark.parametrize("target", ["litert", "tflm"])
+@pytest.mark.parametrize("size", [1e-6, 1e-12])
+def test_scores_that_vanish(size: float, target: str) -> None:
+    """On so fine a scale the kernels of softmax abort the process: the grid is wider, and all classes are alike."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6,))
+    model = keras.Model(
+        inputs,
+        L.Dense(4, activation="softmax", kernel_initializer=keras.initializers.RandomNormal(stddev=size))(inputs),
+    )
+    data = np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32)
+    q = kquant.quantize_model(model, data, on(target), progress=False)
+    content = kquant.export_tflite(q, allow_float=False).content
+    assert kquant.verify_tflite(q, content, data).ok
+    np.testing.assert_allclose(kquant.TFLiteModel(content).predict(data)[0], 0.25, atol=1 / 256)

@@ -228,6 +228,7 @@ KERNELS = (
     Kernel(
         op="softmax",
         arithmetic={8: real, 16: softmax_16(RECIPROCAL)},
+        least_scale={8: 2.0**-25},  # differences of scores are counted in 2^-26, each of more than one
         write=_write_softmax,
         operators={
             "SOFTMAX": Builtin(

@@ -48,6 +48,7 @@ def check(e: Emitter, node: Node) -> None:
             "use 8 bits or keep the layer float."
         )
     _check_inputs(e, node, q)
+    _check_scale(e, node)
     _check_output(e.target, node, q)
     if node.op in ("add", "sub"):
         _check_sum(e, node, q)
@@ -96,6 +97,15 @@ def _check_inputs(e: Emitter, node: Node, q: Grid) -> None:
                 f"{node.name!r}: {node.op} needs the same grid for input and output, found {_text(source)} in {name!r} "
                 f"and {_text(q)}; put a requantize between them."
             )
+
+
+def _check_scale(e: Emitter, node: Node) -> None:
+    source = e.grid(node.inputs[0]) if node.inputs else None
+    if source is not None and float(source.scale) < e.target.least_scale(node.op, source.container):
+        raise ExportError(
+            f"{node.name!r}: the kernel of {node.op} aborts on {node.inputs[0]!r} with {_text(source)}, too fine a "
+            "grid; give that tensor a wider range, or keep the layer float."
+        )
 
 
 def _check_sum(e: Emitter, node: Node, q: Grid) -> None:
