@@ -5,6 +5,7 @@ Each with random weights on small random images, at w8a8 and at w4a8: a row of a
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ def build(name: str) -> Callable[[], keras.Model]:
     return lambda: getattr(keras.applications, name)(weights=None, input_shape=(SIDE, SIDE, 3), classes=10)
 
 
-def samples(name: str) -> Any:
+def samples(name: str, _: Any = None) -> Any:
     """Random images, smooth as photographs are, in the range that a network reads: [8, 96, 96, 3] float32."""
     rough = np.random.default_rng(0).random((SAMPLES, 12, 12, 3), "float32")
     images = np.asarray(keras.ops.image.resize(rough, (SIDE, SIDE)))
@@ -41,7 +42,7 @@ def main(names: Sequence[str]) -> None:
     print(HEADER, flush=True)
     for name in names or FAMILIES:
         for config in CONFIGS:
-            print(row(f"{name}, {config}", build(name), lambda _, name=name: samples(name), config), flush=True)
+            print(row(f"{name}, {config}", build(name), functools.partial(samples, name), config), flush=True)
 
 
 if __name__ == "__main__":
