@@ -222,6 +222,8 @@ def pad_op(b: Builder, op: Any, x: Node, constant_values: Any = None) -> Node:
 
 @lowers_op("Reshape", "Squeeze", "ExpandDims")
 def reshape_op(b: Builder, op: Any, x: Node) -> Node:
+    if x.op == MOVED:
+        return x.with_(shape=b.scope.shapes[0]).with_attrs(then=b.scope.shapes[0][1:])
     return reshape(b, x, output_shape(b), "")
 
 
@@ -243,7 +245,7 @@ def check_moved(tensors: Sequence[Node], operation: Any = None) -> None:
     Raises:
         NotLowered: the operation cannot.
     """
-    if any(t.op == MOVED for t in tensors) and type(operation).__name__ not in ("GetItem", "Unstack"):
+    if any(t.op == MOVED for t in tensors) and type(operation).__name__ not in ("GetItem", "Unstack", "Reshape"):
         raise NotLowered("it reads a tensor whose batch is not in front")
 
 
@@ -254,7 +256,13 @@ def _part_of_moved(b: Builder, moved: Node, k: int) -> Node:
         raise NotLowered("it moves the batch dimension")
     part = slice_axis(b, x, first, k % int(x.shape[first] or 1), k % int(x.shape[first] or 1) + 1, f"part_{k}")
     part = reshape(b, part, [d for axis, d in enumerate(x.shape) if axis != first])
-    return transpose(b, part, [a - (a > first) for a in rest], f"part_{k}_transposed")
+    part = transpose(b, part, [a - (a > first) for a in rest], f"part_{k}_transposed")
+    if (shape := moved.attrs.get("then")) is None:
+        return part
+    part = reshape(b, part, shape, f"part_{k}_reshaped")  # the batch and heads, say, as one axis
+    if shape[0] not in (None, part.batch):
+        raise NotLowered("it moves values across the batch")
+    return part
 
 
 @lowers_op("Swapaxes")

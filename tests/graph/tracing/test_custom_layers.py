@@ -109,6 +109,28 @@ def test_parts_of_a_tensor_whose_batch_is_not_in_front() -> None:
     assert_equal(trace_model(unstacked), unstacked)
 
 
+def test_heads_and_batch_as_one_axis_behind_the_parts() -> None:
+    """As the encoder of Segment Anything writes its attention."""
+
+    class Attention(L.Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = L.Dense(3 * WIDTH)
+
+        def call(self, x: Any) -> Any:
+            batch = ops.shape(x)[0]
+            parts = ops.transpose(ops.reshape(self.qkv(x), (batch, LENGTH, 3, 2, WIDTH // 2)), (2, 0, 3, 1, 4))
+            q, k, v = ops.unstack(ops.reshape(parts, (3, batch * 2, LENGTH, WIDTH // 2)), axis=0)
+            y = ops.softmax(q @ ops.transpose(k, (0, 2, 1))) @ v
+            y = ops.transpose(ops.reshape(y, (batch, 2, LENGTH, WIDTH // 2)), (0, 2, 1, 3))
+            return ops.reshape(y, (batch, LENGTH, WIDTH))
+
+    model = randomize(build(Attention(), (LENGTH, WIDTH)))
+    graph = trace_model(model)
+    assert "float" not in operations(graph)
+    assert_equal(graph, model)
+
+
 def test_a_batch_that_is_not_in_front_is_refused_otherwise() -> None:
     moved = build(lambda x: ops.relu(ops.transpose(x, (1, 0, 2)))[0], (LENGTH, WIDTH))
     with pytest.raises(ModelError, match="batch"):
