@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import keras
@@ -65,11 +66,11 @@ def symbolic(
     no part of the function, which is None where there is no other.
 
     Raises:
-        NotLowered: with one sample, it computes other constants each time: random numbers.
+        NotLowered: it computes other constants each time: random numbers.
     """
     nodes = nodes_in(list(args), kwargs)
 
-    def attempt(batch: int | None) -> tuple[Any, list[Any]]:
+    def traced(batch: int | None) -> tuple[Any, list[Any]]:
         shapes = {n.name: (batch and batch * n.batch, *n.shape[1:]) for n in nodes}
         inputs = {n.name: keras.Input(batch_shape=shapes[n.name], dtype=n.dtype) for n in nodes}
         symbolic_args, symbolic_kwargs = keras.tree.map_structure(
@@ -80,37 +81,39 @@ def symbolic(
         computed = [r for r in results if isinstance(r, keras.KerasTensor)]
         return keras.Function(list(inputs.values()), computed) if computed else None, results
 
-    def of_one_sample() -> tuple[Any, list[Any]]:
-        once, again = attempt(1), attempt(1)
-        arrays, others = _constants(*once), _constants(*again)
-        if len(arrays) != len(others) or not all(map(np.array_equal, arrays, others)):
-            raise NotLowered("it computes with random numbers")
-        return once
+    def attempt(batch: int | None) -> tuple[Any, list[Any]]:
+        found = traced(batch)
+        if arrays := _constants(*found):
+            others = _constants(*traced(batch))
+            if len(arrays) != len(others) or not all(map(np.array_equal, arrays, others)):
+                raise NotLowered("it computes with random numbers")
+        return found
 
     try:
         first = attempt(None)
         if first[0] is None or not loses_sizes(first[0]):
             return first
+    except NotLowered:
+        raise
     except Exception as error:
-        try:
-            return of_one_sample()
-        except NotLowered:
-            raise
-        except Exception:
+        for setting in (nullcontext(), inlined(owner)):
             try:
-                with inlined(owner):
-                    return of_one_sample()
+                with setting:
+                    return attempt(1)
+            except NotLowered:
+                raise
             except Exception:
-                raise error from None
+                continue
+        raise error
     try:
-        return of_one_sample()
+        return attempt(1)
     except Exception:
         return first
 
 
 def _constants(function: Any, results: Sequence[Any]) -> list[np.ndarray]:
-    """The arrays that a traced function reads or returns."""
+    """The arrays and numbers that a traced function reads or returns."""
     calls = [] if function is None else recorded_calls(function)
     read = [value for _, args, kwargs, _ in calls for value in keras.tree.flatten((args, kwargs))]
-    kinds = np.ndarray, tf.Tensor
+    kinds = np.ndarray, np.generic, tf.Tensor, float
     return [np.asarray(v) for v in (*read, *results) if isinstance(v, kinds)]

@@ -95,6 +95,8 @@ def test_weights_train_as_those_of_the_users_layer() -> None:
     [
         lambda x: x + tf.random.normal(tf.shape(x)),
         lambda x: x + keras.random.normal(keras.ops.shape(x)),
+        lambda x: x + keras.random.normal((4,)),
+        lambda x: x * np.random.default_rng().normal(),
         lambda x: tf.math.cumprod(x, 1),
         lambda x: tf.cond(tf.reduce_sum(x) > 0, lambda: x, lambda: -x),
     ],
