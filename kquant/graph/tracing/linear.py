@@ -58,7 +58,7 @@ def bias_of(layer: Any, channels: int) -> np.ndarray:
     return as_array(layer.bias) if layer.use_bias else np.zeros(channels, np.float32)
 
 
-def _conv(
+def convolve(
     b: Builder,
     x: Node,
     kernel: np.ndarray,
@@ -119,7 +119,7 @@ def _depthwise(
 
 @lowers_layer(L.Conv1D, L.Conv2D)
 def conv(b: Builder, layer: Any, x: Node) -> Node:
-    y = _conv(
+    y = convolve(
         b,
         x,
         as_array(layer.kernel),
@@ -154,7 +154,7 @@ def _separable(
     depthwise, pointwise = kernels
     zeros = np.zeros(depthwise.shape[-2] * depthwise.shape[-1], np.float32)
     y = _depthwise(b, x, depthwise, zeros, strides, pad, dil, suffix="depthwise", variables=variables[0])
-    return _conv(b, y, pointwise.reshape(1, 1, *pointwise.shape[-2:]), bias, 1, "valid", 1, variables[1])
+    return convolve(b, y, pointwise.reshape(1, 1, *pointwise.shape[-2:]), bias, 1, "valid", 1, variables[1])
 
 
 @lowers_layer(L.SeparableConv1D, L.SeparableConv2D)
@@ -230,7 +230,7 @@ def conv_op(b: Builder, op: Any, inputs: Node, kernel: Any) -> Node:
     if isinstance(kernel, Node):
         raise NotLowered("its kernel is not a constant")
     array = as_array(kernel)
-    emit = _depthwise if type(op).__name__ == "DepthwiseConv" else _conv
+    emit = _depthwise if type(op).__name__ == "DepthwiseConv" else convolve
     channels = array.shape[-2] * array.shape[-1] if emit is _depthwise else array.shape[-1]
     zeros, variables = np.zeros(channels, np.float32), constant_kernel(kernel)
     y = emit(b, inputs, array, zeros, op.strides, op.padding, op.dilation_rate, variables=variables)

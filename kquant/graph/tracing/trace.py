@@ -27,6 +27,7 @@ from kquant.graph.tracing import (  # noqa: F401  they fill the tables
     activations,
     attention,
     choices,
+    fourier,
     layers,
     linear,
     maps,
