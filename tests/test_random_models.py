@@ -23,6 +23,7 @@ import tensorflow as tf
 import kquant
 from kquant.graph.ops import evaluate
 from kquant.graph.tracing.trace import trace_model
+from tests.support.random_choices import random_choices
 from tests.support.random_models import random_data, random_model
 
 pytestmark = pytest.mark.usefixtures("eagerly")
@@ -79,6 +80,32 @@ def check(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_parity_and_nearness_of_random_models(seed: int) -> None:
     check(seed)
+
+
+def check_choices(seed: int) -> None:
+    """What compares and chooses, or is written in TensorFlow: without an operation in float, and as simulated."""
+    keras.backend.clear_session()
+    model, config = random_choices(seed), ("w8a8", "w4a8", "w8a8-per_tensor")[seed % 3]
+    data = random_data(seed, model)
+    expected = np.asarray(model(data[0]))
+    found = evaluate(trace_model(model), data)[0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max(), err_msg=f"seed {seed}")
+    qmodel = kquant.quantize_model(model, data, config, progress=False)
+    content = kquant.export_tflite(qmodel, allow_float=False).content
+    report = kquant.verify_tflite(qmodel, content, random_data(seed + 1, model), tensor_samples=4)
+    assert report.ok, f"seed {seed}, {config}\n{report}"
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_random_choices(seed: int) -> None:
+    check_choices(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", range(2, 42, 10))
+def test_more_random_choices(start: int) -> None:
+    for seed in range(start, start + 10):
+        check_choices(seed)
 
 
 @pytest.mark.parametrize("seed", [20])

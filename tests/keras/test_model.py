@@ -19,6 +19,7 @@ from kquant.quantize.plan import make_plan
 from models import digits_cnn
 from tests.support import zoo
 from tests.support.graphs import chain, quantized
+from tests.support.odd import Odd
 from tests.support.operations import GRAPHS
 from tests.support.same import assert_same
 from tests.support.toy import asked, config, toy_data, toy_qgraph
@@ -50,7 +51,7 @@ def attention_model() -> keras.Model:
     keras.utils.set_random_seed(3)
     x = inputs = keras.Input((6, 4), name="tokens")
     x = layers.Dense(4, name="before")(x)
-    x = layers.EinsumDense("abc,bcd->abd", (6, 4), name="mixed")(x)
+    x = Odd(name="mixed")(x)
     x = layers.LayerNormalization(name="norm")(x)
     return keras.Model(inputs, layers.Dense(2, name="after")(x), name="small_attention")
 

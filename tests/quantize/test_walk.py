@@ -14,6 +14,7 @@ from kquant.graph.ops import evaluate, op_of
 from kquant.graph.transforms import prepare_graph
 from kquant.quantize import walk
 from kquant.quantize.walk import Batches, layer_by_layer
+from tests.support.odd import Odd
 from tests.support.random_models import random_data, random_model
 from tests.support.toy import calibration, toy_data, toy_graph
 
@@ -141,7 +142,7 @@ def test_several_inputs_ids_and_float_layers() -> None:
     ids, image = keras.Input((5,), dtype="int32"), keras.Input((6, 6, 2))
     x = keras.layers.Dense(4)(keras.layers.Embedding(10, 3)(ids))
     x = keras.layers.LayerNormalization()(x)
-    x = keras.layers.EinsumDense("abc,bcd->abd", (5, 4))(x)[:, 0]
+    x = Odd()(x)[:, 0]
     y = keras.layers.Conv2DTranspose(4, 3, 2, padding="same", activation="relu")(image)
     y = keras.layers.Conv2D(4, 3, groups=2)(y)
     z = keras.layers.Add()([x, keras.layers.GlobalAveragePooling2D()(y)])

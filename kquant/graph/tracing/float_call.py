@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from kquant.errors import ModelError
 from kquant.graph.ir import Node
 from kquant.graph.tracing.borrowed import Borrowed, Loan, NotCopied
 from kquant.graph.tracing.builder import Builder
@@ -72,9 +73,22 @@ class FloatCall:
         return replace(self, output=output)
 
     def __call__(self, inputs: Sequence[Any]) -> Any:
-        """Run the operation on tensors or KerasTensors, one per slot."""
+        """Run the operation on tensors or KerasTensors, one per slot.
+
+        Raises:
+            ModelError: Keras does not take the call with the constants that were found in it.
+        """
         args, kwargs = self._filled(lambda s: inputs[s.index])
-        result = self.operation(*args, **kwargs)
+        try:
+            result = self.operation(*args, **kwargs)
+        except ValueError as error:
+            if "mix tensors and non-tensors" not in str(error):
+                raise
+            raise ModelError(
+                f"Layer {self.operation.name!r} ({type(self.operation).__name__}) stays in float, and Keras does not call "
+                "it with constants among its keyword arguments: give it these as settings, or tell kquant.register_layer "
+                "what it computes."
+            ) from error
         return result if self.output is None else keras.tree.flatten(result)[self.output]
 
     def parts(self, batches: Sequence[int]) -> int | None:
