@@ -85,9 +85,9 @@ class FloatCall:
             if "mix tensors and non-tensors" not in str(error):
                 raise
             raise ModelError(
-                f"Layer {self.operation.name!r} ({type(self.operation).__name__}) stays in float, and Keras does not call "
-                "it with constants among its keyword arguments: give it these as settings, or tell kquant.register_layer "
-                "what it computes."
+                f"Layer {self.operation.name!r} ({type(self.operation).__name__}) stays in float, and Keras does not "
+                "call it with constants among its keyword arguments: give it these as settings, or tell "
+                "kquant.register_layer what it computes."
             ) from error
         return result if self.output is None else keras.tree.flatten(result)[self.output]
 
