@@ -34,7 +34,7 @@ _REMEDY = "Pass an array, a dict of arrays by input name, a tf.data.Dataset, a P
 
 
 class CalibrationData:
-    """Batches of float32 or int32 arrays, one per model input; can be iterated repeatedly.
+    """Batches of float32, int32 or bool arrays, one per model input; can be iterated repeatedly.
 
     Args:
         source: see the module's docstring.
@@ -245,11 +245,11 @@ def _rows(inputs: list[Array], specs: tuple[InputSpec, ...], where: str) -> int:
 
 
 def _convert(x: Array, spec: InputSpec, where: str) -> Array:
-    """x as float32, or as int32 where the model reads integers; finite."""
+    """x as float32, or as int32 or bool where the model reads integers or truth values; finite."""
     name, _, dtype = spec
     with np.errstate(over="ignore", invalid="ignore"):
         if np.dtype(dtype).kind in "iub":
-            converted = x.astype(np.int32)
+            converted = x.astype(bool if dtype == "bool" else np.int32)
             if not np.array_equal(converted, x):
                 raise CalibrationError(f"{where}: input {name!r} needs {dtype} values, found others of {x.dtype}.")
             return converted

@@ -96,6 +96,19 @@ def test_rows_at_places_that_are_an_input() -> None:
     np.testing.assert_allclose(kquant.TFLiteModel(content).predict(data)[0], model(data), atol=0.05)
 
 
+def test_masks_of_truth_values() -> None:
+    mask, x = keras.Input((5,), dtype="bool", name="mask"), keras.Input((5, 8))
+    y = L.MultiHeadAttention(2, 4)(x, x, attention_mask=mask[:, None, :])
+    model = keras.Model([mask, x], L.Dense(3)(y + K.cast(mask[:, :, None], "float32")))
+    rng = np.random.default_rng(0)
+    data = [rng.random((24, 5)) > 0.3, rng.normal(size=(24, 5, 8)).astype("float32")]
+    data[0][:, 0] = True
+    qmodel = kquant.quantize_model(model, data, "w8a8", progress=False)
+    content = kquant.export_tflite(qmodel, allow_float=False).content
+    assert kquant.verify_tflite(qmodel, content, data).ok
+    np.testing.assert_allclose(kquant.TFLiteModel(content).predict(data)[0], model(data), atol=0.1)
+
+
 def test_masks_of_integers_are_joined_as_truth_values() -> None:
     first, second = (keras.Input((3,), dtype="int32", name=name) for name in ("first", "second"))
     both = K.logical_and(first, K.logical_not(second))
