@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
+from kquant.errors import ModelError
 from kquant.graph.ir import Node
 from kquant.graph.moments import Moments
 from kquant.graph.ops.record import Op, Tensor, Tie, collect, same_moments
@@ -42,6 +43,22 @@ def _reframed(node: Node, s: Scaling) -> Node:
     return node.with_attrs(scale=scale.tolist(), offset=(offset - s.offset * scale).tolist())
 
 
+def _own(node: Node, xs: Sequence[Tensor], w: Mapping[str, Tensor]) -> Tensor:
+    """What the user's own layer computes.
+
+    Raises:
+        ModelError: it is a truth value, and the layer declares a number, or the other way round.
+    """
+    y = node.call(xs)
+    kind = tf.as_dtype(y.dtype).name
+    if ("bool" in kind) != (node.dtype == "bool"):
+        raise ModelError(
+            f"Layer {node.origin or node.name!r} ({node.origin_type}) declares {node.dtype} and returns {kind}: give "
+            "it that type (dtype=, or a compute_output_spec), or cast what it returns."
+        )
+    return y
+
+
 RECORDS = collect(
     Op(name="input", compute=_fed, given=True),
     Op(name="const", compute=lambda n, xs, w: tf.constant(w["value"]), values="value", given=True, moments=_sample),
@@ -51,7 +68,7 @@ RECORDS = collect(
         moments=same_moments,
         unchanged=lambda node, source: True,
     ),
-    Op(name="float", compute=lambda n, xs, w: n.call(xs)),
+    Op(name="float", compute=_own),
     Op(
         name="train_only",
         compute=lambda n, xs, w: tf.identity(xs[0]),

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers as L
 from keras import ops as K
 
@@ -117,3 +118,17 @@ def test_masks_of_integers_are_joined_as_truth_values() -> None:
     assert "float" not in {n.op for n in graph}
     data = [np.asarray([[1, 0, 1], [1, 1, 0]], "int32"), np.asarray([[0, 0, 1], [1, 0, 0]], "int32")]
     np.testing.assert_array_equal(evaluate(graph, data)[0], model(data))
+
+
+def test_a_layer_that_declares_another_type_than_it_returns_is_named() -> None:
+    class Seen(L.Layer):
+        def call(self, x: Any) -> Any:
+            return tf.math.cumsum(x, 1, reverse=True) > 0.0
+
+        def compute_output_spec(self, x: Any) -> Any:
+            return keras.KerasTensor(x.shape, "float32")
+
+    x = keras.Input((4,))
+    model = keras.Model(x, L.Dense(2)(x * K.cast(Seen(name="seen")(x), "float32")))
+    with pytest.raises(ModelError, match="'seen'.*declares float32 and returns bool"):
+        kquant.quantize_model(model, np.ones((4, 4), "float32"), progress=False)
