@@ -57,3 +57,19 @@ def test_an_operation_has_few_homes(op: str) -> None:
     """Its meaning, its kernel, its lowering, and at most one more."""
     named = [name(path) for path in MODULES if f'"{op}"' in path.read_text(encoding="utf-8")]
     assert 0 < len(named) <= 4, named
+
+
+# what Keras has got since 3.8, the oldest version that is supported: asked for by name, never as an attribute
+NEWER = frozenset(
+    {f"Adaptive{kind}Pooling{n}D" for kind in ("Average", "Max") for n in (1, 2, 3)}
+    | {"AugMix", "ContrastLimitedAdaptiveHistogramEqualization", "CutMix", "RMSNormalization", "RandomElasticTransform"}
+    | {"RandomErasing", "RandomGaussianBlur", "RandomInvert", "RandomPerspective", "ReversibleEmbedding"}
+    | {"adaptive_average_pool", "adaptive_max_pool", "cbrt", "depth_to_space", "fmax", "fmin", "hypot", "ptp"}
+    | {"layer_normalization", "rms_normalization", "space_to_depth", "sparse_sigmoid", "nansum", "nanmax"}
+)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_nothing_is_taken_for_granted_that_the_oldest_keras_lacks(path: Path) -> None:
+    used = {n.attr for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Attribute)}
+    assert not used & NEWER, f"use known_layers or getattr for {sorted(used & NEWER)}"

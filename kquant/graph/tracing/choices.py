@@ -273,21 +273,24 @@ lowers_op("Any")(_of_all("reduce_max", "largest"))
 lowers_op("All")(_of_all("reduce_min", "smallest"))
 
 
-def _filled(value: float | None) -> Callable[..., np.ndarray]:
+@lowers_op("FullLike")
+def full_like(b: Builder, op: Any, x: Node, fill_value: Any, dtype: Any = None) -> np.ndarray:
     """A constant of the shape of a tensor, with one entry for the batch."""
-
-    def lower(b: Builder, op: Any, x: Node, fill: Any = value, dtype: Any = None, **_: Any) -> np.ndarray:
-        if x.batch != 1:
-            raise NotLowered("a constant for several entries of a sample")
-        kind = str(dtype or op.dtype or x.dtype)
-        sizes = [int(d or 0) for d in x.shape[1:]]
-        return np.full((1, *sizes), number_of(fill, "a value"), "float32" if "float" in kind else kind)
-
-    return lower
+    if x.batch != 1:
+        raise NotLowered("a constant for several entries of a sample")
+    kind = str(dtype or getattr(op, "dtype", None) or x.dtype)
+    sizes = [int(d or 0) for d in x.shape[1:]]
+    return np.full((1, *sizes), number_of(fill_value, "a value"), "float32" if "float" in kind else kind)
 
 
-for _name, _value in {"ZerosLike": 0.0, "OnesLike": 1.0, "FullLike": None}.items():
-    lowers_op(_name)(_filled(_value))
+@lowers_op("ZerosLike")
+def zeros_like(b: Builder, op: Any, x: Node, dtype: Any = None) -> np.ndarray:
+    return full_like(b, op, x, 0.0, dtype)
+
+
+@lowers_op("OnesLike")
+def ones_like(b: Builder, op: Any, x: Node, dtype: Any = None) -> np.ndarray:
+    return full_like(b, op, x, 1.0, dtype)
 
 
 @lowers_layer(keras.layers.Masking)

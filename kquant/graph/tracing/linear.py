@@ -15,6 +15,7 @@ from kquant.graph.tracing.builder import (
     Builder,
     NotLowered,
     as_array,
+    known_layers,
     lowers_layer,
     lowers_op,
     pad,
@@ -265,7 +266,7 @@ def look_up(b: Builder, ids: Node, table: np.ndarray, **settings: Any) -> Node:
     return b.emit("embedding", ids, weights={"table": table}, **settings)
 
 
-@lowers_layer(L.ReversibleEmbedding)
+@lowers_layer(*known_layers("ReversibleEmbedding"))
 def reversible_embedding(b: Builder, layer: Any, inputs: Node, reverse: bool = False) -> Node:
     """The rows of a table, or the product with it, transposed, perhaps bounded softly."""
     if not reverse:

@@ -7,6 +7,7 @@ placeholders, and its graph is written with `keras.ops`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -281,7 +282,7 @@ TRANSLATIONS: Mapping[str, Translation] = MappingProxyType(
         "StridedSlice": _strided_slice,
         "Slice": _sliced,
         "Tile": lambda op, x, counts: k.tile(x, _ints(counts)),
-        "ReverseV2": lambda op, x, axes: k.flip(x, _ints(axes)),
+        "ReverseV2": lambda op, x, axes: functools.reduce(k.flip, _ints(axes), x),
         "Roll": lambda op, x, shift, axes: k.roll(x, _ints(shift), _ints(axes)),
         "GatherV2": _gather,
         "Einsum": lambda op, *xs: k.einsum(op.get_attr("equation").decode(), *xs),

@@ -62,7 +62,7 @@ def test_newer_operations(name: str) -> None:
             for name in ("exp", "exp2", "expm1", "abs", "sign", "floor", "ceil", "trunc")
         ),
         *((getattr(k, name), ["function"]) for name in ("sin", "cos", "tan", "sinh", "cosh", "arctan", "arcsinh")),
-        *((getattr(k, name), ["function"]) for name in ("cbrt", "erf", "reciprocal")),
+        *((getattr(k, name), ["function"]) for name in ("cbrt", "erf", "reciprocal") if hasattr(k, name)),
         *((lambda x, name=n: getattr(k, name)(0.1 + x * x), ["mul", "affine", "function"]) for n in POSITIVE),
         *((lambda x, name=n: getattr(k, name)(0.9 * k.tanh(x)), ["tanh", "affine", "function"]) for n in BOUNDED),
         (lambda x: k.roll(x, 3, axis=1), ["gather"]),
