@@ -71,5 +71,8 @@ NEWER = frozenset(
 
 @pytest.mark.parametrize("path", MODULES, ids=name)
 def test_nothing_is_taken_for_granted_that_the_oldest_keras_lacks(path: Path) -> None:
-    used = {n.attr for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Attribute)}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = re.compile(r"^(L|layers|k|K|ops|keras\.layers|keras\.ops)\.(\w+)$")
+    texts = (ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute))
+    used = {match[2] for text in texts if (match := found.match(text))}
     assert not used & NEWER, f"use known_layers or getattr for {sorted(used & NEWER)}"
