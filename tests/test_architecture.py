@@ -64,7 +64,7 @@ NEWER = frozenset(
     {f"Adaptive{kind}Pooling{n}D" for kind in ("Average", "Max") for n in (1, 2, 3)}
     | {"AugMix", "ContrastLimitedAdaptiveHistogramEqualization", "CutMix", "RMSNormalization", "RandomElasticTransform"}
     | {"RandomErasing", "RandomGaussianBlur", "RandomInvert", "RandomPerspective", "ReversibleEmbedding"}
-    | {"adaptive_average_pool", "adaptive_max_pool", "cbrt", "depth_to_space", "fmax", "fmin", "hypot", "ptp"}
+    | {"cbrt", "depth_to_space", "fmax", "fmin", "hypot", "ptp"}
     | {"layer_normalization", "rms_normalization", "space_to_depth", "sparse_sigmoid", "nansum", "nanmax"}
 )
 
