@@ -257,6 +257,12 @@ def cast(b: Builder, op: Any, x: Node) -> Node:
     return _from_truth(b, x, 1.0, 0.0) if x.dtype == "bool" else x
 
 
+@lowers_op("ConvertToTensor")
+def convert_to_tensor(b: Builder, op: Any, x: Node) -> Node:
+    """What is a tensor already; a cast where another type is asked for."""
+    return x if op.dtype is None else cast(b, op, x)
+
+
 def _of_all(kind: str, suffix: str) -> Callable[..., Node]:
     """Whether the largest (any), or the smallest (all), of zeros and ones is above 0."""
 

@@ -82,7 +82,7 @@ def square(b: Builder, op: Any, x: Node) -> Node:
     return b.emit("mul", x, x)
 
 
-@lowers_op("StopGradient", "ConvertToTensor")
+@lowers_op("StopGradient")
 def stop_gradient(b: Builder, op: Any, variable: Node) -> Node:
     return variable
 

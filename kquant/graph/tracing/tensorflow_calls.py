@@ -41,7 +41,7 @@ class _Handler(dispatch.GlobalOpDispatcher):
     """What TensorFlow asks when a function does not take its arguments."""
 
     def handle(self, op: Any, args: Any, kwargs: Any) -> Any:
-        if op is tf.convert_to_tensor or op.__name__.startswith("convert_to_tensor"):
+        if op.__name__.startswith("convert_to_tensor"):
             return self.NOT_SUPPORTED  # a part of most functions: these are translated as a whole
         if not any(isinstance(v, keras.KerasTensor) for v in tf.nest.flatten((args, kwargs))):
             return self.NOT_SUPPORTED
@@ -108,6 +108,11 @@ def _place(function: Callable[..., Any]) -> Translation:
 def _channels_last(op: Any) -> None:
     if op.get_attr("data_format") not in (b"NHWC", b""):
         raise _Unreadable
+
+
+def _biased(op: Any, x: Any, bias: Any) -> Any:
+    _channels_last(op)
+    return x + bias
 
 
 def _padding(op: Any) -> str:
@@ -244,7 +249,7 @@ _SAME = {
     **{"Softplus": k.softplus, "Softsign": k.softsign, "Erf": k.erf, "Square": k.square, "Log1p": k.log1p},
     **{"Expm1": k.expm1, "Reciprocal": k.reciprocal, "Inv": k.reciprocal, "Softmax": k.softmax},
     **{"LogSoftmax": k.log_softmax, "LogicalNot": k.logical_not, "Add": k.add, "AddV2": k.add, "Sub": k.subtract},
-    **{"BiasAdd": k.add, "Mul": k.multiply, "RealDiv": k.true_divide, "Maximum": k.maximum, "Minimum": k.minimum},
+    **{"Mul": k.multiply, "RealDiv": k.true_divide, "Maximum": k.maximum, "Minimum": k.minimum},
     **{"Pow": k.power, "Atan2": k.arctan2, "FloorMod": k.mod, "Greater": k.greater, "GreaterEqual": k.greater_equal},
     **{"Less": k.less, "LessEqual": k.less_equal, "Equal": k.equal, "NotEqual": k.not_equal},
     **{"LogicalAnd": k.logical_and, "LogicalOr": k.logical_or, "Select": k.where, "SelectV2": k.where},
@@ -264,6 +269,7 @@ TRANSLATIONS: Mapping[str, Translation] = MappingProxyType(
         **dict.fromkeys(("MatMul", "BatchMatMul", "BatchMatMulV2"), _matmul),
         **dict.fromkeys(("Split", "SplitV"), _split),
         **dict.fromkeys(("Pad", "PadV2", "MirrorPad"), _pad),
+        "BiasAdd": _biased,
         "ResizeBilinear": _resize("bilinear"),
         "ResizeNearestNeighbor": _resize("nearest"),
         "ResizeBicubic": _resize("bicubic"),

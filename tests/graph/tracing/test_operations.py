@@ -99,6 +99,7 @@ def test_newer_operations(name: str) -> None:
         (lambda x: x + k.ones_like(x) - k.zeros_like(x), ["const", "add"]),
         (L.Lambda(lambda x: k.broadcast_to(x[:, :1], k.shape(x))), ["slice", "gather"]),
         (lambda x: k.convert_to_tensor(x), []),
+        (lambda x: k.cast(k.convert_to_tensor(x, "bool"), "float32"), ["function", "function"]),
         (lambda x: k.stop_gradient(x), []),
         (lambda x: k.cast(x, "float32"), []),
     ],

@@ -47,6 +47,7 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "nearest": lambda x: tf.image.resize(x, (3, 4), method="nearest"),
     "pooled": lambda x: tf.nn.max_pool2d(x, 2, 2, "SAME") + tf.nn.avg_pool2d(x, 2, 2, "VALID"),
     "convolved": lambda x: tf.nn.conv2d(x, KERNEL, 2, "SAME") + tf.constant([0.5, -0.5]),
+    "biased": lambda x: tf.nn.bias_add(x, [0.5, -0.5, 1.0, 0.0]),
     "dilated": lambda x: tf.nn.conv2d(x, KERNEL, 1, "VALID", dilations=2),
     "depthwise": lambda x: tf.nn.depthwise_conv2d(x, DEEP, [1, 1, 1, 1], "SAME"),
     "product": lambda x: tf.linalg.matmul(x, tf.constant(KERNEL[0, 0])),
